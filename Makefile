@@ -1,0 +1,80 @@
+# `make bench` and `make test` from a fresh clone: a virtual environment, the build, then the job.
+# A second call rebuilds only what changed.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: all build test test-nightly bench bench-quick bench-memory lint format clean help
+
+help:
+	@echo "make test          build, then run the tests"
+	@echo "make bench         build, then Xception's separable convolutions on a photograph, against PyTorch"
+	@echo "make bench-quick   the same within a minute or so"
+	@echo "make bench-memory  peak memory of a training step, against PyTorch"
+	@echo "make test-nightly  the tests with their full matrices"
+	@echo "make lint          ruff, mypy and clang-format, changing nothing"
+	@echo "make format        let ruff and clang-format rewrite"
+	@echo "make build         the virtual environment and the extension alone"
+	@echo "make clean         remove what was built, and the virtual environment"
+
+all: build
+
+# A PyTorch that is already installed is used through a .pth file that names its directory (a virtual environment made
+# from within another one does not see that one's packages by itself); else the pinned one is installed.
+$(VENV)/torch.done: requirements/torch.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	where=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' 2>/dev/null || true); \
+	if [ -n "$$where" ] && [ "$$where" != "$$site" ]; then \
+	  echo "using the PyTorch in $$where"; echo "$$where" > "$$site/installed-torch.pth"; \
+	elif ! $(PY) -c 'import torch' 2>/dev/null; then \
+	  echo "installing PyTorch"; $(PIP) -r requirements/torch.txt; \
+	fi
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/torch.done requirements/dev.txt requirements/triton.txt
+	$(PIP) -r requirements/dev.txt
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) --no-deps -r requirements/triton.txt || \
+	  echo "no Triton for this platform: its tests will be skipped"
+	@touch $@
+
+$(VENV)/build.done: $(VENV)/dev.done $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build: $(VENV)/build.done
+
+test: build
+	$(PY) -m pytest
+
+test-nightly: build
+	XSEP_NIGHTLY=1 $(PY) -m pytest
+
+bench: build
+	$(PY) benchmarks/bench_sepconv.py $(ARGS)
+
+bench-quick: build
+	$(PY) benchmarks/bench_sepconv.py --quick $(ARGS)
+
+bench-memory: build
+	$(PY) benchmarks/bench_memory.py $(ARGS)
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: build
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+clean:
+	rm -rf $(VENV) build xsep.egg-info
+	find xsep -name '*.so' -delete

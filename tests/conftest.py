@@ -1,0 +1,40 @@
+"""What every test shares: which backends can run here, and how much of each matrix to run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from xsep import dispatch
+from xsep.problem import Geometry, Problem
+
+NIGHTLY = os.environ.get("XSEP_NIGHTLY", "") not in ("", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with pytest -m gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    problem = Problem(
+        "separable", "cpu", torch.float32, True, 1, 8, 8, 8, 1, 3, 3, 8, Geometry(1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 0)
+    )
+    reasons = dispatch.backend("cpu").not_supported_reasons(problem)
+    state = "; ".join(reasons) if reasons else dispatch.backend("cpu").plan(problem)
+    return f"xsep: cpu backend: {state}; threads {torch.get_num_threads()}; nightly {NIGHTLY}"
+
+
+@pytest.fixture(params=["aten", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs without a GPU in this process. The cpu backend must be built: it is never skipped."""
+    return str(request.param)

@@ -1,0 +1,63 @@
+"""Who runs what, and what is said about the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import xsep
+from xsep import dispatch
+from xsep.problem import Problem
+
+X, W_DW, W_PW = torch.randn(1, 8, 6, 6), torch.randn(8, 1, 3, 3), torch.randn(4, 8, 1, 1)
+
+
+def test_auto_takes_the_fused_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XSEP_BACKEND", raising=False)
+    text = xsep.explain(X, W_DW, W_PW, padding=1)
+    assert "runs on   cpu" in text and "not aten" in text and "not cuda" in text and "not triton" in text
+    assert "floor" in text
+
+
+def test_explain_counts_bytes_and_flops() -> None:
+    p = Problem(
+        "separable", "cpu", torch.bfloat16, True, 64, 64, 147, 147, 1, 3, 3, 128,
+        xsep.problem.Geometry(1, 1, 1, 1, 1, 1, 1, 1), (1, 0, 0),
+    )  # fmt: skip
+    moved, flops = dispatch.work(p)
+    pixels = 64 * 147 * 147
+    assert moved == 2 * (pixels * 64 + pixels * 128 + 64 * 9 + 64 * 128)
+    assert flops == 2 * pixels * (64 * 9 + 64 * 128)
+
+
+def test_environment_chooses_where_the_caller_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XSEP_BACKEND", "aten")
+    assert "runs on   aten" in xsep.explain(X, W_DW, W_PW)
+    assert "runs on   cpu" in xsep.explain(X, W_DW, W_PW, backend="cpu")
+    monkeypatch.setenv("XSEP_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"XSEP_BACKEND must be auto or one of .*got 'fast'"):
+        xsep.separable_conv2d(X, W_DW, W_PW)
+
+
+def test_an_explicit_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run .*float64"):
+        xsep.separable_conv2d(X.double(), W_DW.double(), W_PW.double(), backend="cpu")
+    assert "runs on   nothing" in xsep.explain(X.double(), W_DW.double(), W_PW.double(), backend="cpu")
+
+
+def test_explain_of_a_depthwise_convolution() -> None:
+    assert "depthwise" in xsep.explain(X, W_DW)
+    with pytest.raises(ValueError, match="w_pw is missing"):
+        xsep.explain(X, W_DW, residual=X)
+
+
+def test_choosing_is_cheap_after_the_first_time() -> None:
+    """A bound on work, not on time: the second look-up asks no backend anything."""
+    problem = Problem(
+        "separable", "cpu", torch.float32, True, 3, 8, 9, 9, 1, 3, 3, 8,
+        xsep.problem.Geometry(1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 0),
+    )  # fmt: skip
+    dispatch.select(problem, "auto")
+    before = dispatch._select.cache_info().hits
+    dispatch.select(problem, "auto")
+    assert dispatch._select.cache_info().hits == before + 1

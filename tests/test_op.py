@@ -1,0 +1,111 @@
+"""Both ops against the float64 reference over generated problems: forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import NIGHTLY
+from xsep import testing
+from xsep.testing import NAMES, VECTORS, Case
+
+CASES = list(testing.generate(3000 if NIGHTLY else 400, seed=20161007))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_generated_problem(case: Case, backend: str) -> None:
+    testing.check(case, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["prologue", "middle", "epilogue"])
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_each_activation_in_each_place(name: str, place: int, dtype: torch.dtype, backend: str) -> None:
+    activations = tuple(name if i == place else None for i in range(3))
+    testing.check(Case(activations=activations, vectors=VECTORS, bias=True, residual=True, dtype=dtype), backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "sliced", "permuted"])
+@pytest.mark.parametrize("c_in, c_out", [(1, 1), (3, 5), (64, 128), (65, 129), (130, 67)])
+def test_channel_counts_and_layouts(c_in: int, c_out: int, layout: str, backend: str) -> None:
+    testing.check(Case(c_in=c_in, c_out=c_out, layout=layout, activations=("relu", None, None)), backend)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(n=1, c_in=64, h=37, w=41, c_out=128, activations=("relu", None, None)),
+        Case(n=1, c_in=67, h=19, w=19, c_out=131, filter=(5, 5), padding=(2, 2, 2, 2)),
+        Case(n=2, c_in=33, h=23, w=21, c_out=70, filter=(7, 7), padding=(3, 3, 3, 3), stride=(2, 2)),
+        Case(n=1, c_in=32, h=40, w=30, c_out=16, padding=(12, 12, 12, 12), dilation=(12, 12)),
+        Case(n=5, c_in=728, h=5, w=5, c_out=64, residual=True, vectors=("scale_e", "shift_e")),
+        Case(op="depthwise", n=3, c_in=96, h=29, w=31, stride=(2, 2), padding=(0, 1, 0, 1)),
+    ],
+    ids=lambda c: c.id,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
+    from dataclasses import replace
+
+    testing.check(replace(case, dtype=dtype), backend)
+
+
+def test_float64_runs_on_the_plain_backend() -> None:
+    testing.check(Case(dtype=torch.float64, activations=("gelu", "silu", "elu"), vectors=VECTORS, bias=True))
+
+
+def test_padding_is_zero_after_the_prologue(backend: str) -> None:
+    """With x = 0, shift 1 and one tap per pixel, a border that padded before the prologue would read 1, not 0."""
+    import xsep
+
+    x, w_dw, w_pw = torch.zeros(1, 2, 3, 3), torch.ones(2, 1, 3, 3), torch.eye(2)[:, :, None, None]
+    y = xsep.separable_conv2d(
+        x, w_dw, w_pw, padding=1, prologue=xsep.ChannelAffine(shift=torch.ones(2)), backend=backend
+    )
+    assert y[0, 0].tolist() == [[4.0, 6.0, 4.0], [6.0, 9.0, 6.0], [4.0, 6.0, 4.0]]
+
+
+@pytest.mark.parametrize("op", ["separable", "depthwise"])
+def test_empty_batch(op: str, backend: str) -> None:
+    inputs = testing.make_inputs(Case(op=op, n=0, bias=True, vectors=VECTORS, activations=("relu", "relu", "relu")))
+    results = testing.run_xsep(Case(op=op, n=0), inputs, backend)
+    assert results["y"].shape == inputs.dy.shape
+    for name, gradient in results.items():
+        assert gradient.shape == inputs.dy.shape if name == "y" else gradient.shape == inputs.tensors[name[1:]].shape
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_pixel_spreads_as_in_pytorch(value: float, backend: str) -> None:
+    from xsep import reference
+
+    inputs = testing.make_inputs(Case(c_in=16, c_out=8, h=8, w=8))
+    with torch.no_grad():
+        inputs.tensors["x"][0, 3, 2, 5] = value
+        positional, keywords = inputs.arguments()
+        import xsep
+
+        y = xsep.separable_conv2d(*positional, **keywords, backend=backend)
+        expected = reference.separable_conv2d(*[t.double() for t in positional], padding=keywords["padding"])
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert not expected.isfinite().all() and expected.isfinite().any()
+
+
+@pytest.mark.parametrize("x_last", [True, False], ids=["x_nhwc", "x_nchw"])
+@pytest.mark.parametrize("w_last", [True, False], ids=["w_nhwc", "w_nchw"])
+@pytest.mark.parametrize("shape", [(2, 8, 6, 7), (1, 8, 1, 1), (2, 1, 6, 7)], ids=str)
+def test_strides_are_those_of_two_convolutions(
+    shape: tuple[int, ...], x_last: bool, w_last: bool, backend: str
+) -> None:
+    import xsep
+
+    def form(t: torch.Tensor, last: bool) -> torch.Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if last else t
+
+    x = form(torch.randn(shape), x_last)
+    w_dw = form(torch.randn(shape[1], 1, 3, 3), w_last)
+    w_pw = form(torch.randn(8, shape[1], 1, 1), w_last)
+    expected = torch.conv2d(torch.conv2d(x, w_dw, padding=1, groups=shape[1]), w_pw)
+    y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend=backend)
+    significant = [d for d in range(4) if y.shape[d] > 1]
+    assert [y.stride(d) for d in significant] == [expected.stride(d) for d in significant]

@@ -1,0 +1,1 @@
+"""How the ops are run: one class a backend, behind the interface of :mod:`xsep.backends.base`."""

@@ -1,0 +1,225 @@
+"""What a backend is, and the backward of both ops composed from a backend's own kernels.
+
+A backend brings four primitives (depthwise and pointwise, each forward and backward) and, where it has one, a fused
+forward. The backward here recomputes z, multiplies, and hands dz to the depthwise backward; written in differentiable
+PyTorch operations around the primitives, so that with the plain primitives of :mod:`xsep.backends.aten` it is its
+own double backward.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..activations import (
+    gradient_from_input,
+    gradient_from_output,
+    output_determines_gradient,
+    per_channel,
+    scale_and_shift,
+)
+from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs
+
+Gradients = tuple[Optional[Tensor], ...]
+
+
+class DepthwiseGradients(NamedTuple):
+    """What one pass over x and dz gives; None where it was not asked for."""
+
+    dx: Optional[Tensor]  # [N, C_in, H, W]
+    dw_dw: Optional[Tensor]  # [C_mid, 1, R, S]
+    dscale_p: Optional[Tensor]  # [C_in]
+    dshift_p: Optional[Tensor]  # [C_in]
+
+
+def channel_sum(t: Tensor) -> Tensor:
+    """[N, C, P, Q] -> [C], accumulated in float32 at least."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return t.sum((0, 2, 3), dtype=wide)
+
+
+class Backend(ABC):
+    """One way to run the ops. Instances hold no state of a call."""
+
+    name: str
+
+    @abstractmethod
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        """Why this backend cannot run the problem: sentences, or an empty list where it can."""
+
+    @abstractmethod
+    def plan(self, problem: Problem) -> str:
+        """One line for people: how this backend would run a problem that it supports."""
+
+    @abstractmethod
+    def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+        """epilogue(dw(prologue(x))): [N, C_in, H, W] -> [N, C_mid, P, Q]; padding is zero after the prologue."""
+
+    @abstractmethod
+    def depthwise_backward_kernel(
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, prologue: Affine, geometry: Geometry, wanted: Sequence[bool]
+    ) -> DepthwiseGradients:
+        """Gradients of z = dw(prologue(x)) for dx, dw_dw, dscale_p, dshift_p, where wanted."""
+
+    @abstractmethod
+    def separable_forward(self, a: SeparableArgs) -> Tensor:
+        """y [N, C_out, P, Q] of the whole op."""
+
+    def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
+        """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q], no bias: one GEMM over NHWC pixels."""
+        n, c_mid, p, q = z.shape
+        c_out = w_pw.shape[0]
+        rows = torch.mm(z.permute(0, 2, 3, 1).reshape(-1, c_mid), w_pw.reshape(c_out, c_mid).t())
+        return rows.view(n, p, q, c_out).permute(0, 3, 1, 2)
+
+    def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
+        """Gradient of ``pointwise`` for z: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q]."""
+        n, c_out, p, q = dv.shape
+        c_mid = w_pw.shape[1]
+        rows = torch.mm(dv.permute(0, 2, 3, 1).reshape(-1, c_out), w_pw.reshape(c_out, c_mid))
+        return rows.view(n, p, q, c_mid).permute(0, 3, 1, 2)
+
+    def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
+        """Gradient of ``pointwise`` for w_pw: du [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
+        c_out, c_mid = w_pw.shape[:2]
+        g = torch.mm(du.permute(0, 2, 3, 1).reshape(-1, c_out).t(), z.permute(0, 2, 3, 1).reshape(-1, c_mid))
+        return g.view(c_out, c_mid, 1, 1)
+
+    def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
+        """y [N, C_mid, P, Q] of the depthwise op."""
+        return self.depthwise(a.x, a.w_dw, a.prologue, with_bias(a.epilogue, a.bias), Geometry(*a.geometry))
+
+    def depthwise_backward(
+        self, dy: Tensor, a: DepthwiseArgs, y: Optional[Tensor], wanted: Sequence[bool]
+    ) -> Gradients:
+        """Gradients of the depthwise op for its tensors in the schema's order, None where not wanted.
+
+        With v = dw(x~), u = scale_e * (v + bias) + shift_e and y = act_e(u). ``y`` is there where
+        act_e is no identity and y determines its gradient; else u is recomputed.
+        """
+        w_x, w_w, w_bias, w_scale_p, w_shift_p, w_scale, w_shift = wanted
+        geometry, plain = Geometry(*a.geometry), Affine()
+        epilogue = with_bias(a.epilogue, a.bias)
+        v = None
+        if needs_recompute(y, a.epilogue) or w_scale:
+            v = self.depthwise(a.x, a.w_dw, a.prologue, plain, geometry)
+        du = _activation_gradient(dy, y, None if v is None else scale_and_shift(v, epilogue), a.epilogue)
+        sum_du = channel_sum(du) if (w_bias or w_shift or w_scale) else None
+        dbias = dscale = dshift = None
+        if sum_du is not None:
+            dshift = sum_du if w_shift else None
+            if w_bias:
+                dbias = sum_du if a.scale_e is None else sum_du * a.scale_e
+            if w_scale:
+                assert v is not None
+                dscale = channel_sum(du * v)
+                if a.bias is not None:
+                    dscale = dscale + a.bias * sum_du
+        kernel = DepthwiseGradients(None, None, None, None)
+        if w_x or w_w or w_scale_p or w_shift_p:
+            dv = du if a.scale_e is None else (du * per_channel(a.scale_e)).to(du.dtype)
+            kernel = self.depthwise_backward_kernel(
+                dv, a.x, a.w_dw, a.prologue, geometry, (w_x, w_w, w_scale_p, w_shift_p)
+            )
+        return kernel.dx, kernel.dw_dw, dbias, kernel.dscale_p, kernel.dshift_p, dscale, dshift
+
+    def separable_backward(
+        self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
+    ) -> Gradients:
+        """Gradients of the separable op for its tensors in the schema's order, None where not wanted.
+
+        With v = pw(z), u = scale_e * (v + bias) + shift_e + residual, y = act_e(u) and G = du^T z:
+        dw_pw = scale_e G, dscale_e = rowsum(w_pw G) + bias sum(du), dz = (scale_e du) w_pw.
+        ``y`` is there where act_e is no identity and y determines its gradient; else u is recomputed.
+        """
+        w_x, w_dw, w_pw, w_bias, w_residual, w_scale_p, w_shift_p, w_scale_m, w_shift_m, w_scale, w_shift = wanted
+        geometry = Geometry(*a.geometry)
+        below = w_x or w_dw or w_scale_p or w_shift_p or w_scale_m or w_shift_m
+        z = None
+        recompute = needs_recompute(y, a.epilogue)
+        if w_pw or w_scale or recompute:
+            z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, geometry)
+        u = None
+        if recompute:
+            assert z is not None
+            u = scale_and_shift(self.pointwise(z, a.w_pw), with_bias(a.epilogue, a.bias))
+            u = u if a.residual is None else u + a.residual
+        du = _activation_gradient(dy, y, u, a.epilogue)
+
+        sum_du = channel_sum(du) if (w_bias or w_shift or (w_scale and a.bias is not None)) else None
+        g = None
+        if w_pw or w_scale:
+            assert z is not None
+            g = self.pointwise_wgrad(du, z, a.w_pw)
+        dw_pw = dbias = dscale = None
+        if w_pw and g is not None:
+            dw_pw = g if a.scale_e is None else g * a.scale_e.view(-1, 1, 1, 1)
+        if w_bias and sum_du is not None:
+            dbias = sum_du if a.scale_e is None else sum_du * a.scale_e
+        if w_scale and g is not None:
+            wide = torch.promote_types(g.dtype, torch.float32)
+            dscale = (g.to(wide) * a.w_pw).sum((1, 2, 3))
+            if a.bias is not None and sum_du is not None:
+                dscale = dscale + a.bias * sum_du
+
+        dscale_m = dshift_m = None
+        kernel = DepthwiseGradients(None, None, None, None)
+        if below:
+            dv = du if a.scale_e is None else (du * per_channel(a.scale_e)).to(du.dtype)
+            dz = self.pointwise_dgrad(dv, a.w_pw)
+            d = dz
+            if not a.middle.is_identity():
+                d, dscale_m, dshift_m = self._middle_backward(dz, a, z, geometry, w_scale_m, w_shift_m)
+            if w_x or w_dw or w_scale_p or w_shift_p:
+                kernel = self.depthwise_backward_kernel(
+                    d, a.x, a.w_dw, a.prologue, geometry, (w_x, w_dw, w_scale_p, w_shift_p)
+                )
+        return (
+            kernel.dx, kernel.dw_dw, dw_pw, dbias, du if w_residual else None,
+            kernel.dscale_p, kernel.dshift_p, dscale_m, dshift_m, dscale, sum_du if w_shift else None,
+        )  # fmt: skip
+
+    def _middle_backward(
+        self, dz: Tensor, a: SeparableArgs, z: Optional[Tensor], geometry: Geometry, w_scale: bool, w_shift: bool
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """Through z = act_m(scale_m * d + shift_m): dd, dscale_m, dshift_m."""
+        m = a.middle
+        from_output = output_determines_gradient(m.activation, m.alpha)
+        d = None
+        if w_scale or not from_output:
+            d = self.depthwise(a.x, a.w_dw, a.prologue, Affine(), geometry)
+        if from_output:
+            if z is None and m.activation != IDENTITY:
+                z = self.depthwise(a.x, a.w_dw, a.prologue, m, geometry)
+            du = dz if z is None else gradient_from_output(dz, z, m.activation, m.alpha)
+        else:
+            assert d is not None
+            du = gradient_from_input(dz, scale_and_shift(d, m), m.activation, m.alpha)
+        dscale = channel_sum(du * d) if w_scale and d is not None else None
+        dshift = channel_sum(du) if w_shift else None
+        return (du if m.scale is None else (du * per_channel(m.scale)).to(du.dtype)), dscale, dshift
+
+
+def with_bias(epilogue: Affine, bias: Optional[Tensor]) -> Affine:
+    """The same epilogue for v instead of v + bias: scale * (v + bias) + shift = scale * v + (scale * bias + shift)."""
+    if bias is None:
+        return epilogue
+    moved = bias if epilogue.scale is None else epilogue.scale * bias
+    return epilogue._replace(shift=moved if epilogue.shift is None else moved + epilogue.shift)
+
+
+def needs_recompute(y: Optional[Tensor], epilogue: Affine) -> bool:
+    return y is None and epilogue.activation != IDENTITY
+
+
+def _activation_gradient(dy: Tensor, y: Optional[Tensor], u: Optional[Tensor], epilogue: Affine) -> Tensor:
+    if epilogue.activation == IDENTITY:
+        return dy
+    if y is not None:
+        return gradient_from_output(dy, y, epilogue.activation, epilogue.alpha)
+    assert u is not None
+    return gradient_from_input(dy, u, epilogue.activation, epilogue.alpha)

@@ -1,0 +1,117 @@
+"""Schemas, kernels and fakes of the two ops and of their backwards.
+
+Inside an op the batch size is known at last, so the backend is chosen here, not in traced Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from ..backends.aten import ATEN
+from ..backends.base import Backend, Gradients
+from ..dispatch import select
+from ..problem import (
+    DEPTHWISE_TENSORS,
+    SEPARABLE_TENSORS,
+    DepthwiseArgs,
+    Problem,
+    SeparableArgs,
+    depthwise_problem,
+    separable_problem,
+)
+from .layout import conform, conform_gradients, fake_forward, fake_gradients
+
+Args = Union[SeparableArgs, DepthwiseArgs]
+
+_SEPARABLE = (
+    "Tensor x, Tensor w_dw, Tensor w_pw, Tensor? bias, Tensor? residual, Tensor? scale_p, Tensor? shift_p, "
+    "Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, "
+    "SymInt[] geometry, int[] activations, float[] alphas, str backend"
+)
+_DEPTHWISE = (
+    "Tensor x, Tensor w_dw, Tensor? bias, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
+    "SymInt[] geometry, int[] activations, float[] alphas, str backend"
+)
+
+LIBRARY = torch.library.Library("xsep", "DEF")
+
+
+class ConvOp(NamedTuple):
+    """One differentiable convolution op and what the autograd code needs to know of it."""
+
+    name: str
+    args: Callable[..., Any]  # the argument tuple of the problem
+    tensors: int  # leading tensor arguments, so gradients
+    weights: tuple[int, ...]  # which of them are filters
+    residual: Optional[int]  # which of them is added to y, and so has dy itself as gradient where nothing follows
+    batched: tuple[int, ...]  # which of them have a batch dimension
+    problem: Callable[[Any], Problem]
+    run: Callable[[Backend, Any], Tensor]
+    run_backward: Callable[[Backend, Tensor, Any, Optional[Tensor], list[bool]], Gradients]
+
+    @property
+    def forward_op(self) -> Any:
+        return getattr(torch.ops.xsep, self.name).default
+
+    @property
+    def backward_op(self) -> Any:
+        return getattr(torch.ops.xsep, self.name + "_backward").default
+
+    def plain_backward(self, dy: Tensor, args: Args, y: Optional[Tensor], wanted: list[bool]) -> Gradients:
+        """The backward in differentiable PyTorch operations: what the double backward differentiates."""
+        gradients = self.run_backward(ATEN, dy, args, y, wanted)
+        tensors: tuple[Any, ...] = args[: self.tensors]
+        return tuple(g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors))
+
+
+SEPARABLE = ConvOp(
+    "separable_conv2d", SeparableArgs, SEPARABLE_TENSORS, (1, 2), 4, (0, 4), separable_problem,
+    lambda backend, a: backend.separable_forward(a),
+    lambda backend, dy, a, y, wanted: backend.separable_backward(dy, a, y, wanted),
+)  # fmt: skip
+DEPTHWISE = ConvOp(
+    "depthwise_conv2d", DepthwiseArgs, DEPTHWISE_TENSORS, (1,), None, (0,), depthwise_problem,
+    lambda backend, a: backend.depthwise_forward(a),
+    lambda backend, dy, a, y, wanted: backend.depthwise_backward(dy, a, y, wanted),
+)  # fmt: skip
+
+
+def _define(op: ConvOp, schema: str) -> None:
+    tags = (torch.Tag.pt2_compliant_tag,)
+    gradients = ", ".join(["Tensor"] * op.tensors)
+    LIBRARY.define(f"{op.name}({schema}) -> Tensor", tags=tags)
+    LIBRARY.define(f"{op.name}_backward(Tensor dy, Tensor? y, {schema}, bool[] wanted) -> ({gradients})", tags=tags)
+
+    # Autocast has had its say where the op was called; inside, types stay as they are.
+    def forward(*flat: Any) -> Tensor:
+        args, backend = op.args(*flat[:-1]), flat[-1]
+        problem = op.problem(args)
+        with torch._C._DisableAutocast():
+            y = op.run(select(problem, backend), args)
+        return conform(y, torch.channels_last if problem.channels_last else torch.contiguous_format)
+
+    def backward(dy: Tensor, y: Optional[Tensor], *flat: Any) -> tuple[Tensor, ...]:
+        args, backend, wanted = op.args(*flat[:-2]), flat[-2], flat[-1]
+        tensors, weights = flat[: op.tensors], [flat[i] for i in op.weights]
+        with torch._C._DisableAutocast():
+            gradients = op.run_backward(select(op.problem(args), backend), dy, args, y, wanted)
+        return conform_gradients(gradients, tensors, weights, wanted, (dy, y, *tensors))
+
+    def forward_fake(*flat: Any) -> Tensor:
+        return fake_forward(flat[0], [flat[i] for i in op.weights], op.args(*flat[:-1]).geometry)
+
+    def backward_fake(dy: Tensor, y: Optional[Tensor], *flat: Any) -> tuple[Tensor, ...]:
+        return fake_gradients(flat[: op.tensors], [flat[i] for i in op.weights], flat[-1])
+
+    LIBRARY.impl(op.name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(op.name + "_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"xsep::{op.name}", forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"xsep::{op.name}_backward", backward_fake, lib=LIBRARY)
+
+
+_define(SEPARABLE, _SEPARABLE)
+_define(DEPTHWISE, _DEPTHWISE)
