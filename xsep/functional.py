@@ -159,7 +159,9 @@ def _tensors(affine: Optional[ChannelAffine]) -> tuple[Any, ...]:
 
 def _autocast(x: Tensor, *others: Optional[Tensor]) -> Any:
     """All of them in autocast's type where it is on, as conv2d does; float64 and integers stay what they are."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return (x, *others)
+    if not torch.is_autocast_enabled(x.device.type):
         return (x, *others)
     kind = torch.get_autocast_dtype(x.device.type)
 

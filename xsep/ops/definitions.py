@@ -53,6 +53,13 @@ class ConvOp(NamedTuple):
     run: Callable[[Backend, Any], Tensor]
     run_backward: Callable[[Backend, Tensor, Any, Optional[Tensor], list[bool]], Gradients]
 
+    def forward(self, args: Args, backend: str) -> Tensor:
+        """The op itself. Autocast has had its say where it was called; inside, types stay as they are."""
+        problem = self.problem(args)
+        with torch._C._DisableAutocast():
+            y = self.run(select(problem, backend), args)
+        return conform(y, torch.channels_last if problem.channels_last else torch.contiguous_format)
+
     @property
     def forward_op(self) -> Any:
         return getattr(torch.ops.xsep, self.name).default
@@ -86,13 +93,8 @@ def _define(op: ConvOp, schema: str) -> None:
     LIBRARY.define(f"{op.name}({schema}) -> Tensor", tags=tags)
     LIBRARY.define(f"{op.name}_backward(Tensor dy, Tensor? y, {schema}, bool[] wanted) -> ({gradients})", tags=tags)
 
-    # Autocast has had its say where the op was called; inside, types stay as they are.
     def forward(*flat: Any) -> Tensor:
-        args, backend = op.args(*flat[:-1]), flat[-1]
-        problem = op.problem(args)
-        with torch._C._DisableAutocast():
-            y = op.run(select(problem, backend), args)
-        return conform(y, torch.channels_last if problem.channels_last else torch.contiguous_format)
+        return op.forward(op.args(*flat[:-1]), flat[-1])
 
     def backward(dy: Tensor, y: Optional[Tensor], *flat: Any) -> tuple[Tensor, ...]:
         args, backend, wanted = op.args(*flat[:-2]), flat[-2], flat[-1]

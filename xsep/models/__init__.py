@@ -1,0 +1,5 @@
+"""Models whose separable convolutions run through :mod:`xsep`."""
+
+from .xception import Xception, xception
+
+__all__ = ["Xception", "xception"]
