@@ -8,13 +8,14 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly bench bench-quick bench-memory lint format clean help
+.PHONY: all build test test-nightly test-real bench bench-quick bench-memory lint format clean help
 
 help:
 	@echo "make test          build, then run the tests"
 	@echo "make bench         build, then Xception's separable convolutions on a photograph, against PyTorch"
 	@echo "make bench-quick   the same within a minute or so"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
+	@echo "make test-real     MobileNetV2's published weights on ImageNet pictures, before and after the swap (downloads)"
 	@echo "make test-nightly  the tests with their full matrices"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
 	@echo "make format        let ruff and clang-format rewrite"
@@ -49,11 +50,18 @@ $(VENV)/build.done: $(VENV)/dev.done $(SOURCES)
 
 build: $(VENV)/build.done
 
+# Waiting threads give their core away: on a busy machine OpenMP's spinning makes small problems take ten times as long.
 test: build
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(ARGS)
 
 test-nightly: build
-	XSEP_NIGHTLY=1 $(PY) -m pytest
+	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest $(ARGS)
+
+# Real weights and pictures from the package index, kept out of the environment; what cannot be fetched skips its tests.
+test-real: build
+	@test -d $(VENV)/real/foolbox || $(PIP) --no-deps --target $(VENV)/real -r requirements/real.txt || \
+	  echo "the downloads failed, so the tests on real weights are skipped"
+	XSEP_REAL_DATA=$(VENV)/real OMP_WAIT_POLICY=passive $(PY) -m pytest -rs tests/test_real_weights.py
 
 bench: build
 	$(PY) benchmarks/bench_sepconv.py $(ARGS)

@@ -1,0 +1,102 @@
+// xsep._C: build info and planners for Python. Knows nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/cpu_plan.h"
+
+namespace py = pybind11;
+
+void bind_cuda_plan(py::module_& m);
+
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+/// Levels that this chip and its operating system can run, worst first.
+std::vector<std::string> cpu_levels_here() {
+  std::vector<std::string> levels{"default"};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) levels.push_back("avx2");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    levels.push_back("avx512");
+  }
+#endif
+  return levels;
+}
+
+/// x [n, c, h, w], filter [r, s] and geometry int[8], as the operators take them.
+xsep::DepthwiseShape make_shape(const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
+  if (x.size() != 4 || filter.size() != 2 || geometry.size() != 8) {
+    throw py::value_error("expected 4 sizes of x, 2 of the filter and 8 numbers of geometry");
+  }
+  for (int i : {0, 1, 6, 7}) {
+    if (geometry[i] <= 0) throw py::value_error("stride and dilation must be positive");
+  }
+  xsep::DepthwiseShape s{};
+  s.n = x[0], s.c = x[1], s.h = x[2], s.w = x[3];
+  s.r = filter[0], s.s = filter[1];
+  s.multiplier = multiplier;
+  s.geometry = {geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7]};
+  s.set_output_size();
+  return s;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build info and planners of xsep's compiled backends.";
+  m.attr("compiler") = "g++ " __VERSION__;
+  m.attr("cpu_levels_built") = XSEP_CPU_LEVELS;
+  m.def("cpu_levels_here", &cpu_levels_here, "CPU levels that this chip can run, worst first.");
+
+  py::class_<xsep::CpuSeparablePlan>(m, "CpuSeparablePlan")
+      .def_readonly("tile_pixels", &xsep::CpuSeparablePlan::tile_pixels)
+      .def_readonly("tiles", &xsep::CpuSeparablePlan::tiles)
+      .def_readonly("panels", &xsep::CpuSeparablePlan::panels)
+      .def_readonly("panel_groups", &xsep::CpuSeparablePlan::panel_groups)
+      .def_property_readonly("tasks", &xsep::CpuSeparablePlan::tasks);
+  py::class_<xsep::CpuDepthwisePlan>(m, "CpuDepthwisePlan")
+      .def_readonly("run_pixels", &xsep::CpuDepthwisePlan::run_pixels)
+      .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks);
+  py::class_<xsep::CpuBackwardPlan>(m, "CpuBackwardPlan")
+      .def_readonly("group_rows", &xsep::CpuBackwardPlan::group_rows)
+      .def_readonly("row_groups", &xsep::CpuBackwardPlan::row_groups)
+      .def_readonly("group_channels", &xsep::CpuBackwardPlan::group_channels)
+      .def_readonly("channel_groups", &xsep::CpuBackwardPlan::channel_groups)
+      .def_property_readonly("units", &xsep::CpuBackwardPlan::units);
+
+  m.def(
+      "plan_cpu_separable",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int64_t c_out, int threads,
+         int64_t z_bytes, int64_t l2_bytes) {
+        const auto shape = make_shape(x, filter, multiplier, geometry);
+        return xsep::plan_cpu_separable(shape, c_out, threads, l2_bytes ? l2_bytes : xsep::l2_cache_bytes(), z_bytes);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("c_out"),
+      py::arg("threads"), py::arg("z_bytes"), py::arg("l2_bytes") = 0,
+      "How the fused forward is cut into tasks. x [N, C, H, W]; filter [R, S]; geometry as in the operators; z_bytes "
+      "of "
+      "one value of z; l2_bytes of second-level cache, 0 for this machine's.");
+  m.def(
+      "plan_cpu_depthwise",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads) {
+        return xsep::plan_cpu_depthwise(make_shape(x, filter, multiplier, geometry), threads);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
+      "How the depthwise forward is cut into tasks.");
+  m.def(
+      "plan_cpu_backward",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
+        return xsep::plan_cpu_backward(make_shape(x, filter, multiplier, geometry));
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"),
+      "How the depthwise backward is cut into units, whatever the number of threads.");
+
+  bind_cuda_plan(m);
+}

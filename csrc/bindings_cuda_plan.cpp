@@ -1,0 +1,75 @@
+// The CUDA planner for Python: the functions that csrc/cuda's launchers ask, for tests and xsep.explain.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "common/cuda_plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace xsep::cuda;
+
+/// In the order of ConvShape's fields.
+using Sizes = std::array<int, 15>;
+
+ConvShape make_shape(const Sizes& v) {
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
+}
+
+using DepthwisePlanner = DepthwisePlan (*)(const ConvShape&, int, bool, const DeviceProperties&);
+
+void define_depthwise(py::module_& m, const char* name, DepthwisePlanner planner, const char* doc) {
+  m.def(
+      name,
+      [planner](const Sizes& shape, int element_bytes, bool aligned, int multiprocessors, int shared_bytes) {
+        return planner(make_shape(shape), element_bytes, aligned, {multiprocessors, shared_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("element_bytes"), py::arg("aligned") = true, py::arg("multiprocessors"),
+      py::arg("shared_bytes"), doc);
+}
+
+}  // namespace
+
+void bind_cuda_plan(py::module_& m) {
+  py::class_<DepthwisePlan>(m, "CudaDepthwisePlan")
+      .def_readonly("sliding_window", &DepthwisePlan::sliding_window)
+      .def_readonly("vec", &DepthwisePlan::vec)
+      .def_readonly("vectors", &DepthwisePlan::vectors)
+      .def_readonly("slices", &DepthwisePlan::slices)
+      .def_readonly("strip_rows", &DepthwisePlan::strip_rows)
+      .def_readonly("strips_down", &DepthwisePlan::strips_down)
+      .def_readonly("strips_across", &DepthwisePlan::strips_across)
+      .def_readonly("tiles_down", &DepthwisePlan::tiles_down)
+      .def_readonly("tiles_across", &DepthwisePlan::tiles_across)
+      .def_readonly("workers", &DepthwisePlan::workers)
+      .def_readonly("shared_bytes", &DepthwisePlan::shared_bytes);
+  py::class_<SeparablePlan>(m, "CudaSeparablePlan")
+      .def_readonly("fused", &SeparablePlan::fused)
+      .def_readonly("chunk_bytes", &SeparablePlan::chunk_bytes)
+      .def_readonly("channel_warps", &SeparablePlan::channel_warps)
+      .def_readonly("tile_rows", &SeparablePlan::tile_rows)
+      .def_readonly("tile_columns", &SeparablePlan::tile_columns)
+      .def_readonly("group_rows", &SeparablePlan::group_rows)
+      .def_readonly("tiles_of_group", &SeparablePlan::tiles_of_group)
+      .def_readonly("tiles_across", &SeparablePlan::tiles_across)
+      .def_readonly("tiles", &SeparablePlan::tiles)
+      .def_readonly("halo_rows", &SeparablePlan::halo_rows)
+      .def_readonly("halo_columns", &SeparablePlan::halo_columns)
+      .def_readonly("shared_bytes", &SeparablePlan::shared_bytes);
+  define_depthwise(m, "plan_cuda_depthwise_fprop", &plan_depthwise_fprop,
+                   "How the CUDA depthwise forward is cut into CTAs. shape: N, H, W, C_in, P, Q, C_mid, R, S, stride h "
+                   "and w, padding top and left, dilation h and w.");
+  define_depthwise(m, "plan_cuda_depthwise_bprop", &plan_depthwise_bprop,
+                   "The same for the depthwise backward; workers is also the number of partial sums.");
+  m.def(
+      "plan_cuda_separable_fprop",
+      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes) {
+        return plan_separable_fprop(make_shape(shape), c_out, element_bytes, aligned, {multiprocessors, shared_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
+      py::arg("multiprocessors"), py::arg("shared_bytes"),
+      "How the fused CUDA forward is cut into CTAs, or a plan that is not fused. shape as for the depthwise planners.");
+}

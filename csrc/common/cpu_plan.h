@@ -1,0 +1,111 @@
+// How a problem is cut into tasks on a CPU: pure functions of the problem, the threads and the cache.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace xsep {
+
+/// Columns of one packed panel of the pointwise weights: what one GEMM call multiplies by.
+constexpr int64_t kPanelColumns = 64;
+
+/// The z tile may take this much, or half of the second-level cache where that is less.
+constexpr int64_t kMaxTileBytes = 256 * 1024;
+
+struct CpuSeparablePlan {
+  int64_t tile_pixels;  // output pixels of one task
+  int64_t tiles;
+  int64_t panels;        // of kPanelColumns output channels
+  int64_t panel_groups;  // tasks that share a tile, each with its own z; 1 unless tiles are few
+  int64_t tasks() const { return tiles * panel_groups; }
+  Range group_panels(int64_t group) const {
+    return {panels * group / panel_groups, panels * (group + 1) / panel_groups};
+  }
+};
+
+struct CpuDepthwisePlan {
+  int64_t run_pixels;  // output pixels of one task
+  int64_t tasks;
+};
+
+/// Units of the depthwise backward. They depend on the shape alone, so that sums come out the same, bit for bit, on
+/// any number of threads.
+struct CpuBackwardPlan {
+  int64_t group_rows;      // rows of input pixels of one unit; N * H rows in all
+  int64_t row_groups;      // each with its own partial sums
+  int64_t group_channels;  // channels of one unit
+  int64_t channel_groups;
+  int64_t units() const { return row_groups * channel_groups; }
+};
+
+/// Of this machine's second-level cache; half a MiB where the system does not say.
+inline int64_t l2_cache_bytes() {
+  const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return reported > 0 ? static_cast<int64_t>(reported) : int64_t{512} * 1024;
+}
+
+inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2_bytes / 2); }
+
+/// Tile and panel groups with the least estimated time of the slowest thread.
+///
+/// Costs are in multiply-adds of the float32 GEMM: a depthwise multiply-add costs about 1.6 of them (it converts,
+/// loads more, and keeps fewer registers busy), one in bfloat16 half, and a byte of the packed weights, which every
+/// task streams once from beyond the second-level cache, about one.
+inline CpuSeparablePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
+                                           int64_t z_bytes) {
+  constexpr int64_t kTilePixels[] = {128, 112, 96, 80, 64, 48, 32, 16, 8, 4, 2, 1};
+  const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
+  const int64_t c_mid = shape.c * shape.multiplier;
+  const int64_t panels = ceil_div(c_out, kPanelColumns);
+  const double per_pixel_z = 1.6 * static_cast<double>(c_mid * shape.taps());
+  const double per_pixel_panel = (z_bytes == 2 ? 0.5 : 1.0) * static_cast<double>(c_mid * kPanelColumns);
+  const double per_panel = static_cast<double>(c_mid * kPanelColumns * z_bytes);
+
+  CpuSeparablePlan best{};
+  double best_cost = 0;
+  for (int64_t tile : kTilePixels) {
+    if (tile > 1 && tile * c_mid * z_bytes > tile_budget(l2_bytes)) continue;
+    const int64_t tiles = ceil_div(pixels, tile);
+    const double rows = static_cast<double>(std::min(tile, pixels));
+    const int64_t most_groups = std::min<int64_t>(panels, tiles < 4 * threads ? ceil_div(4 * threads, tiles) : 1);
+    for (int64_t groups = 1; groups <= most_groups; ++groups) {
+      const double group_panels = static_cast<double>(ceil_div(panels, groups));
+      const double task = rows * (per_pixel_z + per_pixel_panel * group_panels) + per_panel * group_panels;
+      const double cost = task * static_cast<double>(ceil_div(tiles * groups, threads));
+      if (best.tiles == 0 || cost < best_cost) {
+        best = {tile, tiles, panels, groups};
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+/// Runs of output pixels: about four for each thread, none so short that starting it costs more than it does.
+inline CpuDepthwisePlan plan_cpu_depthwise(const DepthwiseShape& shape, int threads) {
+  const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
+  const int64_t shortest = std::clamp<int64_t>(4096 / std::max<int64_t>(shape.c * shape.multiplier, 1), 8, pixels);
+  const int64_t run = std::clamp<int64_t>(ceil_div(pixels, int64_t{4} * threads), std::min<int64_t>(shortest, pixels),
+                                          std::min<int64_t>(512, pixels));
+  return {run, ceil_div(pixels, run)};
+}
+
+inline CpuBackwardPlan plan_cpu_backward(const DepthwiseShape& shape) {
+  constexpr int64_t kUnitElements = 32 * 1024;  // of x: large beside a unit's partial sums, small beside a picture
+  constexpr int64_t kPartialBytes = 12 * 1024;  // of one unit, to stay in the first-level cache
+  constexpr int64_t kMostRowGroups = 256;
+  const int64_t taps = std::max<int64_t>(shape.taps() * shape.multiplier, 1);
+  const int64_t fitting = kPartialBytes / (taps * static_cast<int64_t>(sizeof(float))) / 64 * 64;
+  const int64_t group_channels = std::clamp<int64_t>(fitting, 64, 512);
+  const int64_t rows = std::max<int64_t>(shape.n * shape.h, 1);
+  const int64_t row_elements = std::max<int64_t>(shape.w * std::min(group_channels, shape.c), 1);
+  int64_t group_rows = std::clamp<int64_t>(kUnitElements / row_elements, 1, rows);
+  group_rows = std::max(group_rows, ceil_div(rows, kMostRowGroups));
+  return {group_rows, ceil_div(rows, group_rows), group_channels, ceil_div(shape.c, group_channels)};
+}
+
+}  // namespace xsep

@@ -1,0 +1,284 @@
+// How the CUDA kernels cut a problem into the work of threads and CTAs: pure functions of sizes and device facts.
+// The launchers ask these functions, and so do the tests and xsep.explain, through pybind11.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace xsep::cuda {
+
+struct DeviceProperties {
+  int multiprocessors;
+  int shared_bytes_per_cta;  // with opt-in: 227 KB on sm_90, 163 on sm_80, 99 on sm_86 and sm_89
+};
+
+// A depthwise convolution's sizes. P and Q are given, so nothing here depends on how much was padded at the far ends.
+struct ConvShape {
+  int n, h, w, c_in;  // x [N, H, W, C_in]
+  int p, q, c_mid;    // z [N, P, Q, C_mid], C_mid a multiple of C_in
+  int r, s;
+  int stride_h, stride_w;
+  int pad_top, pad_left;
+  int dilation_h, dilation_w;
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Shared memory is carved into buffers that start on multiples of this.
+inline constexpr int kSharedAlignment = 128;
+constexpr int shared_bytes_of(int bytes) { return ceil_div(bytes, kSharedAlignment) * kSharedAlignment; }
+
+// Registers let 2, 3 or 4 CTAs of the depthwise forward be resident on a multiprocessor, 2 or 3 of the backward. The
+// backward has one wave only, since every CTA leaves a partial sum.
+inline constexpr int kFpropCtasPerSm = 12;
+inline constexpr int kBpropCtasPerSm = 2;
+
+// The depthwise kernels. A thread computes strips of kStripWidth pixels in neighbouring rows, for one vector of
+// channels; a CTA's threads lie over vectors (fastest, so that accesses are coalesced), then strips.
+inline constexpr int kStripWidth = 4;
+inline constexpr int kDepthwiseThreads = 128;
+
+// Two rows share their loaded input where the registers allow it.
+constexpr int fprop_strip_rows(int k, int stride) { return k == 7 && stride == 2 ? 1 : 2; }
+
+// In x, not z: a strip starts where a tap of even index falls on it, so that its taps are known at compile time.
+constexpr int bprop_strip_rows(int stride) { return stride; }
+
+// Sums for every tap stay in a thread's registers, so the larger filters take fewer channels a thread.
+constexpr int bprop_vec(int k) { return k == 3 ? 4 : 2; }
+
+struct DepthwisePlan {
+  bool sliding_window;  // else the general kernels: any filter, stride, dilation, channel count and multiplier
+  int vec;              // channels a thread
+  int vectors;          // vectors a CTA
+  int slices;           // CTAs side by side along the channels
+  int strip_rows;       // rows a thread
+  int strips_down, strips_across;  // threads of a CTA over the picture
+  int tiles_down, tiles_across;    // CTA tiles a picture
+  int workers;                     // CTAs that share the tiles of a slice
+  int shared_bytes;
+};
+
+namespace detail {
+
+inline bool has_sliding_window(const ConvShape& c) {
+  return c.r == c.s && (c.r == 3 || c.r == 5 || c.r == 7) && c.stride_h == c.stride_w &&
+         (c.stride_h == 1 || c.stride_h == 2) && c.dilation_h == 1 && c.dilation_w == 1 && c.c_mid == c.c_in &&
+         c.pad_top >= 0 && c.pad_left >= 0;
+}
+
+// Chooses how many vectors of channels a CTA takes: the fewest lanes idle in the last slice, then the widest.
+inline int vectors_of_a_cta(int total, int most) {
+  const int least = std::max(1, most / 2);
+  if (total <= most) return total;
+  int best = most, best_waste = ceil_div(total, most) * most - total;
+  for (int v = most - 1; v >= least; --v) {
+    const int waste = ceil_div(total, v) * v - total;
+    if (waste < best_waste) best = v, best_waste = waste;
+  }
+  return best;
+}
+
+// Fills in strips and tiles for a plane of `rows` x `columns` pixels: few idle threads, and compact tiles, which read
+// little halo twice.
+inline void tile_plane(DepthwisePlan& plan, int rows, int columns, int halo) {
+  const int strips = kDepthwiseThreads / plan.vectors;
+  const int rows_of_strips = ceil_div(rows, plan.strip_rows), columns_of_strips = ceil_div(columns, kStripWidth);
+  double best = -1.0;
+  for (int across = 1; across <= std::min(strips, columns_of_strips); ++across) {
+    const int down = std::min(strips / across, rows_of_strips);
+    const double useful =
+        static_cast<double>(rows_of_strips) * columns_of_strips /
+        (static_cast<double>(ceil_div(rows_of_strips, down)) * ceil_div(columns_of_strips, across) * strips);
+    const double height = down * plan.strip_rows, width = across * kStripWidth;
+    const double score = useful * height * width / ((height + halo) * (width + halo));
+    if (score > best) best = score, plan.strips_down = down, plan.strips_across = across;
+  }
+  plan.tiles_down = ceil_div(rows_of_strips, plan.strips_down);
+  plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
+}
+
+// CTAs that share the tiles of a slice, and load its weights once each. No more than ctas_per_sm for the whole device:
+// with a multiple of how many are resident at a time, the last wave is as full as the others.
+inline bool share_out(DepthwisePlan& plan, const ConvShape& c, const DeviceProperties& device, int ctas_per_sm) {
+  const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
+  if (tiles > std::numeric_limits<int>::max()) return false;
+  const int wanted = device.multiprocessors * ctas_per_sm / plan.slices;
+  plan.workers = std::max(1, std::min(static_cast<int>(tiles), wanted));
+  return plan.slices <= 65535;
+}
+
+inline DepthwisePlan general_plan(const DeviceProperties& device) {
+  DepthwisePlan plan{};
+  plan.workers = device.multiprocessors * 8;
+  return plan;
+}
+
+}  // namespace detail
+
+// element_bytes: 2 or 4. aligned: every tensor starts on a 16-byte boundary.
+inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes, bool aligned,
+                                          const DeviceProperties& device) {
+  DepthwisePlan plan{};
+  plan.vec = 16 / element_bytes;
+  if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) return detail::general_plan(device);
+  plan.sliding_window = true;
+  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, 16);
+  plan.slices = ceil_div(c.c_in / plan.vec, plan.vectors);
+  plan.strip_rows = fprop_strip_rows(c.r, c.stride_h);
+  detail::tile_plane(plan, c.p, c.q, c.r - c.stride_h);
+  // One float a tap and channel, and the four per-channel vectors of prologue and epilogue.
+  const int table_row = plan.vectors * plan.vec * 4;
+  plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row);
+  return detail::share_out(plan, c, device, kFpropCtasPerSm) ? plan : detail::general_plan(device);
+}
+
+// Rows of a partial: one a tap, then the sums for the prologue's scale and shift.
+inline int bprop_partial_rows(const ConvShape& c) { return c.r * c.s + 2; }
+
+inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes, bool aligned,
+                                          const DeviceProperties& device) {
+  static_cast<void>(element_bytes);
+  DepthwisePlan plan{};
+  plan.vec = bprop_vec(c.r);
+  if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) {
+    plan = detail::general_plan(device);
+    // The general wgrad adds up its pixels in this many shares; one partial each.
+    const int64_t pixels = static_cast<int64_t>(c.n) * c.p * c.q;
+    const int64_t columns = static_cast<int64_t>(ceil_div(c.c_mid, 32)) * c.r * c.s;
+    const int64_t wanted = std::max<int64_t>(1, device.multiprocessors * 8 / std::max<int64_t>(1, columns));
+    plan.workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, pixels / 256)));
+    return plan;
+  }
+  plan.sliding_window = true;
+  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, 32);
+  plan.slices = ceil_div(c.c_in / plan.vec, plan.vectors);
+  plan.strip_rows = bprop_strip_rows(c.stride_h);
+  detail::tile_plane(plan, c.h + c.pad_top % c.stride_h, c.w + c.pad_left % c.stride_w, (c.r - 1) / c.stride_h);
+  // Weights and prologue vectors; then one filter row of every thread's sums, to be added up.
+  const int table_row = plan.vectors * plan.vec * 4;
+  plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(3 * table_row) +
+                      shared_bytes_of(c.r * plan.strips_down * plan.strips_across * table_row);
+  DepthwisePlan general = detail::general_plan(device);
+  general.workers = 1;
+  return detail::share_out(plan, c, device, kBpropCtasPerSm) ? plan : general;
+}
+
+// The fused kernel. A CTA computes kFusedPixels pixels of y for all output channels, which its warps share out in
+// blocks of kWarpPixels x kWarpChannels. Its pixels are tile_rows x tile_columns; where the pictures are small, a row
+// of the tile may belong to the next picture, so that small maps fill the tile too.
+inline constexpr int kFusedPixels = 128;
+inline constexpr int kWarpPixels = 32;
+inline constexpr int kWarpChannels = 64;
+inline constexpr int kRowWarps = kFusedPixels / kWarpPixels;
+inline constexpr int kMostChannelWarps = 4;
+inline constexpr int kFusedThreads = 32 * kRowWarps * kMostChannelWarps;  // at most
+static_assert(kFusedThreads == 512, "128 registers a thread");
+
+// Where the fused kernel's buffers start in shared memory; separable/tile.cuh says what they hold. Part of the plan,
+// so that a kernel finds them in its parameters and need not keep them in registers.
+struct FusedLayout {
+  int halo[2], w_pw[2], z[2];
+  int taps, halo_source, slot, affine, sums;
+};
+
+struct SeparablePlan {
+  bool fused;         // else staged: the depthwise kernel, then a GEMM
+  int chunk_bytes;    // 64 or 128: what one pipeline step takes of a pixel's channels
+  int channel_warps;  // warps along the output channels
+  int tile_rows, tile_columns;
+  int group_rows;                    // rows that tiles may run across: one picture's P, or all N P
+  int tiles_of_group, tiles_across;  // CTAs down a group and across
+  int tiles;                         // CTAs; also rows of the statistics
+  int halo_rows, halo_columns;       // pixels of x under a tile
+  int halo_pitch;                    // halo_columns, up to whole strips
+  int table_channels;                // C_in, up to whole chunks
+  int chunks;
+  FusedLayout layout;
+  int shared_bytes;
+};
+
+namespace detail {
+
+inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c) {
+  const int channels = plan.channel_warps * kWarpChannels;
+  plan.shared_bytes = 0;
+  const auto take = [&](int bytes) {
+    const int place = plan.shared_bytes;
+    plan.shared_bytes += shared_bytes_of(bytes);
+    return place;
+  };
+  for (int& place : plan.layout.halo) place = take(plan.halo_rows * plan.halo_pitch * plan.chunk_bytes);
+  for (int& place : plan.layout.w_pw) place = take(channels * plan.chunk_bytes);
+  for (int& place : plan.layout.z) place = take(kFusedPixels * plan.chunk_bytes);
+  plan.layout.taps = take((c.r * c.s + 4) * plan.table_channels * 4);
+  plan.layout.halo_source = take(plan.halo_rows * 8);
+  plan.layout.slot = take(plan.tile_rows * 4);
+  plan.layout.affine = take(2 * channels * 4);
+  plan.layout.sums = take(kRowWarps * channels * 4);
+}
+
+// Fills in everything that follows from tile_rows, tile_columns, group_rows and chunk_bytes.
+inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int element_bytes) {
+  const int groups_rows = plan.group_rows;
+  const int groups = groups_rows == c.p ? c.n : 1;
+  plan.tiles_of_group = ceil_div(groups_rows, plan.tile_rows);
+  plan.tiles_across = ceil_div(c.q, plan.tile_columns);
+  const int64_t tiles = static_cast<int64_t>(groups) * plan.tiles_of_group * plan.tiles_across;
+  if (tiles > std::numeric_limits<int>::max()) return false;
+  plan.tiles = static_cast<int>(tiles);
+  // The kernel counts in 32 bits from a tile's first pixel.
+  const int64_t reach = static_cast<int64_t>(plan.tile_rows) * c.q * plan.channel_warps * kWarpChannels;
+  if (reach > std::numeric_limits<int>::max()) return false;
+  const int pictures = groups_rows == c.p ? 1 : std::min(plan.tile_rows, ceil_div(plan.tile_rows - 1, c.p) + 1);
+  plan.halo_rows = plan.tile_rows * c.stride_h + pictures * (c.r - c.stride_h);
+  plan.halo_columns = (plan.tile_columns - 1) * c.stride_w + c.s;
+  plan.halo_pitch = (ceil_div(plan.tile_columns, kStripWidth) * kStripWidth - 1) * c.stride_w + c.s;
+  const int chunk = plan.chunk_bytes / element_bytes;
+  plan.chunks = ceil_div(c.c_in, chunk);
+  plan.table_channels = plan.chunks * chunk;
+  lay_out_shared_memory(plan, c);
+  return true;
+}
+
+}  // namespace detail
+
+// Fused where one CTA can hold all of C_out, so that z is computed once; a tile fills as many of its pixels as it can,
+// with little halo.
+inline SeparablePlan plan_separable_fprop(const ConvShape& c, int c_out, int element_bytes, bool aligned,
+                                          const DeviceProperties& device) {
+  const SeparablePlan staged{};
+  const bool filter = c.r == c.s && (c.r == 3 || c.r == 5) && detail::has_sliding_window(c);
+  const int64_t rows = static_cast<int64_t>(c.n) * c.p;
+  if (!aligned || !filter || c.c_in % (16 / element_bytes) != 0 || c_out % 2 != 0 ||
+      c_out > kWarpChannels * kMostChannelWarps || rows > std::numeric_limits<int>::max()) {
+    return staged;
+  }
+  SeparablePlan best = staged;
+  double best_score = 0.0;
+  for (const int chunk_bytes : {128, 64}) {
+    for (int columns = 1; columns <= std::min(c.q, kFusedPixels); ++columns) {
+      for (const bool across_pictures : {false, true}) {
+        SeparablePlan plan{};
+        plan.fused = true;
+        plan.chunk_bytes = chunk_bytes;
+        plan.channel_warps = ceil_div(c_out, kWarpChannels);
+        plan.group_rows = across_pictures ? static_cast<int>(rows) : c.p;
+        plan.tile_columns = columns;
+        plan.tile_rows = std::min(kFusedPixels / columns, plan.group_rows);
+        if (!detail::complete_fused_plan(plan, c, element_bytes)) continue;
+        if (plan.shared_bytes > device.shared_bytes_per_cta) continue;
+        const double useful = static_cast<double>(rows) * c.q / (static_cast<double>(plan.tiles) * kFusedPixels);
+        const double halo = static_cast<double>(plan.halo_rows) * plan.halo_columns /
+                            (static_cast<double>(plan.tile_rows) * plan.tile_columns * c.stride_h * c.stride_w);
+        const double score = useful / (0.75 + 0.25 * halo);
+        if (score > best_score) best = plan, best_score = score;
+      }
+    }
+    if (best.fused) break;  // long chunks have half the barriers
+  }
+  return best;
+}
+
+}  // namespace xsep::cuda

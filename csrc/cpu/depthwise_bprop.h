@@ -1,0 +1,355 @@
+// Depthwise backward in one pass over the input's pixels: dgrad, wgrad and the prologue's gradients together, each
+// loaded dz vector used for both dx and dw.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../common/cpu_plan.h"
+#include "../common/geometry.h"
+#include "activate.h"
+
+namespace xsep::cpu {
+
+/// With x~ = act(scale * x + shift) and dx~ the convolution's gradient:
+/// du = act'(scale * x + shift) dx~, dx = scale du, dscale = sum(x du), dshift = sum(du).
+struct DepthwiseBprop {
+  DepthwiseShape shape;
+  CpuBackwardPlan plan;
+  int64_t c_pad;           // shape.c rounded up to kChannelPad
+  const void* x;           // T [n, h, w, c]
+  const void* dz;          // T [n, p, q, multiplier, c]
+  const float* w;          // [multiplier, r * s, c_pad]
+  ChannelAffine prologue;  // scale and shift [c_pad]
+  void* dx;                // T [n, h, w, c], may be null
+  double* dw;              // [plan.row_groups, multiplier, r * s, c_pad], may be null
+  double* daffine;         // [plan.row_groups, 2, c_pad]: dscale, dshift; may be null
+
+  bool through_x() const { return dx != nullptr || daffine != nullptr; }
+};
+
+namespace detail {
+
+/// Adjacent input pixels of one row, channels [c_begin, c_end).
+template <class T>
+struct InputBlock {
+  const T* x;      // first pixel, channel 0
+  T* dx;           // likewise; may be null
+  const T* dz;     // picture, output row 0, column 0, channel 0
+  int64_t h;       // input row
+  int64_t column;  // input column of the first pixel
+  int64_t c_begin, c_end;
+  float* dw;       // [multiplier, r * s, sum_stride], channel 0; null where not wanted
+  float* daffine;  // [2, sum_stride], channel 0; null where not wanted
+  int64_t sum_stride;
+};
+
+/// Sums over pixels: in float32 for as long as that loses little, then in double.
+class UnitSums {
+ public:
+  /// count rows of channels [begin, end); to [count, c_pad] is where they end up, or null for no sums.
+  UnitSums(double* to, int64_t count, int64_t c_pad, Range channels)
+      : to_(to),
+        count_(to ? count : 0),
+        c_pad_(c_pad),
+        channels_(channels),
+        stride_(round_up(channels.end - channels.begin, kChannelPad)),
+        short_(static_cast<size_t>(count_ * stride_), 0.0f) {
+    for (int64_t i = 0; i < count_; ++i) std::fill(row(i) + channels.begin, row(i) + channels.end, 0.0);
+  }
+  int64_t stride() const { return stride_; }
+  /// Such that channel c of row i is at [i * stride() + c].
+  float* channel_zero() { return to_ ? short_.data() - channels_.begin : nullptr; }
+  void flush() {
+    for (int64_t i = 0; i < count_; ++i) {
+      double* sum = row(i) + channels_.begin;
+      float* part = short_.data() + i * stride_;
+      for (int64_t c = 0; c < channels_.end - channels_.begin; ++c) sum[c] += part[c];
+      std::fill(part, part + stride_, 0.0f);
+    }
+  }
+
+ private:
+  double* row(int64_t i) { return to_ + i * c_pad_; }
+
+  double* to_;
+  int64_t count_, c_pad_;
+  Range channels_;
+  int64_t stride_;
+  std::vector<float> short_;  // [count, stride]
+};
+
+/// Pixels whose products are summed in float32: an error of some units in the last place of a sum of 64.
+constexpr int64_t kPixelsPerFlush = 64;
+
+XSEP_INLINE void add_to(float* sum, Vec v) { store(sum, load(sum) + v); }
+
+template <int N, class T>
+XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const T* x, int64_t c, int64_t lanes, Vec (&u)[N]) {
+  unroll<N>([&](auto i) __attribute__((always_inline)) {
+    const T* at = x + i * p.shape.c + c;
+    u[i] = lanes == kLanes ? load(at) : load_first(at, lanes);
+  });
+  if (p.prologue.scale) {
+    const Vec scale = load(p.prologue.scale + c);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = u[i] * scale; });
+  }
+  if (p.prologue.shift) {
+    const Vec shift = load(p.prologue.shift + c);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = u[i] + shift; });
+  }
+}
+
+/// From dx~ of N adjacent pixels to dx and the sums over pixels.
+template <int N, class T>
+XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&d)[N]) {
+  const ChannelAffine& prologue = p.prologue;
+  if (prologue.activation == Activation::kRelu) {
+    Vec u[N];
+    load_prologue(p, b.x, c, lanes, u);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = u[i] > 0.0f ? d[i] : Vec{}; });
+  } else if (prologue.activation != Activation::kIdentity) {
+    Vec u[N];
+    load_prologue(p, b.x, c, lanes, u);
+    differentiate_all(u, N, prologue.activation, prologue.alpha);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * u[i]; });
+  }
+  if (b.daffine) {
+    Vec dscale = {};
+    Vec dshift = {};
+    unroll<N>([&](auto i) __attribute__((always_inline)) {
+      dscale = fma(load_first(b.x + i * p.shape.c + c, lanes), d[i], dscale);
+      dshift = dshift + d[i];
+    });
+    add_to(b.daffine + c, dscale);
+    add_to(b.daffine + b.sum_stride + c, dshift);
+  }
+  if (!b.dx) return;
+  if (prologue.scale) {
+    const Vec scale = load(prologue.scale + c);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * scale; });
+  }
+  unroll<N>([&](auto i) __attribute__((always_inline)) {
+    T* at = b.dx + i * p.shape.c + c;
+    if (lanes == kLanes) {
+      store(at, d[i]);
+    } else {
+      store_first(at, d[i], lanes);
+    }
+  });
+}
+
+/// Stride and dilation 1: kPixels inputs see kPixels + kS - 1 columns of dz, each loaded once a filter row. kBorder:
+/// columns outside dz are skipped, and the last vector of channels may be incomplete.
+template <class T, int kS, int kPixels, bool kDx, bool kDw, bool kBorder>
+void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
+  constexpr int kColumns = kPixels + kS - 1;
+  static_assert(kColumns >= kPixels);
+  const DepthwiseShape& shape = p.shape;
+  const int64_t dz_step = shape.c * shape.multiplier;
+  const int64_t column = b.column + shape.geometry.pad_left - (kS - 1);
+  const int64_t first = std::max<int64_t>(-column, 0);
+  const int64_t last = std::min<int64_t>(shape.q - column, kColumns);
+  const int64_t top = b.h + shape.geometry.pad_top;
+  const int64_t r_begin = std::max<int64_t>(top - shape.p + 1, 0);
+  const int64_t r_end = std::min<int64_t>(top + 1, shape.r);
+  for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
+    const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
+    Vec x[kPixels];
+    if constexpr (kDw) {
+      load_prologue(p, b.x, c, lanes, x);
+      activate(x, p.prologue.activation, p.prologue.alpha);
+    }
+    Vec dx[kPixels] = {};
+    for (int64_t i = 0; i < shape.multiplier; ++i) {
+      for (int64_t r = r_begin; r < r_end; ++r) {
+        const int64_t tap = (i * shape.r + r) * kS;
+        const float* w_row = p.w + tap * p.c_pad + c;
+        float* dw_row = b.dw + tap * b.sum_stride + c;
+        const T* row = b.dz + ((top - r) * shape.q + column) * dz_step + i * shape.c + c;
+        Vec w[kS];
+        Vec dw[kS] = {};
+        unroll<kS>([&](auto s) __attribute__((always_inline)) {
+          if constexpr (kDx) w[s] = load(w_row + s * p.c_pad);
+        });
+        unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
+          if (kBorder && (j < first || j >= last)) return;
+          const T* at = row + j * dz_step;
+          const Vec d = kBorder ? load_first(at, lanes) : load(at);
+          unroll<kS>([&](auto s) __attribute__((always_inline)) {
+            constexpr int pixel = j() - (kS - 1) + s();
+            if constexpr (pixel >= 0 && pixel < kPixels) {
+              if constexpr (kDx) dx[pixel] = fma(d, w[s], dx[pixel]);
+              if constexpr (kDw) dw[s] = fma(d, x[pixel], dw[s]);
+            }
+          });
+        });
+        if constexpr (kDw) {
+          unroll<kS>([&](auto s) __attribute__((always_inline)) { add_to(dw_row + s * b.sum_stride, dw[s]); });
+        }
+      }
+    }
+    if constexpr (kDx) finish_pixels(p, b, c, lanes, dx);
+  }
+}
+
+/// An output that one input pixel takes part in.
+struct Tap {
+  int64_t dz;   // offset of its channel 0 from the picture's
+  int64_t tap;  // r * S + s
+};
+
+/// Any stride and dilation, one pixel.
+template <class T, bool kDx, bool kDw>
+void general_input_pixel(const DepthwiseBprop& p, const InputBlock<T>& b, const std::vector<Tap>& taps) {
+  const DepthwiseShape& shape = p.shape;
+  for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, b.c_end - c);
+    Vec x[1];
+    if constexpr (kDw) {
+      load_prologue(p, b.x, c, lanes, x);
+      activate(x, p.prologue.activation, p.prologue.alpha);
+    }
+    Vec dx[1] = {};
+    for (int64_t i = 0; i < shape.multiplier; ++i) {
+      for (const Tap& t : taps) {
+        const int64_t tap = i * shape.taps() + t.tap;
+        const Vec d = load_first(b.dz + t.dz + i * shape.c + c, lanes);
+        if constexpr (kDx) dx[0] = fma(d, load(p.w + tap * p.c_pad + c), dx[0]);
+        if constexpr (kDw) add_to(b.dw + tap * b.sum_stride + c, d * x[0]);
+      }
+    }
+    if constexpr (kDx) finish_pixels(p, b, c, lanes, dx);
+  }
+}
+
+/// The outputs whose window holds input (h, w).
+inline void find_taps(const DepthwiseShape& shape, int64_t h, int64_t w, std::vector<Tap>& taps) {
+  const Geometry& g = shape.geometry;
+  taps.clear();
+  for (int64_t r = 0; r < shape.r; ++r) {
+    const int64_t from_top = h + g.pad_top - r * g.dilation_h;
+    if (from_top < 0 || from_top % g.stride_h != 0 || from_top / g.stride_h >= shape.p) continue;
+    for (int64_t s = 0; s < shape.s; ++s) {
+      const int64_t from_left = w + g.pad_left - s * g.dilation_w;
+      if (from_left < 0 || from_left % g.stride_w != 0 || from_left / g.stride_w >= shape.q) continue;
+      const int64_t pixel = from_top / g.stride_h * shape.q + from_left / g.stride_w;
+      taps.push_back({pixel * shape.c * shape.multiplier, r * shape.s + s});
+    }
+  }
+}
+
+template <class T, int kS, int kPixels, bool kDx, bool kDw>
+void sliding_input(const DepthwiseBprop& p, InputBlock<T> b, bool border) {
+  if (!border) {
+    const int64_t c_end = b.c_end;
+    b.c_end -= (b.c_end - b.c_begin) % kLanes;
+    if (b.c_begin < b.c_end) sliding_input_block<T, kS, kPixels, kDx, kDw, false>(p, b);
+    b.c_begin = b.c_end;
+    b.c_end = c_end;
+  }
+  if (b.c_begin < b.c_end) sliding_input_block<T, kS, kPixels, kDx, kDw, true>(p, b);
+}
+
+/// kS = 0: any filter, stride and dilation.
+template <class T, int kS, bool kDx, bool kDw>
+void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, UnitSums& dw, UnitSums& daffine) {
+  const DepthwiseShape& shape = p.shape;
+  std::vector<Tap> taps;
+  int64_t summed = 0;
+  const auto count_pixels = [&](int64_t count) {
+    summed += count;
+    if (summed < kPixelsPerFlush) return;
+    dw.flush();
+    daffine.flush();
+    summed = 0;
+  };
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    InputBlock<T> b = unit;
+    b.h = row % shape.h;
+    b.dz = static_cast<const T*>(p.dz) + row / shape.h * shape.p * shape.q * shape.c * shape.multiplier;
+    for (int64_t w = 0; w < shape.w;) {
+      b.column = w;
+      b.x = static_cast<const T*>(p.x) + (row * shape.w + w) * shape.c;
+      b.dx = p.dx ? static_cast<T*>(p.dx) + (row * shape.w + w) * shape.c : nullptr;
+      if constexpr (kS == 0) {
+        find_taps(shape, b.h, w, taps);
+        general_input_pixel<T, kDx, kDw>(p, b, taps);
+        count_pixels(1);
+        ++w;
+      } else {
+        const auto take = [&](auto count) __attribute__((always_inline)) {
+          const int64_t column = w + shape.geometry.pad_left - (kS - 1);
+          const bool border = column < 0 || column + count + kS - 1 > shape.q;
+          sliding_input<T, kS, count(), kDx, kDw>(p, b, border);
+          count_pixels(count);
+          w += count;
+        };
+        if (kLanes == 16 && shape.w - w >= 8) {
+          take(std::integral_constant<int, 8>{});
+        } else if (shape.w - w >= 4) {
+          take(std::integral_constant<int, 4>{});
+        } else if (shape.w - w >= 2) {
+          take(std::integral_constant<int, 2>{});
+        } else {
+          take(std::integral_constant<int, 1>{});
+        }
+      }
+    }
+  }
+  count_pixels(kPixelsPerFlush);
+}
+
+template <class T, int kS>
+void run_wanted(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, UnitSums& dw, UnitSums& daffine) {
+  if (p.through_x() && p.dw) return run_rows<T, kS, true, true>(p, rows, unit, dw, daffine);
+  if (p.through_x()) return run_rows<T, kS, true, false>(p, rows, unit, dw, daffine);
+  return run_rows<T, kS, false, true>(p, rows, unit, dw, daffine);
+}
+
+}  // namespace detail
+
+/// Unit `unit` of p.plan: its rows and channels of dx, and its own slice of the partial sums.
+template <class T>
+void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
+  const DepthwiseShape& shape = p.shape;
+  const Geometry& g = shape.geometry;
+  const int64_t group = unit / p.plan.channel_groups;
+  const int64_t c_begin = unit % p.plan.channel_groups * p.plan.group_channels;
+  const int64_t c_end = std::min(c_begin + p.plan.group_channels, shape.c);
+  const int64_t taps = shape.taps() * shape.multiplier;
+  const Range rows{group * p.plan.group_rows, std::min((group + 1) * p.plan.group_rows, shape.n * shape.h)};
+
+  const Range channels{c_begin, c_end};
+  detail::UnitSums dw(p.dw ? p.dw + group * taps * p.c_pad : nullptr, taps, p.c_pad, channels);
+  detail::UnitSums daffine(p.daffine ? p.daffine + group * 2 * p.c_pad : nullptr, 2, p.c_pad, channels);
+  detail::InputBlock<T> b{};
+  b.c_begin = c_begin;
+  b.c_end = c_end;
+  b.dw = dw.channel_zero();
+  b.daffine = daffine.channel_zero();
+  b.sum_stride = dw.stride();
+
+  const bool slides = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  if (slides && shape.s == 3) return detail::run_wanted<T, 3>(p, rows, b, dw, daffine);
+  if (slides && shape.s == 5) return detail::run_wanted<T, 5>(p, rows, b, dw, daffine);
+  if (slides && shape.s == 7) return detail::run_wanted<T, 7>(p, rows, b, dw, daffine);
+  return detail::run_wanted<T, 0>(p, rows, b, dw, daffine);
+}
+
+/// sums [count, c_pad] = the partial sums [groups, count, c_pad] of all row groups for channels [begin, end), added in
+/// the order of the groups.
+inline void reduce_partials(const double* partials, int64_t groups, int64_t count, int64_t c_pad, Range channels,
+                            double* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    double* sum = sums + i * c_pad;
+    std::fill(sum + channels.begin, sum + channels.end, 0.0);
+    for (int64_t group = 0; group < groups; ++group) {
+      const double* part = partials + (group * count + i) * c_pad;
+      for (int64_t c = channels.begin; c < channels.end; ++c) sum[c] += part[c];
+    }
+  }
+}
+
+}  // namespace xsep::cpu

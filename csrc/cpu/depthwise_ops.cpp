@@ -1,0 +1,149 @@
+// The operators xsep::cpu_depthwise_fprop and xsep::cpu_depthwise_bprop.
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "glue.h"
+
+namespace xsep::cpu {
+namespace {
+
+Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
+                       const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+  const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
+  TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
+  const int64_t c_mid = shape.c * shape.multiplier;
+  Tensor y = empty_nhwc(shape.n, c_mid, shape.p, shape.q, x);
+  if (shape.n == 0) return y;
+  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
+  const AffineBuffers epilogue(scale_e, shift_e, shape.c, shape.multiplier, inputs.params.c_pad, activations[1],
+                               alphas[1]);
+  inputs.params.output = epilogue.affine();
+  const CpuDepthwisePlan plan = plan_cpu_depthwise(shape, at::get_num_threads());
+
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t pixel_bytes = c_mid * y.element_size();
+  const int64_t scratch_floats = shape.multiplier == 1 ? 0 : plan.run_pixels * c_mid;
+  const Tensor scratch = empty_bytes(scratch_floats * at::get_num_threads() * static_cast<int64_t>(sizeof(float)));
+  at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+    float* passes = static_cast<float*>(scratch.mutable_data_ptr()) + at::get_thread_num() * scratch_floats;
+    for (int64_t task = begin; task < end; ++task) {
+      const Range pixels{task * plan.run_pixels, std::min((task + 1) * plan.run_pixels, shape.pixels_out())};
+      char* to = out + pixels.begin * pixel_bytes;
+      with_storage(inputs.dtype(), [&](auto t) {
+        using T = decltype(t);
+        if (shape.multiplier == 1) {
+          return depthwise_fprop_run<T>(inputs.params, 0, pixels, {to, c_mid, storage_of(y.scalar_type())});
+        }
+        for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
+          depthwise_fprop_run<T>(inputs.params, pass, pixels, {passes + pass * shape.c, c_mid, Storage::kFloat});
+        }
+      });
+      if (shape.multiplier == 1) continue;
+      with_storage(y.scalar_type(), [&](auto t) {
+        interleave_passes(passes, pixels.end - pixels.begin, shape.c, shape.multiplier,
+                          reinterpret_cast<decltype(t)*>(to));
+      });
+    }
+  });
+  return y;
+}
+
+/// [N, C * m, P, Q] -> the same values as NHWC with each pixel's channels in the order of passes.
+Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
+  const Tensor rows = nhwc(dz);
+  if (s.multiplier == 1) return rows;
+  return rows.permute({0, 2, 3, 1}).reshape({s.n, s.p, s.q, s.c, s.multiplier}).transpose(3, 4).contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
+                                                           const OptionalTensor& scale_p, const OptionalTensor& shift_p,
+                                                           at::IntArrayRef geometry, int64_t activation, double alpha,
+                                                           std::array<bool, 4> wanted) {
+  const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
+  const int64_t c_mid = shape.c * shape.multiplier;
+  check_input(dz, x.scalar_type(), 4, "dz");
+  TORCH_CHECK(dz.size(0) == shape.n && dz.size(1) == c_mid && dz.size(2) == shape.p && dz.size(3) == shape.q,
+              "dz must be ", at::IntArrayRef({shape.n, c_mid, shape.p, shape.q}), ", but is ", dz.sizes());
+  const auto floats = at::TensorOptions().dtype(at::kFloat);
+  const auto doubles = at::TensorOptions().dtype(at::kDouble);
+  const bool affine_wanted = wanted[2] || wanted[3];
+  Tensor dx = wanted[0] ? empty_nhwc(shape.n, shape.c, shape.h, shape.w, x) : at::empty({0}, x.options());
+  Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options());
+  Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);
+  Tensor dshift = at::empty({wanted[3] ? shape.c : 0}, floats);
+  if (shape.n == 0) return {dx, dw.zero_(), dscale.zero_(), dshift.zero_()};
+
+  DepthwiseBprop p{};
+  p.shape = shape;
+  p.plan = plan_cpu_backward(shape);
+  p.c_pad = round_up(shape.c, kChannelPad);
+  const Tensor x_rows = nhwc(x);
+  const Tensor dz_rows = in_pass_order(dz, shape);
+  const Tensor w = packed_depthwise(w_dw, shape, p.c_pad);
+  const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, p.c_pad, activation, alpha);
+  const int64_t taps = shape.multiplier * shape.taps();
+  Tensor dw_partial, daffine_partial;
+  p.x = x_rows.const_data_ptr();
+  p.dz = dz_rows.const_data_ptr();
+  p.w = w.const_data_ptr<float>();
+  p.prologue = prologue.affine();
+  if (wanted[0]) p.dx = dx.mutable_data_ptr();
+  if (wanted[1]) {
+    dw_partial = at::empty({p.plan.row_groups, taps, p.c_pad}, doubles);
+    p.dw = dw_partial.mutable_data_ptr<double>();
+  }
+  if (affine_wanted) {
+    daffine_partial = at::empty({p.plan.row_groups, 2, p.c_pad}, doubles);
+    p.daffine = daffine_partial.mutable_data_ptr<double>();
+  }
+  if (!p.through_x() && !p.dw) return {dx, dw, dscale, dshift};
+  at::parallel_for(0, p.plan.units(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      with_storage(x.scalar_type(), [&](auto t) { depthwise_bprop_unit<decltype(t)>(p, unit); });
+    }
+  });
+
+  const Tensor sums = at::empty({std::max<int64_t>(taps, 2), p.c_pad}, doubles);
+  double* sum = sums.mutable_data_ptr<double>();
+  if (p.dw) {
+    at::parallel_for(0, ceil_div(shape.c, 64), 1, [&](int64_t begin, int64_t end) {
+      const Range channels{begin * 64, std::min(end * 64, shape.c)};
+      reduce_partials(p.dw, p.plan.row_groups, taps, p.c_pad, channels, sum);
+      with_storage(dw.scalar_type(), [&](auto t) {
+        using T = decltype(t);
+        unpack_depthwise(sum, channels, shape.multiplier, shape.taps(), p.c_pad,
+                         static_cast<T*>(dw.mutable_data_ptr()));
+      });
+    });
+  }
+  if (p.daffine) {
+    reduce_partials(p.daffine, p.plan.row_groups, 2, p.c_pad, {0, shape.c}, sum);
+    for (int64_t i : {0, 1}) {
+      if (!wanted[2 + i]) continue;
+      float* out = (i == 0 ? dscale : dshift).mutable_data_ptr<float>();
+      std::copy(sum + i * p.c_pad, sum + i * p.c_pad + shape.c, out);
+    }
+  }
+  return {dx, dw, dscale, dshift};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(xsep, m) {
+  m.def(
+      "cpu_depthwise_fprop(Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
+      "int[] geometry, int[] activations, float[] alphas) -> Tensor");
+  m.def(
+      "cpu_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
+      "int activation, float alpha, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(xsep, CPU, m) {
+  m.impl("cpu_depthwise_fprop", &depthwise_fprop);
+  m.impl("cpu_depthwise_bprop", &depthwise_bprop);
+}
+
+}  // namespace xsep::cpu

@@ -1,0 +1,186 @@
+// Between torch's tensors and the kernels, which know nothing of torch: checks of what memory safety rests on, layouts,
+// and parameters in the kernels' order.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+#include <optional>
+
+#include "kernels.h"
+
+namespace xsep::cpu {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// f(T{}) with the kernels' name of a dtype.
+template <class F>
+void with_storage(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float{});
+    case at::kBFloat16:
+      return f(BFloat16{});
+    case at::kHalf:
+      return f(Half{});
+    default:
+      TORCH_CHECK_TYPE(false, "xsep's CPU kernels take float32, bfloat16 and float16, not ", dtype);
+  }
+}
+
+inline Tensor nhwc(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
+  return at::empty({n, c, h, w}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+inline Tensor zeros_float(at::IntArrayRef sizes) { return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat)); }
+
+inline Tensor empty_bytes(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
+
+inline void check_input(const Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
+  TORCH_CHECK(t.dim() == dim && t.is_cpu() && t.scalar_type() == dtype, name, " must be a ", dim, "-d CPU tensor of ",
+              dtype, ", but is ", t.dim(), "-d on ", t.device(), " of ", t.scalar_type());
+}
+
+/// x [N, C, H, W], w_dw [C * multiplier, 1, R, S]
+inline DepthwiseShape checked_shape(const Tensor& x, const Tensor& w_dw, at::IntArrayRef geometry) {
+  check_input(x, x.scalar_type(), 4, "x");
+  check_input(w_dw, x.scalar_type(), 4, "w_dw");
+  TORCH_CHECK(geometry.size() == 8, "geometry must have 8 numbers, but has ", geometry.size());
+  for (int i : {0, 1, 6, 7}) TORCH_CHECK(geometry[i] > 0, "stride and dilation must be positive: ", geometry);
+  const Geometry g{geometry[0], geometry[1], geometry[2], geometry[3],
+                   geometry[4], geometry[5], geometry[6], geometry[7]};
+  DepthwiseShape s{};
+  s.n = x.size(0);
+  s.c = x.size(1);
+  s.h = x.size(2);
+  s.w = x.size(3);
+  s.r = w_dw.size(2);
+  s.s = w_dw.size(3);
+  s.geometry = g;
+  s.set_output_size();
+  TORCH_CHECK(s.c > 0 && w_dw.size(0) > 0 && w_dw.size(0) % s.c == 0 && w_dw.size(1) == 1,
+              "w_dw must be [C_in * m, 1, R, S] for an x of ", s.c, " channels, but is ", w_dw.sizes());
+  TORCH_CHECK(s.r > 0 && s.s > 0 && s.p > 0 && s.q > 0, "the filter does not fit: output would be ", s.p, " by ", s.q);
+  s.multiplier = w_dw.size(0) / s.c;
+  return s;
+}
+
+/// Per-channel parameters as the kernels want them: float, padded, in the order of passes. Holds the memory.
+class AffineBuffers {
+ public:
+  /// scale, shift [c * multiplier] or none -> [multiplier, padded]
+  AffineBuffers(const OptionalTensor& scale, const OptionalTensor& shift, int64_t c, int64_t multiplier, int64_t padded,
+                int64_t activation, double alpha) {
+    TORCH_CHECK(activation >= 0 && activation < kActivations, "unknown activation code ", activation);
+    affine_.scale = fill(scale, c, multiplier, padded, scale_);
+    affine_.shift = fill(shift, c, multiplier, padded, shift_);
+    affine_.activation = static_cast<Activation>(activation);
+    affine_.alpha = static_cast<float>(alpha);
+  }
+  const ChannelAffine& affine() const { return affine_; }
+
+ private:
+  static const float* fill(const OptionalTensor& v, int64_t c, int64_t multiplier, int64_t padded, Tensor& to) {
+    if (!v) return nullptr;
+    TORCH_CHECK(v->is_cpu() && v->numel() == c * multiplier, "expected ", c * multiplier,
+                " values a channel vector on the CPU, got ", v->sizes(), " on ", v->device());
+    const Tensor from = v->to(at::kFloat).contiguous();
+    const float* in = from.const_data_ptr<float>();
+    to = zeros_float({multiplier, padded});
+    float* out = to.mutable_data_ptr<float>();
+    for (int64_t j = 0; j < c * multiplier; ++j) out[pass_order(j, multiplier, padded)] = in[j];
+    return out;
+  }
+
+  ChannelAffine affine_;
+  Tensor scale_, shift_;
+};
+
+inline Tensor packed_depthwise(const Tensor& w_dw, const DepthwiseShape& shape, int64_t c_pad) {
+  Tensor packed = zeros_float({shape.multiplier, shape.taps(), c_pad});
+  const Tensor w = w_dw.contiguous();
+  with_storage(w.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    pack_depthwise(static_cast<const T*>(w.const_data_ptr()), shape.c, shape.multiplier, shape.taps(), c_pad,
+                   packed.mutable_data_ptr<float>());
+  });
+  return packed;
+}
+
+/// x, weights and prologue of a depthwise forward, ready for the kernels. Holds the memory.
+class DepthwiseInputs {
+ public:
+  DepthwiseInputs(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p, const OptionalTensor& shift_p,
+                  int64_t activation, double alpha, const DepthwiseShape& shape)
+      : params{},
+        x_(nhwc(x)),
+        c_pad_(round_up(shape.c, kChannelPad)),
+        w_(packed_depthwise(w_dw, shape, c_pad_)),
+        prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha) {
+    params.shape = shape;
+    params.c_pad = c_pad_;
+    params.w = w_.const_data_ptr<float>();
+    const ChannelAffine& a = prologue_.affine();
+    if (a.is_identity()) {
+      params.prologue = Prologue::kNone;
+    } else if (a.activation == Activation::kIdentity || a.activation == Activation::kRelu ||
+               a.activation == Activation::kRelu6) {
+      clamp(a);
+    } else {
+      apply_beforehand(a);
+    }
+    params.x = x_.const_data_ptr();
+  }
+
+  /// Of params.x: float where the prologue was applied beforehand.
+  at::ScalarType dtype() const { return x_.scalar_type(); }
+
+  DepthwiseFprop params;
+
+ private:
+  void clamp(const ChannelAffine& a) {
+    constants_ = zeros_float({2, c_pad_});
+    constants_.select(0, 0).fill_(1.0);
+    params.prologue = Prologue::kClampedAffine;
+    params.scale_p = a.scale ? a.scale : constants_.const_data_ptr<float>();
+    params.shift_p = a.shift ? a.shift : constants_.const_data_ptr<float>() + c_pad_;
+    params.low = a.activation == Activation::kIdentity ? -kInfinity : 0.0f;
+    params.high = a.activation == Activation::kRelu6 ? 6.0f : kInfinity;
+  }
+
+  void apply_beforehand(const ChannelAffine& a) {
+    const DepthwiseShape& s = params.shape;
+    const Tensor applied = empty_nhwc(s.n, s.c, s.h, s.w, zeros_float({0}));
+    float* out = applied.mutable_data_ptr<float>();
+    with_storage(x_.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      const T* in = static_cast<const T*>(x_.const_data_ptr());
+      at::parallel_for(0, s.pixels_in(), std::max<int64_t>(4096 / s.c, 1),
+                       [&](int64_t begin, int64_t end) { apply_prologue(in, {begin, end}, s.c, a, out); });
+    });
+    params.prologue = Prologue::kNone;
+    x_ = applied;
+  }
+
+  Tensor x_;
+  int64_t c_pad_;
+  Tensor w_;
+  AffineBuffers prologue_;
+  Tensor constants_;  // [2, c_pad]: ones, zeros
+};
+
+inline Storage storage_of(at::ScalarType dtype) {
+  Storage storage{};
+  with_storage(dtype, [&](auto t) { storage = xsep::cpu::storage_of<decltype(t)>(); });
+  return storage;
+}
+
+}  // namespace xsep::cpu

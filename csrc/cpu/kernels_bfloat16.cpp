@@ -1,0 +1,9 @@
+#define XSEP_CPU_INSTANCES
+#include "kernels.h"
+
+namespace xsep::cpu {
+
+XSEP_CPU_KERNELS(, BFloat16)
+template void pack_panel<BFloat16, BFloat16>(const PointwisePacking&, const BFloat16*, int64_t, BFloat16*);
+
+}  // namespace xsep::cpu

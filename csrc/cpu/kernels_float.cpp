@@ -1,0 +1,10 @@
+#define XSEP_CPU_INSTANCES
+#include "kernels.h"
+
+namespace xsep::cpu {
+
+XSEP_CPU_KERNELS(, float)
+template void separable_fprop_task<float, BFloat16>(const SeparableFprop&, int64_t, void*);
+template void separable_fprop_task<float, Half>(const SeparableFprop&, int64_t, void*);
+
+}  // namespace xsep::cpu

@@ -1,0 +1,204 @@
+// SIMD on the compiler's vector extensions: one source, as wide as the level it is compiled for.
+//
+// Storage types are float, BFloat16 and Half; arithmetic is always float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define XSEP_INLINE inline __attribute__((always_inline))
+
+namespace xsep::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+/// Floats in a vector.
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(float));
+/// Per-channel float arrays are padded to a multiple of this, so that they are read in whole vectors at every level.
+constexpr int64_t kChannelPad = 16;
+static_assert(kChannelPad % kLanes == 0);
+
+typedef float Vec __attribute__((vector_size(kVecBytes)));
+typedef int32_t VecInt __attribute__((vector_size(kVecBytes)));
+typedef uint32_t VecBits __attribute__((vector_size(kVecBytes)));
+typedef uint16_t Vec16 __attribute__((vector_size(kVecBytes / 2)));
+typedef float VecUnaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+typedef uint16_t Vec16Unaligned __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+
+/// f(integral_constant 0), ..., f(integral_constant N - 1): loops whose indices must be constants.
+template <int N, class F>
+XSEP_INLINE void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+XSEP_INLINE Vec broadcast(float v) { return v - Vec{}; }
+XSEP_INLINE VecBits broadcast_bits(uint32_t v) { return v - VecBits{}; }
+XSEP_INLINE VecBits as_bits(Vec v) { return reinterpret_cast<VecBits>(v); }
+XSEP_INLINE Vec as_float(VecBits v) { return reinterpret_cast<Vec>(v); }
+
+/// a * b + c in one rounding where the level has FMA.
+XSEP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+/// The larger, the smaller of bound and v; v where v is NaN.
+XSEP_INLINE Vec at_least(Vec v, Vec bound) { return bound > v ? bound : v; }
+XSEP_INLINE Vec at_most(Vec v, Vec bound) { return bound < v ? bound : v; }
+
+XSEP_INLINE Vec bfloat16_to_float(Vec16 v) { return as_float(__builtin_convertvector(v, VecBits) << 16); }
+
+/// Round to nearest even; NaN stays NaN.
+XSEP_INLINE Vec16 float_to_bfloat16(Vec v) {
+  const VecBits bits = as_bits(v);
+  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecBits quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet, Vec16);
+}
+
+#if defined(__AVX512F__)
+// The zeroing forms with a full mask compile to the plain ones; those would read "undefined" registers, about which
+// GCC 12 warns.
+XSEP_INLINE Vec half_to_float(Vec16 v) {
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(v)));
+}
+XSEP_INLINE Vec16 float_to_half(Vec v) {
+  return reinterpret_cast<Vec16>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__) && defined(__AVX2__)
+XSEP_INLINE Vec half_to_float(Vec16 v) { return reinterpret_cast<Vec>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(v))); }
+XSEP_INLINE Vec16 float_to_half(Vec v) {
+  return reinterpret_cast<Vec16>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+/// By integer arithmetic on the exponent; subnormals become exact through one subtraction in float.
+XSEP_INLINE Vec half_to_float(Vec16 v) {
+  constexpr uint32_t kRebias = (127u - 15u) << 23;
+  constexpr uint32_t kSmallestNormal = 1u << 23;  // half's, shifted into float's place
+  constexpr uint32_t kInfinity = 31u << 23;
+  const VecBits wide = __builtin_convertvector(v, VecBits);
+  const VecBits magnitude = (wide & 0x7fffu) << 13;
+  const VecBits normal = magnitude + kRebias;
+  const VecBits special = magnitude + 2 * kRebias;
+  const Vec one_above = as_float(magnitude + (kRebias + kSmallestNormal));
+  const VecBits subnormal = as_bits(one_above - as_float(broadcast_bits(kRebias + kSmallestNormal)));
+  const VecBits finite = magnitude < kSmallestNormal ? subnormal : normal;
+  return as_float((magnitude >= kInfinity ? special : finite) | ((wide & 0x8000u) << 16));
+}
+
+/// Round to nearest even; NaN stays NaN, what is beyond half's range becomes infinity.
+XSEP_INLINE Vec16 float_to_half(Vec v) {
+  constexpr uint32_t kRebias = (127u - 15u) << 23;
+  constexpr uint32_t kTooLarge = (127u + 16u) << 23;
+  constexpr uint32_t kSmallestNormal = (127u - 14u) << 23;
+  constexpr uint32_t kHalfUnit = (127u - 1u) << 23;  // 0.5: its last bit is half's smallest subnormal
+  const VecBits bits = as_bits(v);
+  const VecBits magnitude = bits & 0x7fffffffu;
+  const VecBits normal = (magnitude - kRebias + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const VecBits subnormal = as_bits(as_float(magnitude) + as_float(broadcast_bits(kHalfUnit))) - kHalfUnit;
+  const VecBits special = magnitude > 0x7f800000u ? broadcast_bits(0x7e00u) : broadcast_bits(0x7c00u);
+  const VecBits finite = magnitude < kSmallestNormal ? subnormal : normal;
+  return __builtin_convertvector((magnitude >= kTooLarge ? special : finite) | ((bits >> 16) & 0x8000u), Vec16);
+}
+#endif
+
+XSEP_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+XSEP_INLINE Vec load(const BFloat16* p) { return bfloat16_to_float(*reinterpret_cast<const Vec16Unaligned*>(p)); }
+XSEP_INLINE Vec load(const Half* p) { return half_to_float(*reinterpret_cast<const Vec16Unaligned*>(p)); }
+XSEP_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+XSEP_INLINE void store(BFloat16* p, Vec v) { *reinterpret_cast<Vec16Unaligned*>(p) = float_to_bfloat16(v); }
+XSEP_INLINE void store(Half* p, Vec v) { *reinterpret_cast<Vec16Unaligned*>(p) = float_to_half(v); }
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+XSEP_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+XSEP_INLINE Vec16 load_first_16(const void* p, int64_t n) {
+  return reinterpret_cast<Vec16>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(v));
+}
+
+/// The first n lanes, 1 <= n <= kLanes, zero in the others; memory beyond them is not touched.
+XSEP_INLINE Vec load_first(const float* p, int64_t n) {
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), reinterpret_cast<__m512>(v));
+}
+#else
+template <class Wide, class Element>
+XSEP_INLINE Wide load_elements(const Element* p, int64_t n) {
+  Element lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  Wide v;
+  std::memcpy(&v, lanes, sizeof(v));
+  return v;
+}
+template <class Wide, class Element>
+XSEP_INLINE void store_elements(Element* p, Wide v, int64_t n) {
+  Element lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+XSEP_INLINE Vec16 load_first_16(const void* p, int64_t n) {
+  if (n == kLanes) return *static_cast<const Vec16Unaligned*>(p);
+  return load_elements<Vec16>(static_cast<const uint16_t*>(p), n);
+}
+XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
+  if (n == kLanes) {
+    *static_cast<Vec16Unaligned*>(p) = v;
+  } else {
+    store_elements(static_cast<uint16_t*>(p), v, n);
+  }
+}
+
+/// The first n lanes, 1 <= n <= kLanes, zero in the others; memory beyond them is not touched.
+XSEP_INLINE Vec load_first(const float* p, int64_t n) { return n == kLanes ? load(p) : load_elements<Vec>(p, n); }
+XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
+  if (n == kLanes) {
+    store(p, v);
+  } else {
+    store_elements(p, v, n);
+  }
+}
+#endif
+
+XSEP_INLINE Vec load_first(const BFloat16* p, int64_t n) { return bfloat16_to_float(load_first_16(p, n)); }
+XSEP_INLINE Vec load_first(const Half* p, int64_t n) { return half_to_float(load_first_16(p, n)); }
+XSEP_INLINE void store_first(BFloat16* p, Vec v, int64_t n) { store_first_16(p, float_to_bfloat16(v), n); }
+XSEP_INLINE void store_first(Half* p, Vec v, int64_t n) { store_first_16(p, float_to_half(v), n); }
+
+/// One value to and from storage.
+template <class T>
+XSEP_INLINE float to_float(T v) {
+  return load_first(&v, 1)[0];
+}
+template <class T>
+XSEP_INLINE T from_float(float v) {
+  T out;
+  store_first(&out, broadcast(v), 1);
+  return out;
+}
+
+}  // namespace xsep::cpu

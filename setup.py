@@ -1,0 +1,142 @@
+"""Builds the compiled parts: ``xsep._C`` (planner, build info), one CPU library a level, and the CUDA library.
+
+Environment: ``MAX_JOBS`` limits the compilers run at once, ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures,
+``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found). Metadata is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import shutil
+import sys
+
+from setuptools import Extension, setup
+
+
+def find_cuda() -> str:
+    """The CUDA toolkit's folder, or nothing: where nvcc has its libraries beside it, not merely a script on PATH."""
+    on_path = os.path.dirname(os.path.dirname(shutil.which("nvcc") or ""))
+    places = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda")
+    needed = (os.path.join("bin", "nvcc"), os.path.join("lib64", "libcudart_static.a"))
+    return next((p for p in places if p and all(os.path.exists(os.path.join(p, n)) for n in needed)), "")
+
+
+CUDA = find_cuda()
+if CUDA:
+    os.environ["CUDA_HOME"] = CUDA  # read by torch.utils.cpp_extension when it is imported
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+except ImportError as error:
+    sys.exit(
+        f"xsep builds against the PyTorch you have installed, and none can be imported here ({error}). Type:\n"
+        "    pip install torch\n"
+        "    pip install ninja pybind11 'setuptools>=77'\n"
+        "    pip install --no-build-isolation ."
+    )
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+#: Architectures where TORCH_CUDA_ARCH_LIST names none: Ampere, Hopper, and PTX for what comes later.
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+CPU_LEVELS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c"],
+}
+#: Without -fopenmp, ``at::parallel_for`` silently runs one thread.
+CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+HIDDEN = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+
+
+def files(*patterns: str) -> list[str]:
+    """Paths relative to the project, as setuptools wants them, in a fixed order."""
+    found = [path for pattern in patterns for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)]
+    return sorted(os.path.relpath(path, ROOT) for path in found)
+
+
+def cpu_levels() -> dict[str, list[str]]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return CPU_LEVELS if x86 else {"default": CPU_LEVELS["default"]}
+
+
+def binding_module() -> Extension:
+    """``xsep._C``: a Python module that knows nothing of torch."""
+    import pybind11
+
+    return Extension(
+        "xsep._C",
+        files("csrc/bindings*.cpp"),
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=["-O2", "-g0", *HIDDEN, *WARNINGS, f'-DXSEP_CPU_LEVELS="{",".join(cpu_levels())}"'],
+        language="c++",
+    )
+
+
+def cpu_library(level: str, flags: list[str]) -> Extension:
+    """``xsep/_cpu_<level>.so``: the CPU operators compiled for one instruction set."""
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    system_includes = [f"-isystem{path}" for path in include_paths()]
+    return Extension(
+        f"xsep._cpu_{level}",
+        files("csrc/cpu/*.cpp"),
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu", "torch"],
+        extra_compile_args=[*system_includes, *CPU_FLAGS, *HIDDEN, *WARNINGS, abi, *flags],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+
+
+def cuda_library() -> list[Extension]:
+    """``xsep/_C_cuda.so`` on PyTorch's stable ABI, or nothing where it is not to be built."""
+    wanted = os.environ.get("XSEP_BUILD_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"XSEP_BUILD_CUDA must be 0, 1 or auto, but is {wanted!r}.")
+    sources = files("csrc/cuda/**/*.cu")
+    if wanted == "1" and not CUDA:
+        sys.exit("XSEP_BUILD_CUDA=1, but no nvcc was found: install the CUDA toolkit, or set CUDA_HOME to where it is.")
+    if wanted == "0" or not CUDA or not sources:
+        return []
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    return [
+        Extension(
+            "xsep._C_cuda",
+            sources,
+            library_dirs=[*library_paths(), os.path.join(CUDA, "lib64")],
+            extra_compile_args={"cxx": stable, "nvcc": ["-O3", "-std=c++17", *includes, *stable]},
+            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
+            language="c++",
+        )
+    ]
+
+
+class Build(BuildExtension):
+    """One folder of objects a library, since several share sources; no Python tag on what is no Python module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Not setuptools' own choice: an editable install puts objects into a folder that is then thrown away.
+        self.build_temp = os.path.join(
+            ROOT, "build", f"{sys.implementation.cache_tag}-torch{torch.__version__}", ext.name
+        )
+        super().build_extension(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        name = fullname.rpartition(".")[2]
+        if name.startswith("_cpu_") or name == "_C_cuda":
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+
+setup(
+    ext_modules=[
+        binding_module(),
+        *(cpu_library(level, flags) for level, flags in cpu_levels().items()),
+        *cuda_library(),
+    ],
+    cmdclass={"build_ext": Build},
+)

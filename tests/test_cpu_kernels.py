@@ -1,0 +1,292 @@
+"""The CPU kernels at every instruction set that this chip has: results, determinism, plans, loading.
+
+A process loads one level, so each level's cases run in a process of their own: this file, run as a module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+
+from xsep import extension, testing
+from xsep.testing import NAMES, VECTORS, Case
+
+ROOT = Path(__file__).parent.parent
+#: What oneDNN, whose GEMM the fused forward uses, may use of the chip at each level.
+ONEDNN = {"default": "SSE41", "avx2": "AVX2", "avx512": "DEFAULT"}
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _matrix() -> list[Case]:
+    cases: list[Case] = []
+
+    def add(**fields: Any) -> None:
+        """In a type, a layout and with activations that change from case to case."""
+        i = len(cases)
+        fields.setdefault("dtype", TYPES[i % 3])
+        fields.setdefault("layout", ("channels_last", "contiguous", "sliced")[i // 3 % 3])
+        fields.setdefault("activations", (NAMES[i % 3], NAMES[i % 9], NAMES[i // 2 % 9]))
+        cases.append(Case(**fields, seed=i))
+
+    for c_in in (1, 3, 7, 13, 33, 65):
+        for dtype in TYPES:
+            add(c_in=c_in, c_out=67 - c_in, dtype=dtype, n=1, h=13, w=19)
+    for size in ((1, 1), (3, 3), (5, 5), (7, 7), (3, 5), (5, 3), (2, 4)):
+        pad = (size[1] // 2, size[1] // 2, size[0] // 2, size[0] // 2)
+        for stride in ((1, 1), (2, 2), (2, 1), (3, 3)):
+            add(c_in=17, c_out=19, filter=size, stride=stride, padding=pad, h=11, w=21, vectors=("scale_p", "shift_p"))
+        add(c_in=18, c_out=3, filter=size, dilation=(2, 3), padding=(3, 2, 0, 4), h=13, w=17, bias=True)
+    for padding in ((0, 0, 0, 0), (0, 1, 2, 3), (4, 5, 6, 7)):
+        add(c_in=16, c_out=64, padding=padding, h=5, w=8)
+        add(c_in=19, c_out=129, padding=padding, h=5, w=8, op="depthwise")
+    for multiplier in (2, 3):
+        for dtype in TYPES:
+            add(c_in=17, multiplier=multiplier, c_out=65, dtype=dtype, vectors=VECTORS, bias=True)
+            add(c_in=5, multiplier=multiplier, dtype=dtype, op="depthwise", vectors=VECTORS, stride=(2, 2))
+    for name in NAMES:
+        for dtype in TYPES:
+            add(c_in=9, c_out=33, activations=(name,) * 3, vectors=VECTORS, residual=True, bias=True, dtype=dtype, w=9)
+    for dtype in TYPES:
+        add(n=0, c_in=9, c_out=5, dtype=dtype, vectors=VECTORS, residual=True)
+        add(n=3, c_in=130, c_out=131, h=5, w=5, dtype=dtype, wide_vectors=True, vectors=VECTORS)
+    return cases
+
+
+MATRIX = _matrix()
+
+
+def _run_matrix() -> dict[str, str]:
+    """What is wrong with each case, by its id; nothing where all is well."""
+    wrong = {}
+    for case in MATRIX:
+        try:
+            testing.check(case, "cpu")
+        except Exception as error:  # reported by the test of that case
+            wrong[case.id] = f"{type(error).__name__}: {error}"
+    return wrong
+
+
+def _run_bits() -> dict[str, str]:
+    """Digests of the backward's results, which must not depend on the number of threads nor on the run."""
+    import hashlib
+
+    from xsep.backends.cpu import CPU
+    from xsep.problem import RELU, SILU, Affine, Geometry
+
+    assert extension.load_cpu().reason is None
+    digests = {}
+    g = torch.Generator().manual_seed(3)
+    for c, multiplier, size, stride, h, dtype, activation in (
+        (65, 1, 3, 1, 19, torch.float32, RELU),
+        (728, 1, 3, 1, 19, torch.bfloat16, SILU),
+        (13, 2, 5, 2, 31, torch.float32, SILU),
+        (3, 1, 7, 1, 67, torch.float16, RELU),
+    ):
+        geometry = Geometry(stride, stride, *(size // 2,) * 4, 1, 1)
+        x = torch.randn(2, c, h, h, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(c * multiplier, 1, size, size, generator=g).to(dtype)
+        prologue = Affine(torch.randn(c, generator=g), torch.randn(c, generator=g), activation)
+        z = CPU.depthwise(x, w, prologue, Affine(), geometry)
+        for run in range(2):
+            gradients = CPU.depthwise_backward_kernel(z, x, w, prologue, geometry, (True,) * 4)
+            for name, value in gradients._asdict().items():
+                data = value.float().contiguous().numpy().tobytes()
+                digests[f"{name} of {c} channels, filter {size}, run {run}"] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _run_level() -> dict[str, str]:
+    return {"level": extension.load_cpu().level, "reason": extension.load_cpu().reason or ""}
+
+
+def _run_loading() -> dict[str, str]:
+    try:
+        return _run_level()
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+MODES: dict[str, Callable[[], dict[str, str]]] = {"matrix": _run_matrix, "bits": _run_bits, "loading": _run_loading}
+
+
+@cache
+def _in_a_process(mode: str, level: str, threads: int = 2, onednn: Optional[str] = None) -> dict[str, str]:
+    env = {**os.environ, "XSEP_CPU_ISA": level}
+    env["ONEDNN_MAX_CPU_ISA"] = onednn or ONEDNN.get(level, "DEFAULT")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_cpu_kernels", mode, str(threads)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _levels_here() -> list[str]:
+    module = extension.binding()
+    return [] if module is None else module.cpu_levels_here()
+
+
+def _levels() -> list[Any]:
+    return [
+        pytest.param(
+            level, marks=pytest.mark.skipif(level not in _levels_here(), reason=f"this chip or build has no {level}")
+        )
+        for level in extension.CPU_LEVELS
+    ]
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=lambda c: c.id)
+@pytest.mark.parametrize("level", _levels())
+def test_problem_at_each_level(level: str, case: Case) -> None:
+    wrong = _in_a_process("matrix", level)
+    assert case.id not in wrong, wrong[case.id]
+
+
+def test_case_ids_are_unique() -> None:
+    """Findings come back by id: two cases of one id would hide each other."""
+    assert len({case.id for case in MATRIX}) == len(MATRIX)
+
+
+def test_bfloat16_falls_back_to_a_float_gemm() -> None:
+    """A chip with AVX-512 but without its bfloat16 instructions, as far as oneDNN is told."""
+    if "avx512" not in _levels_here():
+        pytest.skip("this chip has no AVX-512")
+    wrong = _in_a_process("matrix", "avx512", onednn="AVX512_CORE")
+    assert not wrong
+
+
+@pytest.mark.parametrize("level", _levels())
+def test_backward_is_the_same_bit_for_bit_on_any_number_of_threads(level: str) -> None:
+    one, two = (_in_a_process("bits", level, threads) for threads in (1, 2))
+    assert one == two
+    for name, digest in one.items():
+        assert digest == one[name.replace("run 1", "run 0")], name
+
+
+@pytest.mark.parametrize("level", _levels())
+def test_the_level_asked_for_is_loaded(level: str) -> None:
+    assert _in_a_process("loading", level) == {"level": level, "reason": ""}
+
+
+def test_the_best_level_is_loaded_where_none_is_asked_for() -> None:
+    assert _in_a_process("loading", "")["level"] == _levels_here()[-1]
+
+
+def test_an_unknown_level_is_one_sentence() -> None:
+    assert _in_a_process("loading", "sse9") == {
+        "error": "XSEP_CPU_ISA must be one of default, avx2, avx512, got 'sse9'"
+    }
+
+
+def test_a_level_that_the_chip_lacks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OldChip:
+        cpu_levels_built = "default,avx2,avx512"
+
+        @staticmethod
+        def cpu_levels_here() -> list[str]:
+            return ["default"]
+
+    monkeypatch.setattr(extension, "_binding", lambda: (OldChip, None))
+    monkeypatch.setenv("XSEP_CPU_ISA", "avx512")
+    with pytest.raises(RuntimeError, match=r"^XSEP_CPU_ISA=avx512, but this chip only has default$"):
+        extension.cpu_level()
+    monkeypatch.delenv("XSEP_CPU_ISA")
+    assert extension.cpu_level() == "default"
+
+
+def test_without_the_extension_the_reason_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_binding", lambda: (None, "xsep's compiled extension is missing: build it"))
+    monkeypatch.delenv("XSEP_CPU_ISA", raising=False)
+    extension.load_cpu.cache_clear()
+    try:
+        assert extension.load_cpu().reason == "xsep's compiled extension is missing: build it"
+    finally:
+        extension.load_cpu.cache_clear()
+
+
+SAME = (1, 1, 1, 1, 1, 1, 1, 1)
+
+
+def _plan(x: tuple[int, ...], c_out: int, threads: int, z_bytes: int = 4, l2_bytes: int = 1 << 20) -> Any:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    return module.plan_cpu_separable(
+        x, (3, 3), 1, SAME, c_out=c_out, threads=threads, z_bytes=z_bytes, l2_bytes=l2_bytes
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("z_bytes", [2, 4])
+def test_every_thread_gets_work_at_batch_one(threads: int, z_bytes: int) -> None:
+    plan = _plan((1, 728, 19, 19), 728, threads, z_bytes)
+    assert plan.tasks >= 0.9 * threads
+    assert plan.tiles * plan.tile_pixels >= 361 > (plan.tiles - 1) * plan.tile_pixels
+    assert plan.panels == 12 and 1 <= plan.panel_groups <= plan.panels
+
+
+@pytest.mark.parametrize("l2_bytes", [256 << 10, 1 << 20, 2 << 20])
+@pytest.mark.parametrize("channels", [1, 3, 64, 728, 2048, 5000, 60000])
+def test_the_z_tile_stays_within_its_budget(channels: int, l2_bytes: int) -> None:
+    plan = _plan((4, channels, 37, 37), 100, 2, l2_bytes=l2_bytes)
+    fits = plan.tile_pixels * channels * 4 <= min(256 << 10, l2_bytes // 2)
+    assert fits or plan.tile_pixels == 1
+
+
+def test_z_is_not_made_twice_where_tiles_are_plenty() -> None:
+    assert _plan((8, 728, 37, 37), 728, 2).panel_groups == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3, 65, 728, 2048])
+@pytest.mark.parametrize("size", [1, 3, 7, 31])
+def test_backward_units_cover_the_input_once(channels: int, size: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plan = module.plan_cpu_backward((2, channels, 37, 41), (size, size), 1, (1, 1, *(size // 2,) * 4, 1, 1))
+    assert plan.row_groups * plan.group_rows >= 2 * 37 > (plan.row_groups - 1) * plan.group_rows
+    assert plan.channel_groups * plan.group_channels >= channels > (plan.channel_groups - 1) * plan.group_channels
+    assert plan.units == plan.row_groups * plan.channel_groups
+    assert plan.group_channels % 16 == 0
+
+
+def test_planning_refuses_what_cannot_be_meant() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    with pytest.raises(ValueError, match="stride and dilation must be positive"):
+        module.plan_cpu_backward((1, 1, 3, 3), (3, 3), 1, (0, 1, 1, 1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_reaches_its_window_and_nothing_else(bad: float, dtype: torch.dtype) -> None:
+    import xsep
+
+    x = torch.randn(1, 5, 7, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 2, 3, 4] = bad
+    w_dw, w_pw = torch.rand(5, 1, 3, 3).to(dtype) + 0.5, torch.rand(6, 5, 1, 1).to(dtype) + 0.5
+    for y in (
+        xsep.depthwise_conv2d(x, w_dw, padding=1, backend="cpu")[:, 2],
+        xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend="cpu").amax(1),
+    ):
+        expected = torch.ones(7, 9, dtype=torch.bool)
+        expected[2:5, 3:6] = False
+        assert torch.equal(torch.isfinite(y[0]), expected)
+    assert torch.isfinite(xsep.depthwise_conv2d(x, w_dw, padding=1, backend="cpu")[:, [0, 1, 3, 4]]).all()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(MODES[sys.argv[1]]()))

@@ -1,0 +1,91 @@
+"""The ``cpu`` backend: C++ kernels for float32, bfloat16 and float16, the fused forward among them.
+
+The kernels work on NHWC; a contiguous NCHW input is converted once, and the result converted back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..problem import Affine, Geometry, Problem, SeparableArgs, output_format
+from .base import Backend, DepthwiseGradients, with_bias
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _in_format(t: Tensor, wanted: torch.memory_format) -> Tensor:
+    """t with the values it has and exactly the strides that a new tensor of that format would have."""
+    _, c, h, w = t.shape
+    t = t.contiguous(memory_format=wanted)
+    strides = (h * w * c, 1, w * c, c) if wanted is torch.channels_last else (c * h * w, h * w, w, 1)
+    # They differ from t's where a size is 0 or 1 only: both layouts are then the same memory.
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"its kernels run on the CPU, and the tensors are on {problem.device}")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"its kernels take float32, bfloat16 and float16, not {problem.dtype}".replace("torch.", ""))
+        missing = extension.load_cpu().reason
+        if missing:
+            reasons.append(missing)
+        return reasons
+
+    def plan(self, problem: Problem) -> str:
+        module, threads = extension.binding(), torch.get_num_threads()
+        assert module is not None
+        p = problem
+        where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
+        how = f"{threads} thread{'s' if threads > 1 else ''}, {extension.load_cpu().level}"
+        if not p.channels_last:
+            how += ", x and y converted to and from NHWC"
+        if p.op == "depthwise":
+            staged = module.plan_cpu_depthwise(*where, threads=threads)
+            return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
+        paired = p.dtype == torch.bfloat16 and torch.ops.xsep.cpu_has_bfloat16_gemm()
+        fused = module.plan_cpu_separable(*where, c_out=p.c_out, threads=threads, z_bytes=2 if paired else 4)
+        groups = f" in {fused.panel_groups} groups, z made anew for each" if fused.panel_groups > 1 else ""
+        return (
+            f"fused, {fused.tasks} tasks of {fused.tile_pixels} pixels, {fused.panels} panels of 64 channels{groups}, "
+            f"{'bfloat16' if paired else 'float32'} GEMM, {how}"
+        )
+
+    def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+        y = torch.ops.xsep.cpu_depthwise_fprop(
+            x, w_dw, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift,
+            geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha),
+        )  # fmt: skip
+        return _in_format(y, output_format(x, w_dw))
+
+    def depthwise_backward_kernel(
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, prologue: Affine, geometry: Geometry, wanted: Sequence[bool]
+    ) -> DepthwiseGradients:
+        dx, dw_dw, dscale, dshift = torch.ops.xsep.cpu_depthwise_bprop(
+            dz, x, w_dw, prologue.scale, prologue.shift, geometry, prologue.activation, prologue.alpha, wanted
+        )
+        return DepthwiseGradients(
+            _in_format(dx, output_format(x, w_dw)) if wanted[0] else None,
+            dw_dw if wanted[1] else None,
+            dscale if wanted[2] else None,
+            dshift if wanted[3] else None,
+        )
+
+    def separable_forward(self, a: SeparableArgs) -> Tensor:
+        prologue, middle, epilogue = a.prologue, a.middle, with_bias(a.epilogue, a.bias)
+        y = torch.ops.xsep.cpu_separable_fprop(
+            a.x, a.w_dw, a.w_pw, a.residual, prologue.scale, prologue.shift, middle.scale, middle.shift,
+            epilogue.scale, epilogue.shift, a.geometry, a.activations, a.alphas,
+        )  # fmt: skip
+        return _in_format(y, output_format(a.x, a.w_dw, a.w_pw))
+
+
+CPU = CpuBackend()
