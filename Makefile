@@ -8,12 +8,13 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real bench bench-quick bench-memory lint format clean help
+.PHONY: all build test test-nightly test-real bench bench-quick bench-xception bench-memory lint format clean help
 
 help:
 	@echo "make test          build, then run the tests"
 	@echo "make bench         build, then Xception's separable convolutions on a photograph, against PyTorch"
 	@echo "make bench-quick   the same within a minute or so"
+	@echo "make bench-xception training steps and pictures a second of Xception and Inception V3"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
 	@echo "make test-real     MobileNetV2's published weights on ImageNet pictures, before and after the swap (downloads)"
 	@echo "make test-nightly  the tests with their full matrices"
@@ -68,6 +69,9 @@ bench: build
 
 bench-quick: build
 	$(PY) benchmarks/bench_sepconv.py --quick $(ARGS)
+
+bench-xception: build
+	$(PY) benchmarks/bench_xception.py $(ARGS)
 
 bench-memory: build
 	$(PY) benchmarks/bench_memory.py $(ARGS)

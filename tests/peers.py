@@ -39,7 +39,8 @@ def _run_keras_peer(folder: Path) -> Path:
     """Once a session, however many test files import the fixture."""
     out = folder / "keras"
     out.mkdir()
-    script = Path(__file__).with_name("keras_peer.py")
-    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True)
+    # As a module of the checkout: a script's own folder would come first on the path, and tests/triton be triton.
+    command = [sys.executable, "-m", "tests.keras_peer", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     return out

@@ -146,7 +146,7 @@ def randomize(model: nn.Module) -> None:
 
 def twins(num_classes: int = 5, in_chans: int = 3, pool: str = "torch") -> tuple[Any, Any]:
     """The same weights in both."""
-    ours = xception(num_classes, in_chans, pool_padding=pool)
+    ours = xception(num_classes=num_classes, in_chans=in_chans, pool_padding=pool)
     randomize(ours)
     plain = PlainXception(num_classes, in_chans, pool)
     state = ours.state_dict()

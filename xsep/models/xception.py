@@ -7,158 +7,32 @@ ReLU before a separable convolution is that layer's prologue, and its number in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Optional
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional, Union
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import ChannelAffine
 from ..modules import FusedSeparableConv2d
+from ..problem import ACTIVATIONS
+from .blocks import Block, Design, FoldableBatchNorm2d, MaxPool, separable_batchnorm
+
+__all__ = ["Block", "FoldableBatchNorm2d", "MaxPool", "Xception", "xception"]
 
 #: The smallest height and width, as in the author's own implementation.
 MIN_SIZE = 71
 
-POOL_PADDINGS = ("torch", "same")
-
-
-class FoldableBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` that can lend its inference transform to the epilogue of the op before it.
-
-    While folded, ``folded_scale`` and ``folded_shift`` [C] hold ``scale * v + shift``, and the caller that applies
-    them skips this module. Training mode and loading a state dict drop them. They are no part of ``state_dict``.
-    """
-
-    folded_scale: Optional[Tensor]
-    folded_shift: Optional[Tensor]
-
-    def __init__(self, num_features: int, eps: float) -> None:
-        super().__init__(num_features, eps=eps)
-        self.unfold()
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Takes the transform from the parameters and statistics as they are now, in float32 at least."""
-        if self.training:
-            raise RuntimeError("a BatchNorm is folded for inference only; call eval() first")
-        assert self.running_mean is not None and self.running_var is not None
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
-        scale = self.weight.to(wide) * torch.rsqrt(self.running_var.to(wide) + self.eps)
-        self.register_buffer("folded_scale", scale, persistent=False)
-        self.register_buffer("folded_shift", self.bias.to(wide) - self.running_mean.to(wide) * scale, persistent=False)
-
-    def unfold(self) -> None:
-        self.register_buffer("folded_scale", None, persistent=False)
-        self.register_buffer("folded_shift", None, persistent=False)
-
-    def train(self, mode: bool = True) -> FoldableBatchNorm2d:
-        if mode:
-            self.unfold()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def separable_batchnorm(
-    conv: FusedSeparableConv2d,
-    bn: nn.Module,
-    x: Tensor,
-    *,
-    activation: Optional[str] = None,
-    residual: Optional[Tensor] = None,
-) -> Tensor:
-    """``act(bn(conv(x)) + residual)``, as one op where ``bn`` is folded; activation is None or "relu"."""
-    if isinstance(bn, FoldableBatchNorm2d) and bn.folded_scale is not None:
-        return conv(x, epilogue=ChannelAffine(bn.folded_scale, bn.folded_shift, activation), residual=residual)
-    y = bn(conv(x))
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if activation == "relu" else y
-
-
-class MaxPool(nn.Module):
-    """3x3 max-pool of stride 2: ceil(H / 2) by ceil(W / 2).
-
-    ``"torch"`` pads by one on every side; ``"same"`` as TensorFlow does, at the far end only where the size is even.
-    """
-
-    def __init__(self, padding: str) -> None:
-        super().__init__()
-        self.padding = padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.padding == "torch":
-            return F.max_pool2d(x, 3, 2, 1)
-        # With an even size and no padding, ceil_mode lets the last window hang over the far end by one.
-        return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
-
-    def extra_repr(self) -> str:
-        return f"kernel_size=3, stride=2, padding={self.padding!r}"
-
-
-class Block(nn.Module):
-    """``reps`` times (ReLU, separable convolution, BatchNorm) beside a residual.
-
-    Where channels and size stay, the residual is the input itself, from before its ReLU; else a strided 1x1
-    convolution with BatchNorm, and the main path ends in a max-pool.
-
-    Args:
-        c_in: channels of the input.
-        c_out: channels of the output.
-        reps: how many separable convolutions.
-        stride: 1 or 2.
-        bn_eps: of every BatchNorm.
-        pool_padding: of the max-pool, "torch" or "same".
-        backend: of the separable convolutions.
-        start_with_relu: whether a ReLU precedes the first of them.
-        grow_first: whether the first of them, not the last, goes from c_in to c_out channels.
-    """
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        reps: int,
-        stride: int,
-        *,
-        bn_eps: float,
-        pool_padding: str,
-        backend: Optional[str],
-        start_with_relu: bool = True,
-        grow_first: bool = True,
-    ) -> None:
-        super().__init__()
-        self.rep = nn.ModuleDict()
-        first = 1 if start_with_relu else 0
-        for i in range(reps):
-            inner = c_out if grow_first else c_in
-            before = c_in if i == 0 else inner
-            after = c_out if i == reps - 1 else inner
-            relu = start_with_relu or i > 0
-            self.rep[str(3 * i + first)] = _separable(before, after, backend, relu)
-            self.rep[str(3 * i + first + 1)] = FoldableBatchNorm2d(after, bn_eps)
-        self.skip: Optional[nn.Conv2d] = None
-        if c_out != c_in or stride != 1:
-            self.skip = nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
-            self.skipbn = nn.BatchNorm2d(c_out, eps=bn_eps)
-        self.pool = MaxPool(pool_padding) if stride != 1 else nn.Identity()
-
-    def pairs(self) -> list[tuple[Any, Any]]:
-        """The separable convolutions, each with the BatchNorm after it, in order."""
-        layers = list(self.rep.values())
-        return [(layers[i], layers[i + 1]) for i in range(0, len(layers), 2)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        *before, (last_conv, last_bn) = self.pairs()
-        y = x
-        for conv, bn in before:
-            y = separable_batchnorm(conv, bn, y)
-        if self.skip is None:
-            return separable_batchnorm(last_conv, last_bn, y, residual=x)
-        return self.pool(separable_batchnorm(last_conv, last_bn, y)) + self.skipbn(self.skip(x))
+#: What each option may be; the segments are those that divide all of the widths.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "pool_padding": ("torch", "same"),
+    "global_pool": ("avg", "max"),
+    "middle_activation": (None, *ACTIVATIONS[1:]),
+    "order": ("depthwise_first", "pointwise_first"),
+    "segments": (None, 1, 2, 4, 8),
+    "output_stride": (8, 16, 32),
+}
 
 
 class Xception(nn.Module):
@@ -172,6 +46,14 @@ class Xception(nn.Module):
         bn_eps: float = 1e-5,
         pool_padding: str = "torch",
         backend: Optional[str] = None,
+        *,
+        global_pool: str = "avg",
+        fc_layers: Sequence[int] = (),
+        middle_activation: Optional[str] = None,
+        residual: bool = True,
+        order: str = "depthwise_first",
+        segments: Optional[int] = None,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
         if num_classes < 0:
@@ -182,11 +64,20 @@ class Xception(nn.Module):
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
         if bn_eps <= 0.0:
             raise ValueError(f"bn_eps must be positive, got {bn_eps!r}")
-        if pool_padding not in POOL_PADDINGS:
-            raise ValueError(f"pool_padding must be one of {', '.join(POOL_PADDINGS)}, got {pool_padding!r}")
+        if any(width < 1 for width in fc_layers):
+            raise ValueError(f"fc_layers must be widths of at least 1, got {fc_layers!r}")
+        chosen = {
+            "pool_padding": pool_padding, "global_pool": global_pool, "middle_activation": middle_activation,
+            "order": order, "segments": segments, "output_stride": output_stride,
+        }  # fmt: skip
+        for name, value in chosen.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[name]))}, got {value!r}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.global_pool = global_pool
+        self.output_stride = output_stride
         self.num_features = 2048
 
         self.conv1 = nn.Conv2d(in_chans, 32, 3, stride=2, bias=False)
@@ -194,34 +85,46 @@ class Xception(nn.Module):
         self.conv2 = nn.Conv2d(32, 64, 3, bias=False)
         self.bn2 = nn.BatchNorm2d(64, eps=bn_eps)
 
-        def block(c_in: int, c_out: int, reps: int, stride: int, **kwargs: bool) -> Block:
-            return Block(c_in, c_out, reps, stride, bn_eps=bn_eps, pool_padding=pool_padding, backend=backend, **kwargs)
-
-        self.block1 = block(64, 128, 2, 2, start_with_relu=False)
-        self.block2 = block(128, 256, 2, 2)
-        self.block3 = block(256, 728, 2, 2)
+        design = Design(bn_eps, pool_padding, middle_activation, residual, order, segments, backend)
+        self.block1: nn.Module
+        self.block2: nn.Module
+        stride, dilation = 2, 1
+        for i, (c_in, c_out, reps) in enumerate(((64, 128, 2), (128, 256, 2), (256, 728, 2)), 1):
+            strided = stride < output_stride
+            pool = MaxPool(pool_padding, 2) if strided else MaxPool(pool_padding, 1, dilation)
+            block = Block(c_in, c_out, reps, design, pool=pool, dilation=dilation, start_with_relu=i > 1)
+            setattr(self, f"block{i}", block)
+            stride, dilation = (2 * stride, dilation) if strided else (stride, 2 * dilation)
         for i in range(4, 12):
-            self.add_module(f"block{i}", block(728, 728, 3, 1))
-        self.block12 = block(728, 1024, 2, 2, grow_first=False)
+            self.add_module(f"block{i}", Block(728, 728, 3, design, dilation=dilation))
+        strided = stride < output_stride
+        pool = MaxPool(pool_padding, 2) if strided else MaxPool(pool_padding, 1, dilation)
+        self.block12 = Block(728, 1024, 2, design, pool=pool, dilation=dilation, grow_first=False)
+        dilation = dilation if strided else 2 * dilation
 
-        self.conv3 = _separable(1024, 1536, backend, relu=False)
+        self.conv3 = design.convolution(1024, 1536, relu=False, dilation=dilation)
         self.bn3 = FoldableBatchNorm2d(1536, bn_eps)
-        self.conv4 = _separable(1536, self.num_features, backend, relu=False)
+        self.conv4 = design.convolution(1536, self.num_features, relu=False, dilation=dilation)
         self.bn4 = FoldableBatchNorm2d(self.num_features, bn_eps)
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+        widths = [self.num_features, *fc_layers]
+        linear = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+        self.fc_layers = nn.Sequential(*linear)
+        self.fc = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Kaiming initialisation by fan-in for the convolutions, PyTorch's own for the classifier and BatchNorms."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # No 1x1 convolution here stands behind a ReLU, so none has a halved second moment to make up for.
+                # No 1x1 convolution of the paper's stands behind a ReLU, so none has a halved second moment to make up
+                # for; where an experiment puts one there, the BatchNorm behind it takes care of the scale.
                 pointwise = module.kernel_size == (1, 1)
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="linear" if pointwise else "relu")
             elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
                 module.reset_parameters()
 
-    def separable_layers(self) -> Iterator[tuple[FusedSeparableConv2d, nn.Module]]:
+    def separable_layers(self) -> Iterator[tuple[Any, nn.Module]]:
         """The 34 separable convolutions, each with the BatchNorm after it, in the order they run."""
         for i in range(1, 13):
             yield from getattr(self, f"block{i}").pairs()
@@ -243,9 +146,10 @@ class Xception(nn.Module):
         """
         if self.training:
             raise RuntimeError("fold_batchnorm() is for inference: call eval() first")
-        for _, bn in self.separable_layers():
-            # Another kind of BatchNorm, put here by a conversion, keeps working where it stands.
-            if isinstance(bn, FoldableBatchNorm2d):
+        for conv, bn in self.separable_layers():
+            # Another kind of BatchNorm, put here by a conversion, keeps working where it stands; and an experiment's
+            # convolution has no epilogue.
+            if isinstance(bn, FoldableBatchNorm2d) and isinstance(conv, FusedSeparableConv2d):
                 bn.fold()
         return self
 
@@ -256,6 +160,15 @@ class Xception(nn.Module):
                 bn.unfold()
         return self
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """For each tensor of :meth:`features` its ``num_chs``, ``reduction`` (the stride) and last ``module``."""
+        places = ((64, 2, "bn2"), (128, 4, "block1"), (256, 8, "block2"), (728, 16, "block11"), (2048, 32, "bn4"))
+        return [
+            {"num_chs": channels, "reduction": min(stride, self.output_stride), "module": module}
+            for channels, stride, module in places
+        ]
+
     def features(self, x: Tensor) -> list[Tensor]:
         """The last feature map at each resolution, as decoders want them.
 
@@ -263,9 +176,11 @@ class Xception(nn.Module):
             x: [N, in_chans, H, W], H and W at least 71.
 
         Returns:
-            Five tensors: of stride 2 with 64 channels (the stem, after its ReLU), 4 with 128 (block1), 8 with 256
-            (block2), 16 with 728 (block3 to block11) and 32 with 2048 (the end, after its ReLU). Those of the blocks
-            come before the ReLU with which the next block begins. At 299 px they are 147, 74, 37, 19 and 10 wide.
+            Five tensors, of the channels and strides in :attr:`feature_info`: of stride 2 with 64 channels (the stem,
+            after its ReLU), 4 with 128 (block1), 8 with 256 (block2), 16 with 728 (block3 to block11) and 32 with
+            2048 (the end, after its ReLU). Those of the blocks come before the ReLU with which the next block begins.
+            At 299 px they are 147, 74, 37, 19 and 10 wide; with an ``output_stride`` below 32 none is narrower than
+            that stride makes it.
 
         Raises:
             ValueError: x is not such a tensor.
@@ -281,11 +196,12 @@ class Xception(nn.Module):
         return self._exit(self._middle(self.block2(self.block1(self._stem(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Global average, dropout, classifier: [N, 2048, h, w] -> [N, num_classes].
+        """Global pool, fully connected layers if any, dropout, classifier: [N, 2048, h, w] -> [N, num_classes].
 
-        With ``pre_logits``, or ``num_classes=0``, [N, 2048].
+        With ``pre_logits``, or ``num_classes=0``, what the classifier would see: [N, 2048] without such layers.
         """
-        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        x = self.fc_layers(x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3)))
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,34 +229,61 @@ class Xception(nn.Module):
 
 
 def xception(
+    pretrained: Union[str, os.PathLike[str], None] = None,
     num_classes: int = 1000,
     in_chans: int = 3,
     drop_rate: float = 0.0,
+    global_pool: str = "avg",
     bn_eps: float = 1e-5,
     pool_padding: str = "torch",
+    fc_layers: Sequence[int] = (),
+    middle_activation: Optional[str] = None,
+    residual: bool = True,
+    order: str = "depthwise_first",
+    segments: Optional[int] = None,
+    output_stride: int = 32,
     backend: Optional[str] = None,
 ) -> Xception:
     """Xception for pictures of 71 px or more, designed for 299 px; 22,855,952 parameters at 1,000 classes.
 
     Published weights come in two conventions that give different features: those of timm and Cadene want the
-    defaults, Keras's want ``bn_eps=1e-3, pool_padding="same"``.
+    defaults, Keras's want ``bn_eps=1e-3, pool_padding="same"``; ``pretrained`` sets both.
 
     Args:
+        pretrained: None, the path of a checkpoint (any that :func:`xsep.models.load_weights` reads), or "timm" for
+            timm's ImageNet weights from the Hugging Face hub, without their classifier unless it has 1,000 classes.
         num_classes: width of the classifier; 0 for none, the model then gives the pooled features [N, 2048].
         in_chans: channels of the picture.
         drop_rate: dropout before the classifier; the paper uses 0.5 on ImageNet.
+        global_pool: "avg" or "max", over height and width.
         bn_eps: epsilon of every BatchNorm.
         pool_padding: "torch" pads each max-pool by one on every side, "same" as TensorFlow does.
+        fc_layers: widths of fully connected layers, each with a ReLU, before the classifier; in the paper's experiment
+            (4096, 4096).
+        middle_activation: between depthwise and pointwise convolution; the paper compares None, which is best, with
+            "relu" and "elu".
+        residual: whether the blocks have residual connections.
+        order: "depthwise_first", or "pointwise_first" as in the paper's "extreme" Inception module, with a ReLU
+            behind the pointwise convolution.
+        segments: how many segments of channels the spatial convolutions see: 1 makes each a regular 3x3 convolution,
+            2, 4 or 8 are on the way, None is one a channel.
+        output_stride: 8, 16 or 32; below 32 the later strides become dilations, so that the output keeps that stride
+            and every pixel of the strided network's output is among it.
         backend: which backend runs the separable convolutions; None for the fastest there is.
 
     Raises:
-        ValueError: an argument cannot be meant; the message names it.
+        ValueError: an argument cannot be meant, or the weights do not fit; the message says which and why.
     """
-    return Xception(num_classes, in_chans, drop_rate, bn_eps, pool_padding, backend)
-
-
-def _separable(c_in: int, c_out: int, backend: Optional[str], relu: bool) -> FusedSeparableConv2d:
-    return FusedSeparableConv2d(
-        c_in, c_out, 3, padding=1, bias=False, backend=backend,
-        prologue_activation="relu" if relu else None, child_names=("conv1", "pointwise"),
+    model = Xception(
+        num_classes, in_chans, drop_rate, bn_eps, pool_padding, backend, global_pool=global_pool, fc_layers=fc_layers,
+        middle_activation=middle_activation, residual=residual, order=order, segments=segments,
+        output_stride=output_stride,
     )  # fmt: skip
+    if pretrained is not None:
+        from .weights import fetch_timm, load_weights
+
+        if pretrained == "timm":
+            load_weights(model, fetch_timm(), head=num_classes == 1000 and not fc_layers)
+        else:
+            load_weights(model, pretrained)
+    return model

@@ -1,0 +1,316 @@
+"""Xception beside Inception V3, whole: training steps and inference, with PyTorch's layers and with xsep's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import common
+import kinds
+import networks
+import torch
+import xception_chart
+from networks import INCEPTION, MODES, NETWORKS, OURS, PLAIN
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+GATE_SIZE = 75
+
+#: Steps a second on 60 K80s, synchronous: Chollet, arXiv 1610.02357v3, table 3.
+PAPER = {"Inception V3": 31, "Xception": 28, "ratio": 28 / 31}
+
+DESCRIPTION = """\
+Times whole networks at 299 px on crops of real photographs (scikit-learn's two; or --image): Xception with PyTorch's
+layers, the same Xception with xsep's, and Inception V3, all in channels_last. A training step is forward, backward
+and the update of all weights (SGD with momentum), under autocast for the 16-bit types; inference runs in the type,
+once with BatchNorm as it stands and once folded into the convolutions (by PyTorch's own utility; in xsep's Xception
+by fold_batchnorm()). Eager, compiled, and on a GPU as CUDA graphs.
+
+The paper reports 28 steps/s for Xception and 31 for Inception V3, a ratio of 0.903; ours is printed beside it.
+
+Nothing is timed before it is right: logits in both inference modes, and block by block all gradients in training,
+are held against float64, and may be off by at most twice what PyTorch's layers are at the same type, plus a few ulp.
+What fails gets no speed, and makes the exit code 1. Exit code 2 means that something asked for cannot be done; no
+file is written then. Weights are random, from a fixed seed: speed does not depend on them.
+
+On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of interleaved
+rounds of back-to-back steps, by the wall clock, so that the host's share counts. Peak memory is what one eager step
+allocates above what was there before it. Where the time goes is from PyTorch's profiler, in eager mode.
+
+Writes xception.json and xception.png into --out."""
+
+
+def rounds_on_gpu(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, common.Times]:
+    """Medians of interleaved rounds, each of enough steps for a quarter of a second, synchronised around."""
+    steps = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        steps[name] = max(1, min(50, int(0.25 / (time.perf_counter() - before))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            for _ in range(steps[name]):
+                call()
+            torch.cuda.synchronize()
+            taken[name].append((time.perf_counter() - before) / steps[name])
+    return {name: common.summary(samples, "median") for name, samples in taken.items()}
+
+
+class Call(NamedTuple):
+    """One step to time, and the model in it."""
+
+    step: Callable[[], Any]
+    model: Any
+
+
+def prepare(
+    models: dict[str, Any], mode: str, dtype: torch.dtype, pictures: Tensor, ways: list[str]
+) -> tuple[dict[tuple[str, str], Call], list[str]]:
+    """The calls to time by (network, way), and notes on those that could not be made."""
+    calls: dict[tuple[str, str], Call] = {}
+    notes = []
+    for name, model in models.items():
+        for way in ways:
+            s = networks.subject(model, mode, dtype, pictures)
+            if way == "compiled":
+                torch._dynamo.reset()
+                compile_mode = "max-autotune-no-cudagraphs" if pictures.is_cuda else "default"
+                s = s._replace(model=torch.compile(s.model, dynamic=False, mode=compile_mode))
+            step = networks.training_step(s) if mode == "training" else networks.inference_step(s)
+            try:
+                if way == "CUDA graph":
+                    step = networks.as_graph(step)
+                step()
+            except Exception as error:  # whatever a compiler or a capture may raise, the other figures still stand
+                notes.append(f"{name}, {mode}, {way}: failed: {str(error).strip().splitlines()[0]}")
+                continue
+            calls[name, way] = Call(step, s.model)
+    return calls, notes
+
+
+def astray(calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], str]:
+    """Sentences on those ways of inference whose logits are not those of eager PyTorch layers.
+
+    Two right answers at one type differ by rounding, as much as eager Xception with our layers from one with
+    PyTorch's, which the gate has passed; a third may differ four times as much.
+    """
+    if (PLAIN, "eager") not in calls or (OURS, "eager") not in calls:
+        return {}
+    results = {key: call.step().clone() for key, call in calls.items() if key[0] != INCEPTION}
+    base = results[PLAIN, "eager"].double()
+    rounding = float((results[OURS, "eager"].double() - base).norm())
+    ulps = networks.ULPS * torch.finfo(results[PLAIN, "eager"].dtype).eps * float(base.norm())
+    found = {}
+    for key, y in results.items():
+        error = float((y.double() - base).norm())
+        if not error <= 4 * rounding + ulps:
+            found[key] = f"{', '.join(key)}: logits are off by {error / float(base.norm()):.3g} relative"
+    return found
+
+
+def measure(
+    models: dict[str, Any], mode: str, kind: str, pictures: Tensor, ways: list[str], args: Any, record: dict[str, Any]
+) -> None:
+    """Adds one mode's and type's rows, notes, failures and shares of time to the record."""
+    dtype, gpu = common.DTYPES[kind], pictures.is_cuda
+    calls, notes = prepare(models, mode, dtype, pictures, ways)
+    record["notes"] += [f"{kind}, {note}" for note in notes]
+    if mode != "training":
+        wrong = astray(calls)
+        record["failures"] += [f"{kind}, {mode}, {what}" for what in wrong.values()]
+        calls = {key: call for key, call in calls.items() if key not in wrong}
+    flat = {" / ".join(key): call.step for key, call in calls.items()}
+    times = rounds_on_gpu(flat, args.rounds) if gpu else common.time_on_cpu(flat, args.rounds, 0.0)
+    for name, way in calls:
+        taken = times[f"{name} / {way}"]
+        seconds = 1e-6 * taken["us"]
+        row = {
+            "dtype": kind, "mode": mode, "network": name, "way": way, "times": taken,
+            "steps_per_second": 1 / seconds, "pictures_per_second": len(pictures) / seconds,
+        }  # fmt: skip
+        if way == "eager":
+            by_kind, row["peak_bytes"] = kinds.profile_step(*calls[name, way], gpu)
+            record["shares"].append({"dtype": kind, "mode": mode, "network": name, "seconds": by_kind})
+        record["results"].append(row)
+
+
+def speeds(rows: list[dict[str, Any]], kind: str, mode: str, way: str) -> dict[str, float]:
+    """Steps a second by network."""
+    return {r["network"]: r["steps_per_second"] for r in rows if (r["dtype"], r["mode"], r["way"]) == (kind, mode, way)}
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each Xception's speed over Inception V3's, and xsep's over PyTorch's, wherever both were timed."""
+    found = []
+    for kind, mode, way in dict.fromkeys((r["dtype"], r["mode"], r["way"]) for r in rows):
+        speed = speeds(rows, kind, mode, way)
+
+        def ratio(a: str, b: str, speed: dict[str, float] = speed) -> Optional[float]:
+            return speed[a] / speed[b] if a in speed and b in speed else None
+
+        found.append({
+            "dtype": kind, "mode": mode, "way": way, "pytorch_over_inception": ratio(PLAIN, INCEPTION),
+            "xsep_over_inception": ratio(OURS, INCEPTION), "xsep_over_pytorch": ratio(OURS, PLAIN),
+        })  # fmt: skip
+    return found
+
+
+def figures(record: dict[str, Any], kind: str) -> Table:
+    """One line a mode, way and network; what xsep loses against PyTorch's layers in red."""
+    out = Table(title=f"{kind}, batch {record['batch']}", title_justify="left")
+    for heading in ("", "", "network"):
+        out.add_column(heading, no_wrap=True)
+    for heading in ("steps/s", "pictures/s", "ms", "/ Inception V3", "/ PyTorch", "peak MB"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for row in (r for r in record["results"] if r["dtype"] == kind):
+        group = (row["mode"], row["way"])
+        speed = speeds(record["results"], kind, *group)
+        own = row["steps_per_second"]
+        against = f"{own / speed[INCEPTION]:.3f}" if row["network"] != INCEPTION and INCEPTION in speed else ""
+        gain = ""
+        if row["network"] == OURS and PLAIN in speed:
+            gain = f"[{'green' if own >= speed[PLAIN] else 'red'}]{own / speed[PLAIN]:.2f}[/]"
+        if before is not None and before[0] != row["mode"]:
+            out.add_section()
+        peak = f"{1e-6 * row['peak_bytes']:.0f}" if "peak_bytes" in row else ""
+        labels = ["" if before and before[0] == row["mode"] else row["mode"], row["way"], row["network"]]
+        out.add_row(*labels, f"{own:.3f}", f"{row['pictures_per_second']:.2f}", f"{1e-3 * row['times']['us']:.1f}",
+                    against, gain, peak)  # fmt: skip
+        before = group
+    return out
+
+
+def shares(record: dict[str, Any], kind: str) -> Table:
+    """Where the time goes, in percent, eager."""
+    rows = [s for s in record["shares"] if s["dtype"] == kind]
+    present = [k for k in kinds.KINDS if any(s["seconds"][k] > 0 for s in rows)]
+    out = Table(title=f"{kind}: where the time goes, % of an eager step", title_justify="left")
+    for heading in ("", "network"):
+        out.add_column(heading, no_wrap=True)
+    for heading in present:
+        out.add_column(heading, justify="right")
+    before = None
+    for row in rows:
+        whole = sum(row["seconds"].values()) or 1.0
+        if row["mode"] != before:
+            out.add_section()
+        percent = [f"{100 * row['seconds'][k] / whole:.0f}" for k in present]
+        out.add_row("" if row["mode"] == before else row["mode"], row["network"], *percent)
+        before = row["mode"]
+    return out
+
+
+def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+    parser = common.Parser("bench_xception", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="batch 1, few repetitions, no torch.compile: within two minutes on a CPU")
+    add("--device", help="cpu, cuda or cuda:N; the default is the GPU where there is one")
+    add("--dtype", nargs="+", choices=list(common.DTYPES), metavar="TYPE",
+        help=f"{', '.join(common.DTYPES)} (default: float32, and without --quick bfloat16 too)")  # fmt: skip
+    add("--batch", type=int, help="pictures (default: 64 on a GPU, 4 on a CPU, 1 with --quick)")
+    add("--size", type=int, default=299, help="height and width of the pictures (default: 299, at least 75)")
+    add("--mode", nargs="+", choices=("training", "inference", "folded"), default=["training", "inference", "folded"],
+        metavar="MODE", help="training, inference, folded (default: all)")  # fmt: skip
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--image", metavar="PATH", help="another picture instead of scikit-learn's two photographs")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    add("--rounds", type=int, help="repetitions of each measurement (default: 10; 2 with --quick)")
+    add("--seed", type=int, default=0, help="of the weights (default: 0)")
+    add("--out", type=Path, help="directory for the results (default: benchmarks/results/<cpu or card>/)")
+    args = parser.parse_args(argv)
+    for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("size", 75)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"argument --{name}: must be at least {least}, got {getattr(args, name)}")
+    return args
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    args = parse(argv)
+    device = common.choose_device(args.device)
+    gpu = device.type == "cuda"
+    args.batch = args.batch or (1 if args.quick else 64 if gpu else 4)
+    args.rounds = args.rounds or (2 if args.quick else 10)
+    args.dtype = args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"])
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    out = args.out or common.default_out(device)
+    names, photographs = common.load_photographs(args.image)
+    common.prepare_out(out)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    ways = ["eager", *([] if args.quick or args.no_compile else ["compiled"]), *(["CUDA graph"] if gpu else [])]
+    modes = [mode for mode, short in zip(MODES, ("training", "inference", "folded")) if short in args.mode]
+    pictures = common.photograph_batch(photographs, args.batch, args.size).to(device)
+    small = common.photograph_batch(photographs, 2, GATE_SIZE).to(device)
+    record: dict[str, Any] = {
+        "benchmark": "xception", "batch": args.batch, "size": args.size, "quick": args.quick, "photographs": names,
+        "weights": f"random, seed {args.seed}", "device_type": device.type, "environment": common.environment(device),
+        "figure": "median of rounds, wall clock" if gpu else "minimum of interleaved repetitions",
+        "networks": list(NETWORKS), "paper": PAPER, "failures": [], "notes": [], "results": [], "shares": [],
+    }  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("float64", total=1 + len(args.dtype) * (1 + len(modes)))
+        models = {name: model.to(device) for name, model in networks.build(args.seed).items()}
+        networks.settle(models, small)
+        exact = networks.truth(models[PLAIN], small)
+        progress.advance(task)
+        for kind in args.dtype:
+            progress.update(task, description=f"{kind}: correctness")
+            wrong = networks.gate(models[OURS], models[PLAIN], common.DTYPES[kind], small, exact)
+            record["failures"] += [f"{kind}, {OURS}, {what}" for what in wrong]
+            progress.advance(task)
+            passed = {name: model for name, model in models.items() if not (wrong and name == OURS)}
+            for mode in modes:
+                progress.update(task, description=f"{kind}: {mode}")
+                measure(passed, mode, kind, pictures, ways, args, record)
+                progress.advance(task)
+    record["ratios"] = ratios(record["results"])
+    report(record, args, out, console)
+    return 1 if record["failures"] else 0
+
+
+def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console: Console) -> None:
+    """Tables, the ratio, then the two files."""
+    where = record["environment"]
+    console.print(
+        f"{where['device']}, {where['cores']} cores, {where['threads']} threads, PyTorch {where['torch']}, "
+        f"batch {record['batch']} at {record['size']} px from {', '.join(record['photographs'])}; {record['figure']}\n"
+    )
+    for kind in args.dtype:
+        console.print(figures(record, kind))
+        console.print(shares(record, kind))
+    for r in record["ratios"]:
+        if r["mode"] == "training":
+            values = [(r["pytorch_over_inception"], "PyTorch's layers"), (r["xsep_over_inception"], "xsep's")]
+            known = ", ".join(f"{value:.3f} with {what}" for value, what in values if value is not None)
+            console.print(
+                f"Training, {r['dtype']}, {r['way']}: Xception / Inception V3 in steps/s {known}; "
+                f"the paper: 28 / 31 = {PAPER['ratio']:.3f}"
+            )
+    for note in record["notes"]:
+        console.print(note, markup=False)
+    for failure in record["failures"]:
+        console.print(f"[red]wrong, so not timed:[/] {failure}")
+    with common.whole_files(out) as temporary:
+        xception_chart.draw(record, temporary("xception.png"))
+        common.write_json(temporary("xception.json"), record)
+    console.print(f"written: {out / 'xception.json'} and {out / 'xception.png'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.run("bench_xception", main))
