@@ -13,8 +13,9 @@ namespace xsep {
 /// Columns of one packed panel of the pointwise weights: what one GEMM call multiplies by.
 constexpr int64_t kPanelColumns = 64;
 
-/// The z tile may take this much, or half of the second-level cache where that is less.
-constexpr int64_t kMaxTileBytes = 256 * 1024;
+/// The z tile may take this much, or half of the second-level cache where that is less: every tile streams all the
+/// packed weights, so few large ones read least.
+constexpr int64_t kMaxTileBytes = 512 * 1024;
 
 struct CpuSeparablePlan {
   int64_t tile_pixels;  // output pixels of one task

@@ -67,6 +67,12 @@ Tensor packed_pointwise(const Tensor& w_pw, const PointwisePacking& packing, int
   at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       void* out = static_cast<char*>(packed.mutable_data_ptr()) + panel * panel_size * packed.element_size();
+      if (packing.pairs && packing.multiplier == 1 && packing.c % 2 == 0) {
+        // A pair is adjacent in w_pw too and moves as one 32-bit value: the float panel of half the depth.
+        const PointwisePacking halved{packing.c_out, packing.c / 2, 1, packing.depth / 2, false};
+        pack_panel(halved, static_cast<const float*>(w.const_data_ptr()), panel, static_cast<float*>(out));
+        continue;
+      }
       if (packing.pairs) {
         pack_panel(packing, static_cast<const BFloat16*>(w.const_data_ptr()), panel, static_cast<BFloat16*>(out));
         continue;
