@@ -46,7 +46,10 @@ def channel_sum(t: Tensor) -> Tensor:
 
 
 class Backend(ABC):
-    """One way to run the ops. Instances hold no state of a call."""
+    """One way to run the ops. Instances hold no state of a call.
+
+    Tensors come in any layout and may be returned in any: the op gives its results the strides they must have.
+    """
 
     name: str
 

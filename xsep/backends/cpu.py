@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..problem import Affine, Geometry, Problem, SeparableArgs, output_format
+from ..problem import Affine, Geometry, Problem, SeparableArgs
 from .base import Backend, DepthwiseGradients, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _in_format(t: Tensor, wanted: torch.memory_format) -> Tensor:
-    """t with the values it has and exactly the strides that a new tensor of that format would have."""
-    _, c, h, w = t.shape
-    t = t.contiguous(memory_format=wanted)
-    strides = (h * w * c, 1, w * c, c) if wanted is torch.channels_last else (c * h * w, h * w, w, 1)
-    # They differ from t's where a size is 0 or 1 only: both layouts are then the same memory.
-    return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 
 class CpuBackend(Backend):
@@ -60,11 +51,10 @@ class CpuBackend(Backend):
         )
 
     def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
-        y = torch.ops.xsep.cpu_depthwise_fprop(
+        return torch.ops.xsep.cpu_depthwise_fprop(
             x, w_dw, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift,
             geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha),
         )  # fmt: skip
-        return _in_format(y, output_format(x, w_dw))
 
     def depthwise_backward_kernel(
         self, dz: Tensor, x: Tensor, w_dw: Tensor, prologue: Affine, geometry: Geometry, wanted: Sequence[bool]
@@ -73,7 +63,7 @@ class CpuBackend(Backend):
             dz, x, w_dw, prologue.scale, prologue.shift, geometry, prologue.activation, prologue.alpha, wanted
         )
         return DepthwiseGradients(
-            _in_format(dx, output_format(x, w_dw)) if wanted[0] else None,
+            dx if wanted[0] else None,
             dw_dw if wanted[1] else None,
             dscale if wanted[2] else None,
             dshift if wanted[3] else None,
@@ -81,11 +71,10 @@ class CpuBackend(Backend):
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
         prologue, middle, epilogue = a.prologue, a.middle, with_bias(a.epilogue, a.bias)
-        y = torch.ops.xsep.cpu_separable_fprop(
+        return torch.ops.xsep.cpu_separable_fprop(
             a.x, a.w_dw, a.w_pw, a.residual, prologue.scale, prologue.shift, middle.scale, middle.shift,
             epilogue.scale, epilogue.shift, a.geometry, a.activations, a.alphas,
         )  # fmt: skip
-        return _in_format(y, output_format(a.x, a.w_dw, a.w_pw))
 
 
 CPU = CpuBackend()

@@ -1,0 +1,198 @@
+// Depthwise backward: the general kernels, the second stage of the sums, and the choice of kernels.
+#include "bprop.h"
+
+#include "../channels.cuh"
+#include "../launch.cuh"
+
+namespace xsep::cuda {
+
+template <class T>
+void launch_depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream);
+extern template void launch_depthwise_bprop<float>(const DepthwiseBpropParams&, cudaStream_t);
+extern template void launch_depthwise_bprop<__half>(const DepthwiseBpropParams&, cudaStream_t);
+extern template void launch_depthwise_bprop<__nv_bfloat16>(const DepthwiseBpropParams&, cudaStream_t);
+
+namespace {
+
+constexpr int kGeneralThreads = 256;
+constexpr int kLanes = 32;  // channels of a CTA that adds something up
+constexpr int kShares = kGeneralThreads / kLanes;
+
+template <class T>
+struct Prologue {
+  float scale, shift;
+  ActivationChoice activation;
+
+  __device__ Prologue(const ChannelAffine& affine, int c)
+      : scale(channel_value<T>(affine.scale, c, 1.0f)),
+        shift(channel_value<T>(affine.shift, c, 0.0f)),
+        activation{affine.activation, affine.alpha} {}
+
+  __device__ float operator()(float x) const {
+    float u[1] = {fmaf(scale, x, shift)};
+    activate(u, activation);
+    return u[0];
+  }
+  __device__ float slope(float x) const {
+    float u[1] = {fmaf(scale, x, shift)};
+    activation_slope(u, activation);
+    return u[0];
+  }
+};
+
+// The gradient of act(scale * x + shift) at one element of x: gathered from the outputs that read it.
+template <class T>
+__device__ float gather_gradient(const DepthwiseBpropParams& p, int64_t picture, int h, int w, int c) {
+  const ConvShape& s = p.shape;
+  const int multiplier = s.c_mid / s.c_in;
+  float sum = 0.0f;
+  for (int r = 0; r < s.r; ++r) {
+    const int above = h + s.pad_top - r * s.dilation_h;
+    if (above < 0 || above % s.stride_h != 0 || above / s.stride_h >= s.p) continue;
+    for (int k = 0; k < s.s; ++k) {
+      const int before = w + s.pad_left - k * s.dilation_w;
+      if (before < 0 || before % s.stride_w != 0 || before / s.stride_w >= s.q) continue;
+      const int64_t pixel = (picture * s.p + above / s.stride_h) * s.q + before / s.stride_w;
+      for (int m = 0; m < multiplier; ++m) {
+        const int64_t c_mid = static_cast<int64_t>(c) * multiplier + m;
+        const float weight = to_float(static_cast<const T*>(p.w_dw)[(c_mid * s.r + r) * s.s + k]);
+        sum = fmaf(to_float(static_cast<const T*>(p.dz)[pixel * s.c_mid + c_mid]), weight, sum);
+      }
+    }
+  }
+  return sum;
+}
+
+// dx and this CTA's share of the prologue's sums. A CTA has 32 channels; its threads take pixels in turn.
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    depthwise_dgrad_general_kernel(const __grid_constant__ DepthwiseBpropParams p) {
+  const ConvShape& s = p.shape;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, share = static_cast<int>(threadIdx.x) / kLanes;
+  const int c = static_cast<int>(blockIdx.y) * kLanes + lane;
+  float sums[2] = {0.0f, 0.0f};
+  if (c < s.c_in) {
+    const Prologue<T> prologue(p.prologue, c);
+    const float centre = p.centre == nullptr ? 0.0f : p.centre[c];
+    const int64_t pixels = static_cast<int64_t>(s.n) * s.h * s.w;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kShares;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kShares + share; i < pixels; i += step) {
+      const int w = static_cast<int>(i % s.w), h = static_cast<int>(i / s.w % s.h);
+      const float x = to_float(static_cast<const T*>(p.x)[i * s.c_in + c]);
+      const float du = gather_gradient<T>(p, i / s.w / s.h, h, w, c) * prologue.slope(x);
+      sums[0] = fmaf(du, x - centre, sums[0]);
+      sums[1] += du;
+      if (p.dx != nullptr) static_cast<T*>(p.dx)[i * s.c_in + c] = from_float<T>(du * prologue.scale);
+    }
+  }
+  SharedArena arena;
+  const SharedBuffer<float> scratch = arena.take<float>(2 * kGeneralThreads);
+  for (int i = 0; i < 2; ++i) scratch[i * kGeneralThreads + static_cast<int>(threadIdx.x)] = sums[i];
+  __syncthreads();
+  if (share >= 2 || c >= s.c_in) return;
+  float total = 0.0f;
+  for (int i = 0; i < kShares; ++i) total += scratch[share * kGeneralThreads + i * kLanes + lane];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (s.r * s.s + 2) + s.r * s.s + share;
+  p.partials[row * s.c_mid + c] = total;
+}
+
+// One tap of dw_dw, 32 channels, a share of the pixels.
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    depthwise_wgrad_general_kernel(const __grid_constant__ DepthwiseBpropParams p) {
+  const ConvShape& s = p.shape;
+  const int taps = s.r * s.s;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, share = static_cast<int>(threadIdx.x) / kLanes;
+  const int c_mid = static_cast<int>(blockIdx.y) * kLanes + lane;
+  const int worker = static_cast<int>(blockIdx.x) / taps, tap = static_cast<int>(blockIdx.x) % taps;
+  const int r = tap / s.s, k = tap % s.s;
+  float sum = 0.0f;
+  if (c_mid < s.c_mid) {
+    const int c = c_mid / (s.c_mid / s.c_in);
+    const Prologue<T> prologue(p.prologue, c);
+    const int64_t pixels = static_cast<int64_t>(s.n) * s.p * s.q;
+    const int64_t step = static_cast<int64_t>(p.plan.workers) * kShares;
+    for (int64_t i = static_cast<int64_t>(worker) * kShares + share; i < pixels; i += step) {
+      const int h = static_cast<int>(i / s.q % s.p) * s.stride_h - s.pad_top + r * s.dilation_h;
+      const int w = static_cast<int>(i % s.q) * s.stride_w - s.pad_left + k * s.dilation_w;
+      if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+      const int64_t pixel = (i / s.q / s.p * s.h + h) * s.w + w;
+      const float x = prologue(to_float(static_cast<const T*>(p.x)[pixel * s.c_in + c]));
+      sum = fmaf(x, to_float(static_cast<const T*>(p.dz)[i * s.c_mid + c_mid]), sum);
+    }
+  }
+  SharedArena arena;
+  const SharedBuffer<float> scratch = arena.take<float>(kGeneralThreads);
+  scratch[static_cast<int>(threadIdx.x)] = sum;
+  __syncthreads();
+  if (share != 0 || c_mid >= s.c_mid) return;
+  float total = 0.0f;
+  for (int i = 0; i < kShares; ++i) total += scratch[i * kLanes + lane];
+  p.partials[(static_cast<int64_t>(worker) * (taps + 2) + tap) * s.c_mid + c_mid] = total;
+}
+
+// The second stage: adds the workers' partials, one output a thread, in the order of the workers.
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    reduce_partials_kernel(const __grid_constant__ DepthwiseBpropParams p) {
+  const ConvShape& s = p.shape;
+  const int taps = s.r * s.s, rows = taps + 2;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= static_cast<int64_t>(rows) * s.c_mid) return;
+  const int row = static_cast<int>(i / s.c_mid);
+  const int64_t c = i % s.c_mid;
+  if (row >= taps && c >= s.c_in) return;
+  if (row < taps ? p.dw_dw == nullptr : (row == taps ? p.dscale : p.dshift) == nullptr) return;
+  double total = 0.0;
+  for (int worker = 0; worker < p.plan.workers; ++worker) {
+    total += static_cast<double>(p.partials[(static_cast<int64_t>(worker) * rows + row) * s.c_mid + c]);
+  }
+  const float result = static_cast<float>(total);
+  if (row < taps) {
+    static_cast<T*>(p.dw_dw)[c * taps + row] = from_float<T>(result);
+  } else {
+    (row == taps ? p.dscale : p.dshift)[c] = result;
+  }
+}
+
+template <class T>
+void run(const DepthwiseBpropParams& p, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  const auto grid = [](int x, int y) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); };
+  if (p.plan.sliding_window) {
+    launch_depthwise_bprop<T>(p, stream);
+  } else {
+    constexpr int kBytes = kGeneralThreads * static_cast<int>(sizeof(float));
+    if (p.dx != nullptr || p.dscale != nullptr || p.dshift != nullptr) {
+      const LaunchShape shape{grid(p.plan.workers, ceil_div(s.c_in, kLanes)), kGeneralThreads, 2 * kBytes};
+      launch(depthwise_dgrad_general_kernel<T>, "depthwise_dgrad_general_kernel", shape, stream, p);
+    }
+    if (p.dw_dw != nullptr) {
+      const LaunchShape shape{grid(p.plan.workers * s.r * s.s, ceil_div(s.c_mid, kLanes)), kGeneralThreads, kBytes};
+      launch(depthwise_wgrad_general_kernel<T>, "depthwise_wgrad_general_kernel", shape, stream, p);
+    }
+  }
+  if (p.dw_dw == nullptr && p.dscale == nullptr && p.dshift == nullptr) return;
+  const int64_t outputs = static_cast<int64_t>(bprop_partial_rows(s)) * s.c_mid;
+  const LaunchShape shape{grid(static_cast<int>((outputs + kGeneralThreads - 1) / kGeneralThreads), 1), kGeneralThreads,
+                          0};
+  launch(reduce_partials_kernel<T>, "reduce_partials_kernel", shape, stream, p);
+}
+
+}  // namespace
+
+void depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) {
+  switch (p.type) {
+    case kFloat32:
+      run<float>(p, stream);
+      break;
+    case kFloat16:
+      run<__half>(p, stream);
+      break;
+    case kBFloat16:
+      run<__nv_bfloat16>(p, stream);
+      break;
+  }
+}
+
+}  // namespace xsep::cuda

@@ -1,0 +1,227 @@
+// Depthwise backward, fast path: dx, dw_dw and the prologue's sums in one pass over x and dz.
+//
+// A thread owns strips of x, STRIDE rows of kStripWidth pixels, for one vector of channels. The dz values that its dx
+// is made of are the ones its x meets in dw_dw, so both come from the same registers. A strip starts where an even tap
+// falls on its first pixel: which tap joins which x and dz is then known at compile time, for stride 2 too. The sums
+// for dw_dw stay in registers over all of a CTA's tiles, are added over the CTA in a fixed order, and leave as one
+// partial; a second kernel adds the partials.
+#pragma once
+
+#include "../channels.cuh"
+#include "../launch.cuh"
+#include "params.h"
+
+namespace xsep::cuda {
+
+// Adds one filter row's sums over the strips of the CTA, in the order of the strips, and stores the totals.
+template <int VEC, int COUNT>
+__device__ void reduce_over_strips(float (&sum)[COUNT][VEC], SharedBuffer<float> scratch, float* out,
+                                   int out_row_length, int c, int channels, int vectors, int strips, bool active,
+                                   int vector, int strip) {
+  const int width = vectors * VEC;
+  if (active) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) scratch[(strip * COUNT + i) * width + vector * VEC + v] = sum[i][v];
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < COUNT * width; i += static_cast<int>(blockDim.x)) {
+    float total = 0.0f;
+    for (int s = 0; s < strips; ++s) total += scratch[s * COUNT * width + i];
+    if (c + i % width < channels) out[static_cast<int64_t>(i / width) * out_row_length + c + i % width] = total;
+  }
+  __syncthreads();
+}
+
+template <class T, int K, int STRIDE, int VEC, int ROWS>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+    depthwise_bprop_kernel(const __grid_constant__ DepthwiseBpropParams p) {
+  constexpr int kTaps = K * K;
+  // dz rows and columns that reach a strip, and how far the first lies before the strip's own.
+  constexpr int kBefore = (K - 1) / STRIDE;
+  constexpr int kHeight = (ROWS - 1) / STRIDE + kBefore + 1;
+  constexpr int kWidth = (kStripWidth - 1) / STRIDE + kBefore + 1;
+  static_assert(ROWS % STRIDE == 0 && kStripWidth % STRIDE == 0, "all strips of a plane start on an even tap");
+
+  const ConvShape& s = p.shape;
+  const int vectors = p.plan.vectors, strips = p.plan.strips_down * p.plan.strips_across;
+  SharedArena arena;
+  const ChannelTable<VEC> weights(arena.take<float>(ChannelTable<VEC>::size(kTaps, vectors)), vectors);
+  const ChannelTable<VEC> affines(arena.take<float>(ChannelTable<VEC>::size(3, vectors)), vectors);
+  const SharedBuffer<float> scratch = arena.take<float>(K * strips * vectors * VEC);
+  const int first = static_cast<int>(blockIdx.y) * vectors * VEC;
+  load_weights<T>(weights, p.w_dw, kTaps, first, s.c_in, vectors);
+  load_channel_vector<T>(affines, 0, p.prologue.scale, 1.0f, first, s.c_in, vectors);
+  load_channel_vector<T>(affines, 1, p.prologue.shift, 0.0f, first, s.c_in, vectors);
+  load_channel_vector<T>(affines, 2, ChannelVector{p.centre, 1}, 0.0f, first, s.c_in, vectors);
+  __syncthreads();
+
+  const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
+  const int c = first + vector * VEC;
+  const bool active = strip < strips && c < s.c_in;
+  const bool with_sums = p.dscale != nullptr || p.dshift != nullptr;
+  const ActivationChoice activation{p.prologue.activation, p.prologue.alpha};
+
+  float dw[kTaps][VEC] = {};
+  float sums[2][VEC] = {};  // for the scale, for the shift
+  const int tiles = s.n * p.plan.tiles_down * p.plan.tiles_across;
+  for (int tile = static_cast<int>(blockIdx.x); active && tile < tiles; tile += static_cast<int>(gridDim.x)) {
+    const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
+    const int tile_p = rest % p.plan.tiles_down;
+    const int64_t picture = rest / p.plan.tiles_down;
+    const int row = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * ROWS;
+    const int column = (tile_q * p.plan.strips_across + strip % p.plan.strips_across) * kStripWidth;
+    const int h0 = row - s.pad_top % STRIDE, w0 = column - s.pad_left % STRIDE;
+    if (h0 >= s.h || w0 >= s.w) continue;
+    const int p0 = row / STRIDE + s.pad_top / STRIDE - kBefore, q0 = column / STRIDE + s.pad_left / STRIDE - kBefore;
+    const auto inside = [&](int y, int j) {
+      return static_cast<unsigned>(h0 + y) < static_cast<unsigned>(s.h) &&
+             static_cast<unsigned>(w0 + j) < static_cast<unsigned>(s.w);
+    };
+    const int64_t origin = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;
+    const int64_t row_length = static_cast<int64_t>(s.w) * s.c_in;
+
+    float x[ROWS][kStripWidth][VEC];
+    float scale[VEC], shift[VEC];
+    affines.read(scale, 0, vector);
+    affines.read(shift, 1, vector);
+#pragma unroll
+    for (int y = 0; y < ROWS; ++y) {
+#pragma unroll
+      for (int j = 0; j < kStripWidth; ++j) {
+        const T* source = static_cast<const T*>(p.x) + origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
+        (inside(y, j) ? Pack<T, VEC>::load(source) : Pack<T, VEC>::zero()).widen(x[y][j]);
+      }
+    }
+#pragma unroll
+    for (int y = 0; y < ROWS; ++y) {
+#pragma unroll
+      for (int j = 0; j < kStripWidth; ++j) {
+        if (!inside(y, j)) continue;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) x[y][j][v] = fmaf(scale[v], x[y][j][v], shift[v]);
+        activate(x[y][j], activation);
+      }
+    }
+
+    float dx[ROWS][kStripWidth][VEC] = {};
+#pragma unroll
+    for (int i = 0; i < kHeight; ++i) {
+      float dz[kWidth][VEC];
+      const bool row_inside = static_cast<unsigned>(p0 + i) < static_cast<unsigned>(s.p);
+      // A branch keeps the loads of one row apart from the next: all rows at once would spill at this size.
+      if (K == 7 && !row_inside) continue;
+      const T* source = static_cast<const T*>(p.dz) + ((picture * s.p + p0 + i) * s.q + q0) * s.c_mid + c;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const bool dz_inside = row_inside && static_cast<unsigned>(q0 + j) < static_cast<unsigned>(s.q);
+        (dz_inside ? Pack<T, VEC>::load(source + static_cast<int64_t>(j) * s.c_mid) : Pack<T, VEC>::zero())
+            .widen(dz[j]);
+      }
+#pragma unroll
+      for (int y = 0; y < ROWS; ++y) {
+        const int r = y - (i - kBefore) * STRIDE;
+        if (r < 0 || r >= K) continue;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          float weight[VEC];
+          weights.read(weight, r * K + k, vector);
+#pragma unroll
+          for (int j = 0; j < kStripWidth; ++j) {
+            if ((j - k) % STRIDE != 0) continue;
+            const int at = (j - k) / STRIDE + kBefore;
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) {
+              dx[y][j][v] = fmaf(dz[at][v], weight[v], dx[y][j][v]);
+              dw[r * K + k][v] = fmaf(dz[at][v], x[y][j][v], dw[r * K + k][v]);
+            }
+          }
+        }
+      }
+    }
+    if (p.dx == nullptr && !with_sums) continue;
+
+    // x is read again, from L1, rather than kept beside its activation.
+    float centre[VEC];
+    affines.read(scale, 0, vector);
+    affines.read(shift, 1, vector);
+    affines.read(centre, 2, vector);
+#pragma unroll
+    for (int y = 0; y < ROWS; ++y) {
+#pragma unroll
+      for (int j = 0; j < kStripWidth; ++j) {
+        if (!inside(y, j)) continue;
+        const int64_t at = origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
+        float (&du)[VEC] = dx[y][j];
+        if (activation.code != Activation::kIdentity || with_sums) {
+          float value[VEC], slope[VEC];
+          Pack<T, VEC>::load(static_cast<const T*>(p.x) + at).widen(value);
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) slope[v] = fmaf(scale[v], value[v], shift[v]);
+          activation_slope(slope, activation);
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            du[v] *= slope[v];
+            sums[0][v] = fmaf(du[v], value[v] - centre[v], sums[0][v]);
+            sums[1][v] += du[v];
+          }
+        }
+        if (p.dx == nullptr) continue;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) du[v] *= scale[v];
+        Pack<T, VEC>::round(du).store(static_cast<T*>(p.dx) + at);
+      }
+    }
+  }
+
+  float* partial = p.partials + static_cast<int64_t>(blockIdx.x) * (kTaps + 2) * s.c_mid;
+#pragma unroll
+  for (int r = 0; r < K; ++r) {
+    float filter_row[K][VEC];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) filter_row[k][v] = dw[r * K + k][v];
+    }
+    reduce_over_strips<VEC>(filter_row, scratch, partial + static_cast<int64_t>(r) * K * s.c_mid, s.c_mid, first,
+                            s.c_in, vectors, strips, active, vector, strip);
+  }
+  if (with_sums) {
+    reduce_over_strips<VEC>(sums, scratch, partial + static_cast<int64_t>(kTaps) * s.c_mid, s.c_mid, first, s.c_in,
+                            vectors, strips, active, vector, strip);
+  }
+}
+
+template <class T>
+void launch_depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) {
+  const LaunchShape shape{dim3(static_cast<unsigned>(p.plan.workers), static_cast<unsigned>(p.plan.slices)),
+                          kDepthwiseThreads, p.plan.shared_bytes};
+  void (*kernel)(DepthwiseBpropParams) = nullptr;
+  switch (p.shape.r * 10 + p.shape.stride_h) {
+    case 31:
+      kernel = depthwise_bprop_kernel<T, 3, 1, bprop_vec(3), bprop_strip_rows(1)>;
+      break;
+    case 32:
+      kernel = depthwise_bprop_kernel<T, 3, 2, bprop_vec(3), bprop_strip_rows(2)>;
+      break;
+    case 51:
+      kernel = depthwise_bprop_kernel<T, 5, 1, bprop_vec(5), bprop_strip_rows(1)>;
+      break;
+    case 52:
+      kernel = depthwise_bprop_kernel<T, 5, 2, bprop_vec(5), bprop_strip_rows(2)>;
+      break;
+    case 71:
+      kernel = depthwise_bprop_kernel<T, 7, 1, bprop_vec(7), bprop_strip_rows(1)>;
+      break;
+    case 72:
+      kernel = depthwise_bprop_kernel<T, 7, 2, bprop_vec(7), bprop_strip_rows(2)>;
+      break;
+    default:
+      no_such_kernel("depthwise_bprop_kernel", p.shape);
+  }
+  launch(kernel, "depthwise_bprop_kernel", shape, stream, p);
+}
+
+}  // namespace xsep::cuda

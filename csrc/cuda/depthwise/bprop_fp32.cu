@@ -1,0 +1,7 @@
+#include "bprop.cuh"
+
+namespace xsep::cuda {
+
+template void launch_depthwise_bprop<float>(const DepthwiseBpropParams&, cudaStream_t);
+
+}  // namespace xsep::cuda

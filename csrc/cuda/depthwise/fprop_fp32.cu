@@ -1,0 +1,7 @@
+#include "fprop.cuh"
+
+namespace xsep::cuda {
+
+template void launch_depthwise_fprop<float>(const DepthwiseFpropParams&, cudaStream_t);
+
+}  // namespace xsep::cuda

@@ -1,0 +1,55 @@
+// The one way kernels are launched.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "device.cuh"
+#include "params.h"
+
+namespace xsep::cuda {
+
+// Throws std::runtime_error with the kernel's name, the problem and CUDA's words where code is an error.
+inline void check(cudaError_t code, const char* what, const ConvShape& problem) {
+  if (code == cudaSuccess) return;
+#ifdef XSEP_EMULATOR
+  const std::string words = "error " + std::to_string(static_cast<int>(code));
+#else
+  const std::string words = cudaGetErrorString(code);
+#endif
+  throw std::runtime_error(std::string(what) + " for " + describe(problem) + ": " + words);
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  int shared_bytes;
+};
+
+// Runs kernel(params) on the stream; errors as in check.
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, const LaunchShape& shape, cudaStream_t stream,
+            const Params& params) {
+  const dim3 threads(static_cast<unsigned>(shape.threads));
+  const auto shared_bytes = static_cast<size_t>(shape.shared_bytes);
+#ifdef XSEP_EMULATOR
+  static_cast<void>(stream);
+  emulator::run(name, shape.grid, threads, shared_bytes, [&] { kernel(params); });
+#else
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  constexpr int kWithoutOptIn = 48 * 1024;
+  if (shape.shared_bytes > kWithoutOptIn) {
+    check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name,
+          params.shape);
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(entry, shape.grid, threads, arguments, shared_bytes, stream), name, params.shape);
+#endif
+}
+
+// A plan that asks for a kernel that was not compiled: the planner and the launcher disagree.
+[[noreturn]] inline void no_such_kernel(const char* name, const ConvShape& problem) {
+  throw std::runtime_error(std::string(name) + " is not made for " + describe(problem));
+}
+
+}  // namespace xsep::cuda

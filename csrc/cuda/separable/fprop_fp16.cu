@@ -1,0 +1,7 @@
+#include "fprop.cuh"
+
+namespace xsep::cuda {
+
+template void launch_separable_fprop<TensorCores16<__half>>(const SeparableFpropParams&, cudaStream_t);
+
+}  // namespace xsep::cuda

@@ -1,0 +1,102 @@
+// One warp's block of the product: kWarpPixels x kWarpChannels float32 accumulators in the fragment layout of mma.
+#pragma once
+
+#include "tile.cuh"
+
+namespace xsep::cuda {
+
+inline constexpr int kMmaRows = kWarpPixels / 16;
+inline constexpr int kMmaColumns = kWarpChannels / 8;
+
+// [8 i + j][e]: pixel 16 i + lane / 4 + 8 (e / 2), output channel 8 j + 2 (lane % 4) + e % 2 of the warp's block.
+using Accumulators = float[kMmaRows * kMmaColumns][4];
+static_assert(kMmaRows == 2 && kMmaColumns == 8, "64 accumulators of the 128 registers a thread has");
+
+// A type policy: what is stored, what z is rounded to, and how 32 bytes of the chunk are multiplied.
+template <class Type>
+struct TensorCores16 {
+  using T = Type;
+  static constexpr bool kSimt = false;
+  static __device__ __forceinline__ void prepare(uint32_t (&)[4]) {}
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k16(d, a, b, Type());
+  }
+};
+
+struct TensorCoresTf32 {
+  using T = float;
+  static constexpr bool kSimt = false;
+  static __device__ __forceinline__ void prepare(uint32_t (&fragment)[4]) {
+#pragma unroll
+    for (uint32_t& bits : fragment) bits = to_tf32(__uint_as_float(bits));
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k8_tf32(d, a, b);
+  }
+};
+
+struct Simt32 {
+  using T = float;
+  static constexpr bool kSimt = true;
+};
+
+// accumulators += z w_pw^T over one chunk; a step is 32 bytes, 16 or 8 elements of K. The rows that one lane reads are
+// multiples of 8 apart, so they share their permutation: one address serves them all.
+template <class Policy>
+__device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const unsigned char* z,
+                                               const unsigned char* w_pw, int chunk_bytes, int pixel, int channel) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, eight_rows = 8 * chunk_bytes;
+  if constexpr (Policy::kSimt) {
+    const auto load = [](const unsigned char* p) { return Pack<float, 2>::load(reinterpret_cast<const float*>(p)); };
+    const int row = pixel + lane / 4, column = channel + lane % 4 * 2;
+#pragma unroll 1
+    for (int half = 0; half < chunk_bytes / 8; ++half) {
+      const int unit = half / 2, within = half % 2 * 8;
+      Pack<float, 2> a[kMmaRows * 2];
+      const unsigned char* source = z + swizzled_offset(row, unit, chunk_bytes) + within;
+#pragma unroll
+      for (int i = 0; i < kMmaRows * 2; ++i) a[i] = load(source + i * eight_rows);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        source = w_pw + swizzled_offset(column + e, unit, chunk_bytes) + within;
+#pragma unroll
+        for (int j = 0; j < kMmaColumns; ++j) {
+          const auto b = load(source + j * eight_rows);
+#pragma unroll
+          for (int i = 0; i < kMmaRows * 2; ++i) {
+            float& sum = accumulators[i / 2 * kMmaColumns + j][i % 2 * 2 + e];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) sum = fmaf(a[i].v[k], b.v[k], sum);
+          }
+        }
+      }
+    }
+  } else {
+    const int row = pixel + lane % 16, column = channel + lane % 8 + lane / 16 * 8;
+#pragma unroll 1
+    for (int unit = 0; unit < chunk_bytes / 16; unit += 2) {
+      uint32_t a[kMmaRows][4];
+      const unsigned char* source = z + swizzled_offset(row, unit + lane / 16, chunk_bytes);
+#pragma unroll
+      for (int i = 0; i < kMmaRows; ++i) {
+        ldmatrix_x4(a[i], source + 2 * i * eight_rows);
+        Policy::prepare(a[i]);
+      }
+      source = w_pw + swizzled_offset(column, unit + lane / 8 % 2, chunk_bytes);
+#pragma unroll
+      for (int j = 0; j < kMmaColumns; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, source + j * eight_rows);
+        Policy::prepare(b);
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+        for (int i = 0; i < kMmaRows; ++i) {
+          Policy::mma(accumulators[i * kMmaColumns + j], a[i], left);
+          Policy::mma(accumulators[i * kMmaColumns + j + 1], a[i], right);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace xsep::cuda

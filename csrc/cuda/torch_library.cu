@@ -1,0 +1,265 @@
+// The operators of xsep/_C_cuda.so on PyTorch's stable ABI. xsep/backends/cuda.py brings tensors into the layouts that
+// these ops ask for, and asks none for an empty tensor.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <mutex>
+#include <tuple>
+
+#include "depthwise/bprop.h"
+#include "depthwise/fprop.h"
+#include "launch.cuh"
+#include "separable/fprop.h"
+#include "tensor.h"
+
+// Only a PyTorch with CUDA has it. Weak, so that the library loads beside one without, where no CUDA tensor can reach
+// it.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
+
+namespace xsep::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
+
+constexpr int kMostDevices = 64;
+
+cudaError_t query_device(int index, DeviceProperties& found) {
+  const cudaError_t code = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (code != cudaSuccess) return code;
+  return cudaDeviceGetAttribute(&found.shared_bytes_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+}
+
+// Makes a tensor's device the current one for as long as this lives.
+class DeviceScope {
+ public:
+  DeviceScope(const Tensor& x, const ConvShape& problem) : index_(x.get_device_index()) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice", problem);
+    if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice", problem);
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
+                    "PyTorch gives no CUDA stream for device ", index_);
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~DeviceScope() {
+    if (previous_ != index_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+  const DeviceProperties& properties(const ConvShape& problem) const {
+    static std::array<DeviceProperties, kMostDevices> known;
+    static std::array<std::once_flag, kMostDevices> asked;
+    STD_TORCH_CHECK(index_ >= 0 && index_ < kMostDevices, "device index ", index_, " is out of range");
+    std::call_once(asked[index_],
+                   [&] { check(query_device(index_, known[index_]), "cudaDeviceGetAttribute", problem); });
+    return known[index_];
+  }
+
+ private:
+  int index_, previous_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+struct DepthwiseOutputs {
+  Tensor y;
+  OptionalTensor x_pre;
+};
+
+DepthwiseOutputs run_depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& residual,
+                                     const OptionalTensor& scale_p, const OptionalTensor& shift_p,
+                                     const OptionalTensor& scale_e, const OptionalTensor& shift_e, const Ints& geometry,
+                                     const Ints& activations, const Doubles& alphas) {
+  STD_TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "two activations and alphas: prologue, epilogue");
+  DepthwiseFpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  p.type = type_of(x, "x");
+  p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
+  p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
+  p.prologue = channel_affine(scale_p, shift_p, activations[0], alphas[0], x, {"scale_p", "shift_p"}, s.c_in);
+  p.epilogue = channel_affine(scale_e, shift_e, activations[1], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid);
+  DepthwiseOutputs out{new_nhwc(x, s.n, s.c_mid, s.p, s.q), std::nullopt};
+  p.y = out.y.mutable_data_ptr();
+  if (residual.has_value()) {
+    p.residual = nhwc(*residual, x, "residual", s.n, s.c_in, s.h, s.w);
+    out.x_pre = new_nhwc(x, s.n, s.c_in, s.h, s.w);
+    p.x_pre = out.x_pre->mutable_data_ptr();
+  }
+  const DeviceScope device(x, s);
+  const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.residual) && is_aligned(p.x_pre);
+  p.plan = plan_depthwise_fprop(s, element_bytes(p.type), aligned, device.properties(s));
+  depthwise_fprop(p, device.stream());
+  return out;
+}
+
+Tensor cuda_depthwise_fprop(Tensor x, Tensor w_dw, OptionalTensor scale_p, OptionalTensor shift_p,
+                            OptionalTensor scale_e, OptionalTensor shift_e, Ints geometry, Ints activations,
+                            Doubles alphas) {
+  return run_depthwise_fprop(x, w_dw, std::nullopt, scale_p, shift_p, scale_e, shift_e, geometry, activations, alphas)
+      .y;
+}
+
+std::tuple<Tensor, Tensor> cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, OptionalTensor scale_p,
+                                                         OptionalTensor shift_p, OptionalTensor scale_e,
+                                                         OptionalTensor shift_e, Ints geometry, Ints activations,
+                                                         Doubles alphas) {
+  auto out = run_depthwise_fprop(x, w_dw, residual, scale_p, shift_p, scale_e, shift_e, geometry, activations, alphas);
+  return {out.y, *out.x_pre};
+}
+
+// dx, dw_dw, dscale_p, dshift_p; what is not wanted comes back empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw,
+                                                                OptionalTensor scale_p, OptionalTensor shift_p,
+                                                                OptionalTensor centre, Ints geometry,
+                                                                int64_t activation, double alpha, Ints wanted) {
+  STD_TORCH_CHECK(wanted.size() == 4, "wanted must hold 4 flags: dx, dw_dw, dscale_p, dshift_p");
+  DepthwiseBpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  p.type = type_of(x, "x");
+  p.dz = nhwc(dz, x, "dz", s.n, s.c_mid, s.p, s.q);
+  p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
+  p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
+  p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
+  const ChannelVector centres = channel_vector(centre, x, "centre", s.c_in);
+  STD_TORCH_CHECK(centres.data == nullptr || centres.is_float32 != 0, "centre must be float32");
+  p.centre = static_cast<const float*>(centres.data);
+
+  const auto vector = [&](bool needed) { return new_flat(x, {needed ? s.c_in : 0}, ScalarType::Float); };
+  Tensor dx = wanted[0] ? new_nhwc(x, s.n, s.c_in, s.h, s.w) : new_flat(x, {0}, x.scalar_type());
+  Tensor dw_dw = wanted[1] ? new_flat(x, {s.c_mid, 1, s.r, s.s}, x.scalar_type()) : new_flat(x, {0}, x.scalar_type());
+  Tensor dscale = vector(wanted[2] != 0), dshift = vector(wanted[3] != 0);
+  p.dx = wanted[0] ? dx.mutable_data_ptr() : nullptr;
+  p.dw_dw = wanted[1] ? dw_dw.mutable_data_ptr() : nullptr;
+  p.dscale = wanted[2] ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
+  p.dshift = wanted[3] ? static_cast<float*>(dshift.mutable_data_ptr()) : nullptr;
+
+  const DeviceScope device(x, s);
+  const bool aligned = is_aligned(p.x) && is_aligned(p.dz) && is_aligned(p.dx);
+  p.plan = plan_depthwise_bprop(s, element_bytes(p.type), aligned, device.properties(s));
+  Tensor partials = new_flat(x, {p.plan.workers, bprop_partial_rows(s), s.c_mid}, ScalarType::Float);
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  depthwise_bprop(p, device.stream());
+  return {dx, dw_dw, dscale, dshift};
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw,
+                                                       const OptionalTensor& bias, const OptionalTensor& residual,
+                                                       const OptionalTensor& scale_p, const OptionalTensor& shift_p,
+                                                       const OptionalTensor& scale_m, const OptionalTensor& shift_m,
+                                                       const OptionalTensor& scale_e, const OptionalTensor& shift_e,
+                                                       const Ints& geometry, const Ints& activations,
+                                                       const Doubles& alphas, bool allow_tf32, bool with_statistics) {
+  STD_TORCH_CHECK(activations.size() == 3 && alphas.size() == 3,
+                  "three activations and alphas: prologue, middle, epilogue");
+  SeparableFpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  STD_TORCH_CHECK(s.c_mid == s.c_in, "the fused kernel has no depth multiplier");
+  STD_TORCH_CHECK(w_pw.dim() == 4 && w_pw.size(0) > 0, "w_pw must be [C_out, C_mid, 1, 1]");
+  p.type = type_of(x, "x");
+  p.c_out = narrow(w_pw.size(0), "C_out");
+  p.allow_tf32 = allow_tf32 ? 1 : 0;
+  p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
+  p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
+  p.w_pw = contiguous(w_pw, x, "w_pw", static_cast<int64_t>(p.c_out) * s.c_mid);
+  if (residual.has_value()) p.residual = nhwc(*residual, x, "residual", s.n, p.c_out, s.p, s.q);
+  p.bias = channel_vector(bias, x, "bias", p.c_out);
+  p.prologue = channel_affine(scale_p, shift_p, activations[0], alphas[0], x, {"scale_p", "shift_p"}, s.c_in);
+  p.middle = channel_affine(scale_m, shift_m, activations[1], alphas[1], x, {"scale_m", "shift_m"}, s.c_mid);
+  p.epilogue = channel_affine(scale_e, shift_e, activations[2], alphas[2], x, {"scale_e", "shift_e"}, p.c_out);
+  Tensor y = new_nhwc(x, s.n, p.c_out, s.p, s.q);
+  p.y = y.mutable_data_ptr();
+
+  const DeviceScope device(x, s);
+  const bool aligned = is_aligned(p.x) && is_aligned(p.w_pw) && is_aligned(p.y) && is_aligned(p.residual);
+  p.plan = plan_separable_fprop(s, p.c_out, element_bytes(p.type), aligned, device.properties(s));
+  const int tiles = with_statistics ? p.plan.tiles : 0;
+  Tensor statistics = new_flat(x, {tiles, 3, p.c_out}, ScalarType::Float);
+  Tensor counts = new_flat(x, {tiles}, ScalarType::Float);
+  if (with_statistics) {
+    p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+    p.counts = static_cast<float*>(counts.mutable_data_ptr());
+  }
+  separable_fprop(p, device.stream());
+  return {y, statistics, counts};
+}
+
+Tensor cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor bias, OptionalTensor residual,
+                            OptionalTensor scale_p, OptionalTensor shift_p, OptionalTensor scale_m,
+                            OptionalTensor shift_m, OptionalTensor scale_e, OptionalTensor shift_e, Ints geometry,
+                            Ints activations, Doubles alphas, bool allow_tf32) {
+  return std::get<0>(run_separable_fprop(x, w_dw, w_pw, bias, residual, scale_p, shift_p, scale_m, shift_m, scale_e,
+                                         shift_e, geometry, activations, alphas, allow_tf32, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> cuda_separable_fprop_statistics(
+    Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale_p,
+    OptionalTensor shift_p, OptionalTensor scale_m, OptionalTensor shift_m, OptionalTensor scale_e,
+    OptionalTensor shift_e, Ints geometry, Ints activations, Doubles alphas, bool allow_tf32) {
+  return run_separable_fprop(x, w_dw, w_pw, bias, residual, scale_p, shift_p, scale_m, shift_m, scale_e, shift_e,
+                             geometry, activations, alphas, allow_tf32, true);
+}
+
+__global__ void probe_kernel() {}
+
+// What CUDA says to running this library's code on the current device: a cudaError_t, 0 where it can.
+int64_t cuda_probe() {
+  cudaFuncAttributes attributes;
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, probe_kernel);
+  cudaGetLastError();
+  return static_cast<int64_t>(code);
+}
+
+// The architectures this library holds code for: 800 is sm_80.
+Ints cuda_architectures() { return {__CUDA_ARCH_LIST__}; }
+
+// What the planner is given for a device: multiprocessors, and bytes of shared memory that a CTA can have.
+Ints cuda_device_facts(int64_t device) {
+  DeviceProperties found{};
+  const cudaError_t code = query_device(static_cast<int>(device), found);
+  STD_TORCH_CHECK(code == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(code));
+  return {found.multiprocessors, found.shared_bytes_per_cta};
+}
+
+}  // namespace
+}  // namespace xsep::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
+  m.def(
+      "cuda_depthwise_fprop(Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
+      "int[] geometry, int[] activations, float[] alphas) -> Tensor");
+  m.def(
+      "cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, Tensor? scale_p, Tensor? shift_p, "
+      "Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, float[] alphas) -> (Tensor, Tensor)");
+  m.def(
+      "cuda_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? centre, "
+      "int[] geometry, int activation, float alpha, int[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? bias, Tensor? residual, Tensor? scale_p, "
+      "Tensor? shift_p, Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, int[] geometry, "
+      "int[] activations, float[] alphas, bool allow_tf32) -> Tensor");
+  m.def(
+      "cuda_separable_fprop_statistics(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? bias, Tensor? residual, "
+      "Tensor? scale_p, Tensor? shift_p, Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, "
+      "int[] geometry, int[] activations, float[] alphas, bool allow_tf32) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_probe() -> int");
+  m.def("cuda_architectures() -> int[]");
+  m.def("cuda_device_facts(int device) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
+  m.impl("cuda_depthwise_fprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop));
+  m.impl("cuda_depthwise_fprop_residual", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_residual));
+  m.impl("cuda_depthwise_bprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_bprop));
+  m.impl("cuda_separable_fprop", TORCH_BOX(&xsep::cuda::cuda_separable_fprop));
+  m.impl("cuda_separable_fprop_statistics", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_statistics));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xsep, CompositeExplicitAutograd, m) {
+  m.impl("cuda_probe", TORCH_BOX(&xsep::cuda::cuda_probe));
+  m.impl("cuda_architectures", TORCH_BOX(&xsep::cuda::cuda_architectures));
+  m.impl("cuda_device_facts", TORCH_BOX(&xsep::cuda::cuda_device_facts));
+}

@@ -1,0 +1,95 @@
+// Runs CUDA kernels as ordinary C++, so that a machine without a GPU can hold them to the truth.
+//
+// One fiber stands for one CUDA thread, one block runs after another. Which fiber goes on is drawn from a seeded
+// generator each time one stops, and a fiber stops only where CUDA lets threads meet: at a barrier or a warp
+// collective. So a missing barrier gives other results under other seeds. Shared memory starts as NaN, its buffers
+// lie apart, and what cp.async is to bring appears only at the wait: until then its destination holds NaN.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+// Attributes that mean something to nvcc alone.
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace emulator {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxSlotBytes = 64;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+Index thread_index();
+Index block_index();
+Index block_size();
+Index grid_size();
+
+// Stops the launch with an error that names the block and the thread.
+[[noreturn]] void fail(const std::string& what);
+
+void block_barrier();
+
+// All lanes of the warp hand in `bytes` bytes; returns what the 32 lanes handed in. `collective` names the operation:
+// lanes that meet in different ones are an error, as is a warp that is not whole.
+using Slots = std::array<std::array<std::byte, kMaxSlotBytes>, kWarp>;
+const Slots& warp_exchange(const char* collective, const void* data, size_t bytes);
+int lane();
+
+// Where in shared memory the block's n-th buffer lies, the same for every thread that asks; a gap follows each.
+// `place` is where it lies on a GPU: buffers may not overlap there, nor go past what the launch asked for.
+int shared_buffer(int ordinal, int place, int bytes);
+unsigned char* shared_base();
+
+void copy_async(void* destination, const void* source, size_t bytes, bool valid);
+void copy_async_commit();
+void copy_async_wait(int groups_left);
+
+// Runs body once for each thread of each block. Throws std::runtime_error.
+void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+void set_seed(uint32_t seed);
+
+template <class T>
+std::array<T, kWarp> gather(const char* collective, const T& mine) {
+  static_assert(sizeof(T) <= kMaxSlotBytes);
+  const Slots& slots = warp_exchange(collective, &mine, sizeof(T));
+  std::array<T, kWarp> all;
+  for (int i = 0; i < kWarp; ++i) std::memcpy(&all[i], slots[i].data(), sizeof(T));
+  return all;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::thread_index())
+#define blockIdx (emulator::block_index())
+#define blockDim (emulator::block_size())
+#define gridDim (emulator::grid_size())
+
+inline void __syncthreads() { emulator::block_barrier(); }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  if (mask != 0xffffffffu) emulator::fail("__shfl_xor_sync with a partial mask");
+  return emulator::gather("__shfl_xor_sync", value)[emulator::lane() ^ distance];
+}

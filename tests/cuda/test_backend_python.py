@@ -1,0 +1,125 @@
+"""The Python side of the cuda backend, with stand-ins for the operators that check what they are handed."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsep.backends import cuda
+from xsep.backends.aten import ATEN
+from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs
+
+
+def check_nhwc(t: Tensor) -> None:
+    assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+class Operators:
+    """The operators' signatures, computed by the aten backend."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def cuda_device_facts(self, index: int) -> list[int]:
+        return [132, 227 * 1024]
+
+    def cuda_depthwise_fprop(
+        self, x: Tensor, w_dw: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor], scale_e: Optional[Tensor],
+        shift_e: Optional[Tensor], geometry: list[int], activations: list[int], alphas: list[float],
+    ) -> Tensor:  # fmt: skip
+        self.called.append("depthwise")
+        check_nhwc(x)
+        prologue, epilogue = (
+            Affine(*v, a, f) for v, a, f in zip(((scale_p, shift_p), (scale_e, shift_e)), activations, alphas)
+        )  # fmt: skip
+        y = ATEN.depthwise(x, w_dw, prologue, epilogue, Geometry(*geometry))
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def cuda_depthwise_bprop(
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor],
+        centre: Optional[Tensor], geometry: list[int], activation: int, alpha: float, wanted: list[int],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self.called.append("backward")
+        check_nhwc(dz)
+        check_nhwc(x)
+        assert centre is None and w_dw.is_contiguous()
+        prologue, flags = Affine(scale_p, shift_p, activation, alpha), [bool(f) for f in wanted]
+        found = ATEN.depthwise_backward_kernel(dz, x, w_dw, prologue, Geometry(*geometry), flags)
+        dx, *rest = (x.new_empty(0) if t is None else t for t in found)
+        return dx.contiguous(memory_format=torch.channels_last) if dx.dim() == 4 else dx, *rest
+
+    def cuda_separable_fprop(self, *arguments: Any) -> Tensor:
+        self.called.append("fused")
+        a = SeparableArgs(*arguments[:-1])
+        check_nhwc(a.x)
+        assert a.residual is None or a.residual.is_contiguous(memory_format=torch.channels_last)
+        assert isinstance(arguments[-1], bool)
+        return ATEN.separable_forward(a).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
+    found = Operators()
+    monkeypatch.setattr(torch.ops, "xsep", found)
+    monkeypatch.setattr(cuda, "device_facts", lambda index: cuda.DeviceFacts(132, 227 * 1024))
+    return found
+
+
+def draw(layout: torch.memory_format, everything: bool, multiplier: int = 1) -> SeparableArgs:
+    torch.manual_seed(0)
+    n, c_in, c_out, h, w = 2, 5, 7, 11, 13
+    c_mid = c_in * multiplier
+    x = torch.randn(n, c_in, h, w).contiguous(memory_format=layout)
+    w_dw, w_pw = torch.randn(c_mid, 1, 3, 3), torch.randn(c_out, c_mid, 1, 1)
+    no = None
+    a = SeparableArgs(x, w_dw, w_pw, no, no, no, no, no, no, no, no, [1] * 8, [0] * 3, [0.0] * 3)
+    if not everything:
+        return a._replace(bias=torch.randn(c_out))
+    return a._replace(
+        bias=torch.randn(c_out), residual=torch.randn(n, c_out, h, w), scale_p=torch.randn(c_in),
+        shift_p=torch.randn(c_in), scale_m=torch.randn(c_mid), shift_m=torch.randn(c_mid), scale_e=torch.randn(c_out),
+        shift_e=torch.randn(c_out), activations=[RELU, SILU, RELU],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("everything", [False, True], ids=["bias", "everything"])
+@pytest.mark.parametrize("fused", [False, True], ids=["staged", "fused"])
+def test_forward(
+    operators: Operators, monkeypatch: pytest.MonkeyPatch, fused: bool, everything: bool, layout: torch.memory_format
+) -> None:
+    monkeypatch.setattr(cuda, "is_fused", lambda *_: fused)
+    a = draw(layout, everything)
+    ours, theirs = cuda.CUDA.separable_forward(a), ATEN.separable_forward(a)
+    torch.testing.assert_close(ours, theirs)
+    assert operators.called == (["fused"] if fused else ["depthwise"])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("multiplier", [1, 2], ids=["m1", "m2"])
+def test_backward(operators: Operators, multiplier: int, layout: torch.memory_format) -> None:
+    a = draw(layout, True, multiplier)
+    dy = torch.randn_like(ATEN.separable_forward(a))
+    y = ATEN.separable_forward(a)
+    wanted = [True] * 11
+    for ours, theirs in zip(
+        cuda.CUDA.separable_backward(dy, a, y, wanted), ATEN.separable_backward(dy, a, y, wanted), strict=True
+    ):
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert "backward" in operators.called
+
+
+def test_empty_batch_launches_nothing(operators: Operators) -> None:
+    a = draw(torch.channels_last, False)
+    a = a._replace(x=a.x[:0])
+    assert cuda.CUDA.separable_forward(a).shape == (0, 7, 11, 13)
+    gradients = cuda.CUDA.depthwise_backward_kernel(
+        torch.empty(0, 5, 11, 13), a.x, a.w_dw, Affine(), Geometry(*a.geometry), [True] * 4
+    )
+    assert gradients.dw_dw is not None and gradients.dshift_p is not None
+    assert float(gradients.dw_dw.abs().sum()) == 0 and gradients.dshift_p.shape == (5,)
+    assert operators.called == []

@@ -1,0 +1,270 @@
+"""Every depthwise CUDA kernel, run by the emulator, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsep.backends.aten import ATEN
+from xsep.problem import ACTIVATIONS, Geometry
+from xsep.problem import Affine as AtenAffine
+
+from . import emulated
+
+pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="session")
+def library() -> emulated.Library:
+    return emulated.Library(emulated.build("depthwise"))
+
+
+class Case(NamedTuple):
+    """One convolution; geometry is (stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w)."""
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    filter: tuple[int, int]
+    geometry: Geometry
+    multiplier: int = 1
+    fast: bool = True
+    offset: int = 0  # elements by which x starts past a 16-byte boundary
+
+
+def same(k: int, stride: int = 1) -> Geometry:
+    return Geometry(stride, stride, k // 2, k // 2, k // 2, k // 2, 1, 1)
+
+
+FAST = [Case(f"k{k}-stride{stride}", 2, 8, 11, 13, (k, k), same(k, stride)) for k in (3, 5, 7) for stride in (1, 2)] + [
+    Case("k3-no-padding", 1, 24, 7, 9, (3, 3), Geometry(1, 1, 0, 0, 0, 0, 1, 1)),
+    Case("k3-stride2-tf-same", 1, 16, 10, 12, (3, 3), Geometry(2, 2, 0, 1, 0, 1, 1, 1)),
+    Case("k5-padding-beyond-filter", 1, 8, 5, 3, (5, 5), Geometry(1, 1, 6, 3, 1, 7, 1, 1)),
+    Case("k3-stride2-explicit", 2, 8, 9, 6, (3, 3), Geometry(2, 2, 2, 0, 1, 3, 1, 1)),
+    Case("k7-stride2-odd-padding", 1, 8, 17, 15, (7, 7), Geometry(2, 2, 3, 2, 5, 0, 1, 1)),
+    Case("k3-many-channels", 1, 136, 5, 5, (3, 3), same(3)),
+    Case("k3-one-pixel", 3, 8, 1, 1, (3, 3), same(3)),
+    Case("k3-several-tiles", 1, 64, 9, 70, (3, 3), same(3)),
+]
+GENERAL = [
+    Case("odd-channels", 2, 5, 7, 11, (3, 3), same(3), fast=False),
+    Case("rectangular", 1, 8, 9, 7, (3, 5), Geometry(1, 1, 2, 2, 1, 1, 1, 1), fast=False),
+    Case("dilation", 1, 7, 13, 11, (3, 3), Geometry(1, 1, 2, 2, 2, 2, 2, 2), fast=False),
+    Case("stride3x2-dilation1x2", 1, 3, 14, 13, (2, 3), Geometry(3, 2, 1, 0, 2, 1, 1, 2), fast=False),
+    Case("multiplier3", 2, 8, 7, 5, (3, 3), same(3), multiplier=3, fast=False),
+    Case("k1", 1, 37, 3, 5, (1, 1), same(1), fast=False),
+    Case("misaligned", 1, 8, 5, 7, (3, 3), same(3), fast=False, offset=1),
+]
+EVERY = FAST + GENERAL
+
+
+PLAIN = emulated.Affine()
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    x = torch.randn(case.n, case.c, case.h, case.w).to(dtype)
+    return x, torch.randn(case.c * case.multiplier, 1, *case.filter).to(dtype)
+
+
+def shape_of(case: Case) -> emulated.ConvShape:
+    g = case.geometry
+    p, q = g.output_size(case.h, case.w, *case.filter)
+    return emulated.ConvShape(
+        case.n, case.h, case.w, case.c, p, q, case.c * case.multiplier, *case.filter, g.stride_h, g.stride_w,
+        g.pad_top, g.pad_left, g.dilation_h, g.dilation_w,
+    )  # fmt: skip
+
+
+def plan_of(
+    library: emulated.Library, way: str, case: Case, dtype: torch.dtype, aligned: bool, multiprocessors: int
+) -> emulated.DepthwisePlan:
+    plan = emulated.DepthwisePlan()
+    device = emulated.Device(multiprocessors, 99 * 1024)
+    getattr(library.lib, f"emulate_plan_depthwise_{way}")(
+        ctypes.byref(shape_of(case)), dtype.itemsize, int(aligned), ctypes.byref(device), ctypes.byref(plan)
+    )
+    return plan
+
+
+def fprop(
+    library: emulated.Library, case: Case, x: Tensor, w: Tensor, prologue: emulated.Affine = PLAIN,
+    epilogue: emulated.Affine = PLAIN, residual: Optional[Tensor] = None, multiprocessors: int = 1,
+) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
+    """y and, with a residual, x_pre; both NCHW."""
+    shape = shape_of(case)
+    plan = plan_of(library, "fprop", case, x.dtype, case.offset == 0, multiprocessors)
+    y = emulated.Guarded((shape.n, shape.p, shape.q, shape.c_mid), x.dtype)
+    source, weights = emulated.nhwc(x, case.offset), emulated.Guarded.of(w)
+    other = None if residual is None else emulated.nhwc(residual)
+    x_pre = None if residual is None else emulated.Guarded((shape.n, shape.h, shape.w, shape.c_in), x.dtype)
+    library.call("emulate_depthwise_fprop", emulated.DepthwiseFprop(
+        shape, plan, emulated.TYPES[x.dtype], source.tensor.data_ptr(),
+        None if other is None else other.tensor.data_ptr(), weights.tensor.data_ptr(),
+        None if x_pre is None else x_pre.tensor.data_ptr(), y.tensor.data_ptr(), prologue.raw(), epilogue.raw(),
+    ))  # fmt: skip
+    pre = None if x_pre is None else x_pre.check().permute(0, 3, 1, 2)
+    return y.check().permute(0, 3, 1, 2), pre
+
+
+def double(affine: emulated.Affine) -> AtenAffine:
+    scale, shift = (None if t is None else t.double() for t in affine[:2])
+    return AtenAffine(scale, shift, affine.activation, affine.alpha)
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """At most twice PyTorch's own error at the same type, and an ulp of the largest result (8 in float32)."""
+    ulp = torch.finfo(theirs.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
+    allowed = 2 * float((theirs.double() - truth).abs().max()) + ulp * (8 if theirs.dtype == torch.float32 else 1)
+    error = float((ours.double() - truth).abs().max())
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", EVERY, ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_forward(library: emulated.Library, case: Case, kind: str) -> None:
+    x, w = draw(case, DTYPES[kind])
+    assert plan_of(library, "fprop", case, x.dtype, case.offset == 0, 1).sliding_window == case.fast
+    ours, _ = fprop(library, case, x, w)
+    plain = AtenAffine()
+    theirs = ATEN.depthwise(x, w, plain, plain, case.geometry)
+    assert_close("y", ours, theirs, ATEN.depthwise(x.double(), w.double(), plain, plain, case.geometry))
+
+
+@pytest.mark.parametrize("case", [FAST[0], FAST[1], GENERAL[0]], ids=ids)
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
+def test_forward_prologue_and_epilogue(library: emulated.Library, case: Case, activation: int) -> None:
+    x, w = draw(case, torch.float32, activation)
+    prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), activation, 0.3)
+    epilogue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), activation, 0.3)
+    ours, _ = fprop(library, case, x, w, prologue, epilogue)
+    theirs = ATEN.depthwise(x, w, AtenAffine(*prologue), AtenAffine(*epilogue), case.geometry)
+    truth = ATEN.depthwise(x.double(), w.double(), double(prologue), double(epilogue), case.geometry)
+    assert_close("y", ours, theirs, truth)
+
+
+@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[9], FAST[12], GENERAL[1], GENERAL[3]], ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_forward_residual_prologue(library: emulated.Library, case: Case, kind: str) -> None:
+    x, w = draw(case, DTYPES[kind])
+    residual = torch.randn_like(x)
+    prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), 1)
+    ours, x_pre = fprop(library, case, x, w, prologue, residual=residual)
+    assert x_pre is not None
+    plain, relu = AtenAffine(), AtenAffine(activation=1)
+
+    def pre(t: Tensor, r: Tensor) -> Tensor:
+        wide = torch.promote_types(t.dtype, torch.float32)
+        scale, shift = (v.to(wide)[:, None, None] for v in (prologue.scale, prologue.shift))  # type: ignore[union-attr]
+        return (scale * t + shift + r).to(t.dtype)
+
+    exact = pre(x.double(), residual.double())
+    assert_close("x_pre", x_pre, pre(x, residual), exact)
+    theirs = ATEN.depthwise(pre(x, residual), w, relu, plain, case.geometry)
+    assert_close("y", ours, theirs, ATEN.depthwise(exact, w.double(), relu, plain, case.geometry))
+
+
+def bprop(
+    library: emulated.Library, case: Case, dz: Tensor, x: Tensor, w: Tensor, prologue: emulated.Affine,
+    centre: Optional[Tensor] = None, multiprocessors: int = 1,
+) -> dict[str, Tensor]:  # fmt: skip
+    """dx (NCHW), dw_dw, dscale, dshift."""
+    shape = shape_of(case)
+    plan = plan_of(library, "bprop", case, x.dtype, case.offset == 0, multiprocessors)
+    taps = case.filter[0] * case.filter[1]
+    out = {
+        "dx": emulated.Guarded((case.n, case.h, case.w, case.c), x.dtype),
+        "dw_dw": emulated.Guarded(tuple(w.shape), x.dtype),
+        "dscale": emulated.Guarded((case.c,), torch.float32),
+        "dshift": emulated.Guarded((case.c,), torch.float32),
+    }
+    partials = emulated.Guarded((plan.workers, taps + 2, shape.c_mid), torch.float32)
+    gradient, source, weights = emulated.nhwc(dz), emulated.nhwc(x, case.offset), emulated.Guarded.of(w)
+    library.call("emulate_depthwise_bprop", emulated.DepthwiseBprop(
+        shape, plan, emulated.TYPES[x.dtype], gradient.tensor.data_ptr(), source.tensor.data_ptr(),
+        weights.tensor.data_ptr(), *(g.tensor.data_ptr() for g in out.values()), emulated.pointer(centre),
+        partials.tensor.data_ptr(), prologue.raw(),
+    ))  # fmt: skip
+    partials.check()
+    results = {name: guarded.check() for name, guarded in out.items()}
+    return {**results, "dx": results["dx"].permute(0, 3, 1, 2)}
+
+
+def check_backward(library: emulated.Library, case: Case, dtype: torch.dtype, prologue: emulated.Affine) -> None:
+    x, w = draw(case, dtype)
+    shape = shape_of(case)
+    dz = torch.randn(shape.n, shape.c_mid, shape.p, shape.q).to(dtype)
+    every = (True, True, True, True)
+    theirs = ATEN.depthwise_backward_kernel(dz, x, w, AtenAffine(*prologue), case.geometry, every)
+    truth = ATEN.depthwise_backward_kernel(dz.double(), x.double(), w.double(), double(prologue), case.geometry, every)
+    ours = bprop(library, case, dz, x, w, prologue)
+    names = ("dx", "dw_dw", "dscale", "dshift")
+    for name, t, exact in zip(names, theirs, truth):
+        assert t is not None and exact is not None
+        assert_close(name, ours[name], t, exact)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_backward(library: emulated.Library, case: Case, kind: str) -> None:
+    x, _ = draw(case, DTYPES[kind])
+    assert plan_of(library, "bprop", case, x.dtype, case.offset == 0, 1).sliding_window == case.fast
+    check_backward(library, case, DTYPES[kind], emulated.Affine())
+
+
+@pytest.mark.parametrize("case", [FAST[0], FAST[1], GENERAL[4]], ids=ids)
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
+def test_backward_prologue(library: emulated.Library, case: Case, activation: int) -> None:
+    torch.manual_seed(activation)
+    prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), activation, 0.3)
+    check_backward(library, case, torch.float32, prologue)
+
+
+@pytest.mark.parametrize("case", [FAST[1], GENERAL[0]], ids=ids)
+def test_backward_centred_sums(library: emulated.Library, case: Case) -> None:
+    """With a centre, dscale is the sum of du (x - centre), as BatchNorm's backward wants it."""
+    x, w = draw(case, torch.float32)
+    shape, centre = shape_of(case), torch.randn(case.c)
+    dz = torch.randn(shape.n, shape.c_mid, shape.p, shape.q)
+    prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), 1)
+    ours = bprop(library, case, dz, x, w, prologue, centre)
+
+    def sums(dtype: torch.dtype) -> Tensor:
+        assert prologue.scale is not None and prologue.shift is not None
+        affine = AtenAffine(prologue.scale.to(dtype), prologue.shift.to(dtype), 1)
+        g = ATEN.depthwise_backward_kernel(
+            dz.to(dtype), x.to(dtype), w.to(dtype), affine, case.geometry, (False, False, True, True)
+        )
+        assert g.dscale_p is not None and g.dshift_p is not None
+        return g.dscale_p - centre.to(dtype) * g.dshift_p
+
+    assert_close("dscale", ours["dscale"], sums(torch.float32), sums(torch.float64))
+
+
+@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[13], GENERAL[1]], ids=ids)
+def test_same_bits_for_any_order_of_threads(case: Case) -> None:
+    """Seeds shuffle the threads between barriers; several CTAs share the work; nothing may depend on it."""
+    x, w = draw(case, torch.bfloat16)
+    shape = shape_of(case)
+    dz = torch.randn(shape.n, shape.c_mid, shape.p, shape.q).bfloat16()
+    prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), 1)
+    found: list[dict[str, Any]] = []
+    for seed in (1, 2, 3):
+        seeded = emulated.Library(emulated.build("depthwise"), seed)
+        y, _ = fprop(seeded, case, x, w, prologue, multiprocessors=3)
+        found.append({"y": y, **bprop(seeded, case, dz, x, w, prologue, multiprocessors=3)})
+    for other in found[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, found[0][name]), name

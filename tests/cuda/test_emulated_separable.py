@@ -1,0 +1,252 @@
+"""The fused separable CUDA kernel, run by the emulator, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsep.backends.aten import ATEN
+from xsep.problem import ACTIVATIONS, Geometry, SeparableArgs
+
+from . import emulated
+
+pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
+
+KINDS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+H100, A10 = 227 * 1024, 99 * 1024
+
+
+@pytest.fixture(scope="session")
+def library() -> emulated.Library:
+    return emulated.Library(emulated.build("separable"))
+
+
+class Case(NamedTuple):
+    name: str
+    n: int
+    c_in: int
+    c_out: int
+    h: int
+    w: int
+    k: int
+    geometry: Geometry
+    shared: int = H100
+
+
+def same(k: int, stride: int = 1) -> Geometry:
+    return Geometry(stride, stride, k // 2, k // 2, k // 2, k // 2, 1, 1)
+
+
+CASES = [
+    Case("k3", 1, 72, 40, 9, 13, 3, same(3)),
+    Case("k3-stride2", 1, 40, 24, 17, 15, 3, same(3, 2)),
+    Case("k5", 1, 24, 56, 7, 11, 5, same(5)),
+    Case("k5-stride2", 1, 16, 8, 19, 13, 5, same(5, 2)),
+    Case("c_out-256", 1, 16, 248, 5, 7, 3, same(3)),
+    Case("c_out-not-of-8", 1, 8, 70, 5, 7, 3, same(3)),
+    Case("small-pictures", 5, 136, 16, 3, 5, 3, same(3)),
+    Case("rows-cross-pictures", 3, 8, 16, 7, 7, 3, same(3)),
+    Case("stride2-crossing", 3, 8, 16, 7, 9, 5, same(5, 2)),
+    Case("one-pixel", 7, 8, 8, 1, 1, 3, same(3)),
+    Case("wide", 1, 8, 8, 3, 301, 3, same(3)),
+    Case("no-padding", 1, 24, 8, 7, 9, 3, Geometry(1, 1, 0, 0, 0, 0, 1, 1)),
+    Case("tf-same", 1, 8, 10, 8, 10, 3, Geometry(2, 2, 0, 1, 0, 1, 1, 1)),
+    Case("explicit-padding", 2, 8, 12, 5, 3, 5, Geometry(1, 1, 6, 3, 1, 7, 1, 1)),
+    Case("short-chunks", 1, 136, 136, 9, 13, 5, same(5), A10),
+]
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    w_dw: Tensor
+    w_pw: Tensor
+    bias: Optional[Tensor] = None
+    residual: Optional[Tensor] = None
+    prologue: emulated.Affine = emulated.Affine()
+    middle: emulated.Affine = emulated.Affine()
+    epilogue: emulated.Affine = emulated.Affine()
+
+
+def draw(case: Case, kind: str, activation: int = 0, everything: bool = False, seed: int = 0) -> Inputs:
+    torch.manual_seed(seed)
+    dtype = KINDS[kind]
+    x = torch.randn(case.n, case.c_in, case.h, case.w).to(dtype)
+    w_dw = torch.randn(case.c_in, 1, case.k, case.k).to(dtype)
+    w_pw = torch.randn(case.c_out, case.c_in, 1, 1).to(dtype)
+    if not everything:
+        return Inputs(x, w_dw, w_pw)
+    p, q = case.geometry.output_size(case.h, case.w, case.k, case.k)
+
+    def affine(channels: int, vector_type: torch.dtype) -> emulated.Affine:
+        scale, shift = torch.randn(2, channels).to(vector_type)
+        return emulated.Affine(scale, shift, activation, 0.3)
+
+    return Inputs(
+        x, w_dw, w_pw, torch.randn(case.c_out), torch.randn(case.n, case.c_out, p, q).to(dtype),
+        affine(case.c_in, torch.float32), affine(case.c_in, dtype), affine(case.c_out, torch.float32),
+    )  # fmt: skip
+
+
+def shape_of(case: Case) -> emulated.ConvShape:
+    g = case.geometry
+    p, q = g.output_size(case.h, case.w, case.k, case.k)
+    return emulated.ConvShape(
+        case.n, case.h, case.w, case.c_in, p, q, case.c_in, case.k, case.k, g.stride_h, g.stride_w, g.pad_top,
+        g.pad_left, 1, 1,
+    )  # fmt: skip
+
+
+def plan_of(library: emulated.Library, case: Case, dtype: torch.dtype) -> emulated.SeparablePlan:
+    plan = emulated.SeparablePlan()
+    device = emulated.Device(1, case.shared)
+    library.lib.emulate_plan_separable_fprop(
+        ctypes.byref(shape_of(case)), case.c_out, dtype.itemsize, 1, ctypes.byref(device), ctypes.byref(plan)
+    )
+    return plan
+
+
+def fprop(
+    library: emulated.Library, case: Case, kind: str, a: Inputs, statistics: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (NCHW), statistics [tiles, 3, C_out] and counts [tiles]; the last two empty where not asked for."""
+    shape, plan = shape_of(case), plan_of(library, case, a.x.dtype)
+    assert plan.fused, "the planner would not run this case fused"
+    x, w_dw, w_pw = emulated.nhwc(a.x), emulated.Guarded.of(a.w_dw), emulated.Guarded.of(a.w_pw)
+    residual = None if a.residual is None else emulated.nhwc(a.residual)
+    y = emulated.Guarded((case.n, shape.p, shape.q, case.c_out), a.x.dtype)
+    tiles = plan.tiles if statistics else 0
+    partials = emulated.Guarded((tiles, 3, case.c_out), torch.float32)
+    counts = emulated.Guarded((tiles,), torch.float32)
+    library.call("emulate_separable_fprop", emulated.SeparableFprop(
+        shape, plan, emulated.TYPES[a.x.dtype], case.c_out, int(kind == "tf32"),
+        *(g.tensor.data_ptr() for g in (x, w_dw, w_pw)), None if residual is None else residual.tensor.data_ptr(),
+        y.tensor.data_ptr(), *((g.tensor.data_ptr() if statistics else None) for g in (partials, counts)),
+        emulated.vector(a.bias), a.prologue.raw(), a.middle.raw(), a.epilogue.raw(),
+    ))  # fmt: skip
+    return y.check().permute(0, 3, 1, 2), partials.check(), counts.check()
+
+
+def aten_args(case: Case, a: Inputs, dtype: torch.dtype) -> SeparableArgs:
+    def to(t: Optional[Tensor]) -> Optional[Tensor]:
+        return t if t is None or dtype != torch.float64 else t.double()
+
+    affines = (a.prologue, a.middle, a.epilogue)
+    (scale_p, shift_p), (scale_m, shift_m), (scale_e, shift_e) = ((to(f.scale), to(f.shift)) for f in affines)
+    return SeparableArgs(
+        a.x.to(dtype), a.w_dw.to(dtype), a.w_pw.to(dtype), to(a.bias), to(a.residual), scale_p, shift_p, scale_m,
+        shift_m, scale_e, shift_e, list(case.geometry), [f.activation for f in affines], [f.alpha for f in affines],
+    )  # fmt: skip
+
+
+def round_to_tf32(t: Tensor) -> Tensor:
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def pytorch(case: Case, kind: str, a: Inputs) -> Tensor:
+    """PyTorch's own composition; for tf32 its second convolution as a GPU that may use TF32 multiplies it."""
+    args = aten_args(case, a, KINDS[kind])
+    if kind != "tf32":
+        return ATEN.separable_forward(args)
+    z = ATEN.depthwise(args.x, args.w_dw, args.prologue, args.middle, case.geometry)
+    plain = args._replace(
+        x=round_to_tf32(z), w_dw=torch.ones(case.c_in, 1, 1, 1), w_pw=round_to_tf32(args.w_pw), scale_p=None,
+        shift_p=None, scale_m=None, shift_m=None, geometry=[1, 1, 0, 0, 0, 0, 1, 1],
+        activations=[0, 0, args.activations[2]],
+    )  # fmt: skip
+    return ATEN.separable_forward(plain)
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """At most twice PyTorch's own error at the same type, and an ulp of the largest result (8 in float32)."""
+    ulp = torch.finfo(theirs.dtype).eps * float(truth.abs().max())
+    allowed = 2 * float((theirs.double() - truth).abs().max()) + ulp * (8 if theirs.dtype == torch.float32 else 1)
+    error = float((ours.double() - truth).abs().max())
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check(library: emulated.Library, case: Case, kind: str, a: Inputs) -> None:
+    ours, _, _ = fprop(library, case, kind, a)
+    truth = ATEN.separable_forward(aten_args(case, a, torch.float64))
+    assert_close("y", ours, pytorch(case, kind, a), truth)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward(library: emulated.Library, case: Case, kind: str) -> None:
+    check(library, case, kind, draw(case, kind))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[13]], ids=ids)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_with_everything(library: emulated.Library, case: Case, kind: str) -> None:
+    """Bias, residual, all three affines with ReLU; the middle's vectors in the type of x, the others float32."""
+    check(library, case, kind, draw(case, kind, activation=1, everything=True))
+
+
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
+def test_activations(library: emulated.Library, activation: int) -> None:
+    check(library, CASES[5], "fp32", draw(CASES[5], "fp32", activation, everything=True, seed=activation))
+
+
+def test_short_chunks_where_shared_memory_is_scarce(library: emulated.Library) -> None:
+    assert plan_of(library, CASES[-1], torch.bfloat16).chunk_bytes == 64
+    assert plan_of(library, CASES[-1]._replace(shared=H100), torch.bfloat16).chunk_bytes == 128
+
+
+def check_statistics(case: Case, y: Tensor, partials: Tensor, counts: Tensor) -> None:
+    """Merged in float64, the partials are the statistics of y as stored; every pixel counted once."""
+    rows = y.permute(0, 2, 3, 1).reshape(-1, case.c_out).double()
+    mean_of_tile, s, q = partials.double().unbind(1)
+    n = counts.double()[:, None]
+    assert float(n.sum()) == rows.shape[0]
+    tile_mean = mean_of_tile + s / n
+    mean = (n * tile_mean).sum(0) / n.sum()
+    m2 = (q - s.square() / n + n * (tile_mean - mean).square()).sum(0)
+    torch.testing.assert_close(mean, rows.mean(0), rtol=0, atol=1e-6 * float(rows.abs().max()))
+    torch.testing.assert_close(m2, (rows - rows.mean(0)).square().sum(0), rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7], CASES[10]], ids=ids)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_statistics(library: emulated.Library, case: Case, kind: str) -> None:
+    y, partials, counts = fprop(library, case, kind, draw(case, kind), statistics=True)
+    check_statistics(case, y, partials, counts)
+
+
+def test_statistics_where_squares_would_cancel(library: emulated.Library) -> None:
+    """Mean 100, standard deviation about 0.1: sums of y and y^2 in float32 lose the variance here."""
+    case = CASES[7]
+    epilogue = emulated.Affine(torch.full((case.c_out,), 0.1), torch.full((case.c_out,), 100.0))
+    a = draw(case, "bf16")._replace(epilogue=epilogue)
+    y, partials, counts = fprop(library, case, "bf16", a, statistics=True)
+    check_statistics(case, y, partials, counts)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=ids)
+def test_same_bits_for_any_order_of_threads(case: Case) -> None:
+    """Seeds shuffle the threads between barriers and collectives; nothing may depend on it."""
+    a = draw(case, "bf16", activation=1, everything=True)
+    path = emulated.build("separable")
+    results = [fprop(emulated.Library(path, seed), case, "bf16", a, statistics=True) for seed in (1, 2, 3)]
+    for other in results[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(other, results[0]))
+
+
+def test_nan_of_a_pixel_stays_in_its_window(library: emulated.Library) -> None:
+    """A NaN in x reaches the outputs whose window holds it, and no others."""
+    case = CASES[7]
+    a = draw(case, "bf16")
+    a.x[1, 3, 2, 4] = float("nan")
+    y, _, _ = fprop(library, case, "bf16", a)
+    expected = torch.zeros(case.n, case.h, case.w, dtype=torch.bool)
+    expected[1, 1:4, 3:6] = True
+    assert torch.equal(y.isnan().any(1), expected)
+    assert torch.equal(y.isnan().all(1), expected)

@@ -1,0 +1,138 @@
+"""The cuda backend on a real card, at real sizes: ``pytest -m gpu tests/cuda``."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsep.backends.aten import ATEN
+from xsep.backends.cuda import CUDA
+from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs, separable_problem
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: N, C_in, C_out, H, W, k, stride
+SIZES = [
+    (8, 64, 128, 147, 147, 3, 1), (4, 128, 256, 74, 74, 3, 1), (4, 256, 256, 37, 37, 3, 1), (8, 728, 728, 19, 19, 3, 1),
+    (8, 96, 24, 57, 57, 3, 2), (4, 144, 40, 28, 28, 5, 2), (4, 240, 80, 14, 14, 5, 1), (2, 96, 96, 31, 29, 7, 1),
+    (2, 13, 17, 23, 19, 3, 1), (2, 32, 62, 17, 19, 5, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def supported() -> None:
+    problem = separable_problem(draw((1, 8, 8, 8, 8, 3, 1), torch.float32))
+    reasons = CUDA.not_supported_reasons(problem)
+    if reasons:
+        pytest.fail("; ".join(reasons))
+
+
+def ids(size: tuple[int, ...]) -> str:
+    return "-".join(map(str, size))
+
+
+def draw(size: tuple[int, ...], dtype: torch.dtype, everything: bool = False, last: bool = True) -> SeparableArgs:
+    torch.manual_seed(0)
+    n, c_in, c_out, h, w, k, stride = size
+    geometry = Geometry(stride, stride, k // 2, k // 2, k // 2, k // 2, 1, 1)
+    layout = torch.channels_last if last else torch.contiguous_format
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    x, w_dw, w_pw = randn(n, c_in, h, w), randn(c_in, 1, k, k), randn(c_out, c_in, 1, 1)
+    bias: Optional[Tensor] = None
+    residual: Optional[Tensor] = None
+    if everything:
+        p, q = geometry.output_size(h, w, k, k)
+        bias, residual = randn(c_out), randn(n, c_out, p, q).contiguous(memory_format=layout)
+    codes = [RELU, SILU, RELU] if everything else [0, 0, 0]
+    x = x.contiguous(memory_format=layout)
+    none = None
+    a = SeparableArgs(
+        x, w_dw, w_pw, bias, residual, none, none, none, none, none, none, list(geometry), codes, [0.0] * 3
+    )
+    if not everything:
+        return a
+    channels = {"scale_p": c_in, "shift_p": c_in, "scale_m": c_in, "shift_m": c_in, "scale_e": c_out, "shift_e": c_out}
+    vectors: dict[str, Any] = {name: randn(c, dtype=torch.float32) for name, c in channels.items()}
+    return a._replace(**vectors)
+
+
+def double(a: SeparableArgs) -> SeparableArgs:
+    wide: dict[str, Any] = {name: t.double() for name, t in a._asdict().items() if isinstance(t, Tensor)}
+    return a._replace(**wide)
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """At most twice PyTorch's own error at the same type, and an ulp of the largest result (8 in float32)."""
+    ulp = torch.finfo(theirs.dtype).eps * float(truth.abs().max())
+    allowed = 2 * float((theirs.double() - truth).abs().max()) + ulp * (8 if theirs.dtype == torch.float32 else 1)
+    assert float((ours.double() - truth).abs().max()) <= allowed, name
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_separable_forward(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, ...], kind: str, everything: bool, layout: str, tf32: bool
+) -> None:
+    if tf32 and kind != "fp32":
+        pytest.skip("TF32 is about float32")
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "tf32" if tf32 else "ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "tf32" if tf32 else "ieee")
+    a = draw(size, DTYPES[kind], everything, layout == "channels_last")
+    ours, theirs = CUDA.separable_forward(a), ATEN.separable_forward(a)
+    assert ours.stride() == theirs.stride()
+    assert_close("y", ours, theirs, ATEN.separable_forward(double(a)))
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_depthwise_backward(size: tuple[int, ...], kind: str, prologue: bool) -> None:
+    a = draw(size, DTYPES[kind], prologue)
+    geometry, every = Geometry(*a.geometry), (True, True, prologue, prologue)
+    dz = torch.randn_like(ATEN.depthwise(a.x, a.w_dw, Affine(), Affine(), geometry))
+    ours = CUDA.depthwise_backward_kernel(dz, a.x, a.w_dw, a.prologue, geometry, every)
+    theirs = ATEN.depthwise_backward_kernel(dz, a.x, a.w_dw, a.prologue, geometry, every)
+    e = double(a)
+    truth = ATEN.depthwise_backward_kernel(dz.double(), e.x, e.w_dw, e.prologue, geometry, every)
+    for name, mine, peer, exact in zip(("dx", "dw_dw", "dscale_p", "dshift_p"), ours, theirs, truth):
+        if mine is None or peer is None or exact is None:
+            assert mine is None and not prologue, name
+            continue
+        assert_close(name, mine, peer, exact)
+    again = CUDA.depthwise_backward_kernel(dz, a.x, a.w_dw, a.prologue, geometry, every)
+    for first, second in zip(ours, again):
+        assert first is None or second is None or torch.equal(first, second), "not the same bits twice"
+
+
+def test_statistics_of_every_pixel() -> None:
+    a = draw(SIZES[0], torch.bfloat16)
+    y, partials, counts = torch.ops.xsep.cuda_separable_fprop_statistics(*a, False)
+    k, s, q = partials.double().unbind(1)
+    n = counts.double()[:, None]
+    mean = (n * k + s).sum(0) / n.sum()
+    m2 = (q - s.square() / n + n * (k + s / n - mean).square()).sum(0)
+    torch.testing.assert_close(mean, y.double().mean((0, 2, 3)), rtol=0, atol=1e-6 * float(y.abs().max()))
+    torch.testing.assert_close(m2 / n.sum(), y.double().var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
+
+
+def test_current_stream_is_used() -> None:
+    a, stream = draw(SIZES[1], torch.float16), torch.cuda.Stream()
+    expected = CUDA.separable_forward(a)
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = CUDA.separable_forward(a)
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)

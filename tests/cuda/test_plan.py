@@ -1,0 +1,105 @@
+"""The CUDA planner: pure data, the same that the launchers use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from xsep import extension
+from xsep.backends import cuda
+from xsep.problem import Geometry, Problem
+
+H100 = cuda.DeviceFacts(132, 227 * 1024)
+A100 = cuda.DeviceFacts(108, 163 * 1024)
+A10 = cuda.DeviceFacts(72, 99 * 1024)
+#: Xception's separable layers at 299 pixels: C_in, C_out, height and width.
+XCEPTION = [
+    (64, 128, 147), (128, 128, 147), (128, 256, 74), (256, 256, 74), (256, 728, 37), (728, 728, 37), (728, 728, 19),
+    (728, 1024, 19), (1024, 1536, 10), (1536, 2048, 10),
+]  # fmt: skip
+
+
+@pytest.fixture
+def planner() -> Any:
+    module = extension.binding()
+    if module is None:
+        pytest.skip("xsep's compiled extension is not built")
+    return module
+
+
+def problem(
+    c_in: int, c_out: int, size: int, n: int = 64, k: int = 3, stride: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Problem:
+    pad = k // 2
+    geometry = Geometry(stride, stride, pad, pad, pad, pad, 1, 1)
+    return Problem("separable", "cuda", dtype, True, n, c_in, size, size, 1, k, k, c_out, geometry, (0, 0, 0))
+
+
+def fused(planner: Any, p: Problem, device: cuda.DeviceFacts) -> Any:
+    return planner.plan_cuda_separable_fprop(
+        cuda.shape_of(p), c_out=p.c_out, element_bytes=p.dtype.itemsize, multiprocessors=device.multiprocessors,
+        shared_bytes=device.shared_bytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [H100, A100, A10], ids=["sm_90", "sm_80", "sm_86"])
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+def test_fused_where_one_cta_holds_c_out(planner: Any, layer: tuple[int, int, int], device: cuda.DeviceFacts) -> None:
+    p = problem(*layer)
+    plan = fused(planner, p, device)
+    assert plan.fused == (p.c_out <= 256)
+    if not plan.fused:
+        return
+    assert plan.shared_bytes <= device.shared_bytes
+    assert plan.tile_rows * plan.tile_columns <= 128
+    assert plan.tiles * 128 >= p.n * p.h * p.w
+
+
+@pytest.mark.parametrize("size", [7, 10, 14, 19, 28, 37, 56, 74, 112, 147])
+def test_tiles_are_well_filled(planner: Any, size: int) -> None:
+    """Small maps too, by rows that run on into the next picture: at most a sixth of a tile idle."""
+    plan = fused(planner, problem(128, 128, size), H100)
+    assert plan.tiles * 128 * 5 / 6 <= 64 * size * size
+
+
+@pytest.mark.parametrize(
+    "p",
+    [problem(64, 512, 14), problem(60, 64, 14), problem(64, 63, 14), problem(64, 64, 14, k=7),
+     problem(64, 64, 14)._replace(multiplier=2)],
+    ids=["c_out-512", "c_in-not-of-8", "c_out-odd", "k7", "multiplier"],
+)  # fmt: skip
+def test_staged_where_the_fused_kernel_cannot(planner: Any, p: Problem) -> None:
+    assert not cuda.is_fused(p, H100)
+    assert cuda.describe(p, H100).startswith("staged")
+
+
+@pytest.mark.parametrize("way", ["fprop", "bprop"])
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+def test_depthwise_covers_every_pixel_and_channel(planner: Any, layer: tuple[int, int, int], way: str) -> None:
+    p = problem(*layer)
+    plan = getattr(planner, f"plan_cuda_depthwise_{way}")(
+        cuda.shape_of(p), element_bytes=2, multiprocessors=132, shared_bytes=H100.shared_bytes
+    )
+    assert plan.sliding_window
+    assert plan.slices * plan.vectors * plan.vec >= p.c_in
+    assert plan.strips_down * plan.strips_across * plan.vectors <= 128
+    assert plan.tiles_down * plan.strips_down * plan.strip_rows >= p.h
+    assert plan.tiles_across * plan.strips_across * 4 >= p.w
+    assert plan.shared_bytes <= 48 * 1024
+    assert plan.workers * plan.slices <= 132 * (12 if way == "fprop" else 2), "no CTA may be left for a last wave"
+
+
+def test_more_than_int32_tiles_goes_to_the_general_kernel(planner: Any) -> None:
+    shape = (2**20, 64, 2**20, 8, 64, 2**20, 8, 3, 3, 1, 1, 1, 1, 1, 1)
+    plan = planner.plan_cuda_depthwise_fprop(
+        shape, element_bytes=2, multiprocessors=132, shared_bytes=H100.shared_bytes
+    )
+    assert not plan.sliding_window
+
+
+def test_plan_in_words(planner: Any) -> None:
+    assert "fused" in cuda.describe(problem(128, 128, 147), H100)
+    assert "staged, depthwise by sliding windows" in cuda.describe(problem(728, 728, 19), H100)
+    assert "general kernel" in cuda.describe(problem(728, 728, 19)._replace(op="depthwise", c_in=3, c_out=3), H100)

@@ -1,0 +1,222 @@
+"""The ``cuda`` backend: CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and up.
+
+The kernels work on NHWC; a contiguous NCHW input is converted once, and the result converted back. Where one CTA can
+hold all of C_out the separable forward is one kernel and z never leaves the chip; elsewhere it is staged: our depthwise
+kernel, then PyTorch's GEMM. ``xsep/_C_cuda.so`` is loaded on first need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..activations import activate, scale_and_shift
+from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
+from .base import Backend, DepthwiseGradients, with_bias
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOWEST_CAPABILITY = (8, 0)
+
+_OTHER_ARCHITECTURE = (
+    "xsep's CUDA library was built for {built}, and this device is {here}: set TORCH_CUDA_ARCH_LIST and build again"
+)
+#: What CUDA answers, from cudaError_t, where a library cannot run on the device it finds.
+_PROBE_ANSWERS = {
+    35: "the NVIDIA driver is too old for the CUDA version that xsep's CUDA library was built with: update the driver",
+    98: _OTHER_ARCHITECTURE,
+    100: "CUDA finds no device",
+    209: _OTHER_ARCHITECTURE,
+    222: "the NVIDIA driver is too old for the PTX in xsep's CUDA library: update it, or build for this device's "
+    "architecture ({here})",
+}
+
+
+class DeviceFacts(NamedTuple):
+    """What a plan depends on."""
+
+    multiprocessors: int
+    shared_bytes: int  # a CTA can have, with opt-in
+
+
+@cache
+def device_facts(index: int) -> DeviceFacts:
+    """Facts about a CUDA device; needs the library loaded."""
+    return DeviceFacts(*torch.ops.xsep.cuda_device_facts(index))
+
+
+@cache
+def _device_reasons(index: int) -> list[str]:
+    """Why the loaded library cannot run on a device."""
+    capability = torch.cuda.get_device_capability(index)
+    here = f"sm_{capability[0]}{capability[1]}"
+    if capability < LOWEST_CAPABILITY:
+        return [f"its kernels need compute capability 8.0, and this device has {capability[0]}.{capability[1]}"]
+    with torch.cuda.device(index):
+        answer = torch.ops.xsep.cuda_probe()
+    if answer == 0:
+        return []
+    built = ", ".join(f"sm_{a // 10}" for a in torch.ops.xsep.cuda_architectures())
+    sentence = _PROBE_ANSWERS.get(answer, f"CUDA refuses to run its code (cudaError {answer})")
+    return [sentence.format(built=built, here=here)]
+
+
+def shape_of(problem: Problem) -> tuple[int, ...]:
+    """The planner's ConvShape: N, H, W, C_in, P, Q, C_mid, R, S, strides, padding top and left, dilations."""
+    p, g = problem, problem.geometry
+    return (
+        p.n, p.h, p.w, p.c_in, *p.output_size, p.c_mid, p.r, p.s, g.stride_h, g.stride_w, g.pad_top, g.pad_left,
+        g.dilation_h, g.dilation_w,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def is_fused(problem: Problem, device: DeviceFacts, aligned: bool = True) -> bool:
+    """Whether the planner runs a separable problem in one kernel."""
+    module = extension.binding()
+    if module is None or problem.multiplier != 1:
+        return False
+    return bool(module.plan_cuda_separable_fprop(
+        shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, aligned=aligned,
+        multiprocessors=device.multiprocessors, shared_bytes=device.shared_bytes,
+    ).fused)  # fmt: skip
+
+
+def describe(problem: Problem, device: DeviceFacts) -> str:
+    """The plan for a problem on a device, in one line; the planner's words, whether or not there is such a device."""
+    module = extension.binding()
+    if module is None:
+        return "staged: the planner is not built"
+    p = problem
+    facts = {"element_bytes": p.dtype.itemsize, "multiprocessors": device.multiprocessors,
+             "shared_bytes": device.shared_bytes}  # fmt: skip
+    layout = "" if p.channels_last else ", x and y converted to and from NHWC"
+    if p.op == "separable" and is_fused(p, device):
+        plan = module.plan_cuda_separable_fprop(shape_of(p), c_out=p.c_out, **facts)
+        return (
+            f"fused, {plan.tiles} CTAs of {128 * plan.channel_warps} threads for {plan.tile_rows} x "
+            f"{plan.tile_columns} pixels and all {p.c_out} channels, {plan.chunk_bytes} bytes of channels a step, "
+            f"{plan.shared_bytes} bytes of shared memory{layout}"
+        )
+    plan = module.plan_cuda_depthwise_fprop(shape_of(p), **facts)
+    if plan.sliding_window:
+        depthwise = (
+            f"sliding windows, {plan.workers * plan.slices} CTAs of {plan.vectors * plan.vec} channels and "
+            f"{plan.strips_down * plan.strip_rows} x {plan.strips_across * 4} pixels"
+        )
+    else:
+        depthwise = "the general kernel"
+    if p.op == "depthwise":
+        return f"depthwise, {depthwise}{layout}"
+    return f"staged, depthwise by {depthwise}, then a GEMM{layout}"
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _vectors(affine: Affine) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    scale, shift = affine.scale, affine.shift
+    return None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous()
+
+
+def _tf32_allowed() -> bool:
+    """Whether PyTorch's own float32 convolutions may use TF32."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None:
+        return bool(conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def _is_aligned(*tensors: Optional[Tensor]) -> bool:
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.device != "cuda":
+            reasons.append(f"its kernels run on NVIDIA GPUs, and the tensors are on {problem.device}")
+        elif torch.version.hip is not None:
+            reasons.append("its kernels run on NVIDIA GPUs, and this PyTorch is built for AMD's")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"its kernels take float32, bfloat16 and float16, not {problem.dtype}".replace("torch.", ""))
+        missing = extension.load_cuda().reason
+        if missing:
+            reasons.append(f"{missing}, on a machine with nvcc")
+        elif not reasons:
+            reasons.extend(_device_reasons(torch.cuda.current_device()))
+        return reasons
+
+    def plan(self, problem: Problem) -> str:
+        return describe(problem, device_facts(torch.cuda.current_device()))
+
+    def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+        n, _, h, w = x.shape
+        if x.numel() == 0 or w_dw.numel() == 0:
+            p, q = geometry.output_size(h, w, *w_dw.shape[2:])
+            return torch.empty((n, w_dw.shape[0], p, q), dtype=x.dtype, device=x.device)
+        return torch.ops.xsep.cuda_depthwise_fprop(
+            _nhwc(x), w_dw.contiguous(), *_vectors(prologue), *_vectors(epilogue), list(geometry),
+            [prologue.activation, epilogue.activation], [prologue.alpha, epilogue.alpha],
+        )  # fmt: skip
+
+    def depthwise_backward_kernel(
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, prologue: Affine, geometry: Geometry, wanted: Sequence[bool]
+    ) -> DepthwiseGradients:
+        w_x, w_w, w_scale, w_shift = wanted
+        if x.numel() == 0 or dz.numel() == 0:
+            zeros = x.new_zeros(x.shape[1], dtype=torch.float32)
+            return DepthwiseGradients(
+                torch.zeros_like(x) if w_x else None, torch.zeros_like(w_dw) if w_w else None,
+                zeros if w_scale else None, zeros.clone() if w_shift else None,
+            )  # fmt: skip
+        dx, dw_dw, dscale, dshift = torch.ops.xsep.cuda_depthwise_bprop(
+            _nhwc(dz), _nhwc(x), w_dw.contiguous(), *_vectors(prologue), None, list(geometry), prologue.activation,
+            prologue.alpha, [int(f) for f in wanted],
+        )  # fmt: skip
+        return DepthwiseGradients(
+            dx if w_x else None,
+            dw_dw if w_w else None,
+            dscale if w_scale else None,
+            dshift if w_shift else None,
+        )
+
+    def separable_forward(self, a: SeparableArgs) -> Tensor:
+        problem = separable_problem(a)
+        if a.x.numel() == 0 or a.w_pw.numel() == 0:
+            return self._staged(a)
+        x, w_pw = _nhwc(a.x), a.w_pw.contiguous()
+        residual = None if a.residual is None else _nhwc(a.residual)
+        aligned = _is_aligned(x, w_pw, residual)
+        if not is_fused(problem._replace(device="cuda"), device_facts(a.x.get_device()), aligned):
+            return self._staged(a._replace(x=x, residual=residual))
+        return torch.ops.xsep.cuda_separable_fprop(
+            x, a.w_dw.contiguous(), w_pw, None if a.bias is None else a.bias.contiguous(), residual,
+            *_vectors(a.prologue), *_vectors(a.middle), *_vectors(a.epilogue), a.geometry, a.activations, a.alphas,
+            _tf32_allowed(),
+        )  # fmt: skip
+
+    def _staged(self, a: SeparableArgs) -> Tensor:
+        """Depthwise kernel, GEMM, and what of the epilogue the GEMM cannot take."""
+        z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, Geometry(*a.geometry))
+        epilogue = with_bias(a.epilogue, a.bias)
+        n, c_mid, p, q = z.shape
+        rows, weights = z.permute(0, 2, 3, 1).reshape(-1, c_mid), a.w_pw.reshape(-1, c_mid).t()
+        if epilogue.scale is None and epilogue.shift is not None and epilogue.shift.dtype == z.dtype:
+            product = torch.addmm(epilogue.shift, rows, weights)
+            epilogue = epilogue._replace(shift=None)
+        else:
+            product = torch.mm(rows, weights)
+        u = scale_and_shift(product.view(n, p, q, weights.shape[1]).permute(0, 3, 1, 2), epilogue)
+        u = u if a.residual is None else u + a.residual
+        return u if epilogue.activation == IDENTITY else activate(u, epilogue.activation, epilogue.alpha)
+
+
+CUDA = CudaBackend()
