@@ -24,10 +24,9 @@ def find_cuda() -> str:
 
 
 CUDA = find_cuda()
-if CUDA:
-    os.environ["CUDA_HOME"] = CUDA  # read by torch.utils.cpp_extension when it is imported
 try:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 except ImportError as error:
     sys.exit(
@@ -37,6 +36,9 @@ except ImportError as error:
         "    pip install --no-build-isolation ."
     )
 
+if CUDA:
+    # A CPU-only PyTorch looks for no CUDA, yet the library is built beside it too: nothing in it needs CUDA to load.
+    cpp_extension.CUDA_HOME = CUDA
 ROOT = os.path.dirname(os.path.abspath(__file__))
 #: Architectures where TORCH_CUDA_ARCH_LIST names none: Ampere, Hopper, and PTX for what comes later.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
