@@ -1,0 +1,69 @@
+"""What Triton's interpreter gets wrong, put right for the tests.
+
+Up to Triton 3.6: a bfloat16 ``dot`` multiplies the bit patterns, a cast to bfloat16 truncates, and scalars are arrays
+of one element, which NumPy 2.4 no longer turns into loop bounds. ``test_fixes`` shows that they are still needed; when
+it fails, the interpreter has been repaired and the fix can go. And ``erf`` is called element by element, which takes
+most of the time of a test with gelu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle = interpreter.TensorHandle
+Builder = interpreter.InterpreterBuilder
+
+original_cast: Callable[..., Any] = Builder.cast_impl
+original_dot: Callable[..., Any] = Builder.create_dot
+_original_patch: Callable[..., Any] = interpreter._patch_lang_tensor
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns (uint16) -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bit patterns, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def cast_impl(self: Any, source: Any, target: Any) -> Any:
+    old, new = source.dtype.scalar, target.scalar
+    if old == tl.bfloat16 and new != tl.bfloat16:
+        wide = Handle(widen(source.data), tl.float32)
+        return wide if new == tl.float32 else original_cast(self, wide, target)
+    if new == tl.bfloat16 and old != tl.bfloat16:
+        return Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+    return original_cast(self, source, target)
+
+
+def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
+        left, right = (widen(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+        return Handle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
+    return original_dot(self, a, b, d, *rest)
+
+
+def create_erf(self: Any, arg: Any) -> Any:
+    return Handle(torch.erf(torch.from_numpy(np.ascontiguousarray(arg.data))).numpy(), arg.dtype.scalar)
+
+
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    _original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def install() -> None:
+    Builder.cast_impl = cast_impl
+    Builder.create_dot = create_dot
+    Builder.create_erf = create_erf
+    interpreter._patch_lang_tensor = _patch_lang_tensor

@@ -1,0 +1,155 @@
+"""Every kernel compiled for sm_80, sm_90 and gfx942, none of which is here: within shared memory, nothing spilled.
+
+The jobs run in processes of their own, without TRITON_INTERPRET, two at a time. A chosen part by default; every shipped
+configuration under XSEP_NIGHTLY=1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import NIGHTLY
+from tests.triton.ahead_of_time import DEVICES, SHARED_LIMIT, TYPES, Job, Report, launch_of
+from xsep.backends import triton_plans as plans
+from xsep.problem import ELU, GELU, GELU_TANH, HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, SILU
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = 2
+SECOND_STAGES = ("sum_partials", "merge_statistics", "finalize_statistics")
+GENERAL = ("fprop_general", "dgrad_general", "wgrad_general")
+
+
+def chosen_jobs() -> Iterator[Job]:
+    """Every kernel and type on every card at its commonest configuration, and each other configuration somewhere."""
+    for target in DEVICES:
+        cuda = target != "gfx942"
+        for dtype in TYPES:
+            tf32 = cuda and dtype == "fp32"
+            yield Job("fprop", target, dtype)
+            yield Job("backward", target, dtype)
+            yield Job("separable", target, dtype, tf32=tf32)
+            yield Job("pointwise", target, dtype, k=1, tf32=tf32)
+        for kernel in SECOND_STAGES:
+            yield Job(kernel, target, "fp32")
+        for kernel in GENERAL:
+            yield Job(kernel, target, "bf16", k=9)
+        yield Job("fprop", target, "bf16", activation=GELU, vectors=False)
+        yield Job("separable", target, "bf16", outputs=256, statistics=True)
+        yield Job("separable", target, "bf16", outputs=64, residual=True)
+        yield Job("separable", target, "fp32")
+        yield Job("pointwise", target, "bf16", k=1, statistics=True)
+        yield Job("backward", target, "bf16", stride=2)
+    yield Job("fprop", "sm_90", "bf16", k=3, stride=2)
+    yield Job("fprop", "sm_90", "fp16", k=5)
+    yield Job("fprop", "sm_90", "bf16", k=7)
+    yield Job("fprop", "sm_80", "bf16", dilation=2)
+    yield Job("backward", "sm_90", "bf16", k=5)
+    yield Job("backward", "sm_90", "bf16", k=7)
+    yield Job("backward", "sm_80", "bf16", dilation=2, vectors=False, activation=IDENTITY)
+    yield Job("separable", "sm_90", "bf16", k=5, outputs=256)
+    yield Job("separable", "sm_90", "bf16", k=7, stride=2)
+    yield Job("separable", "sm_90", "bf16", tile=astuple(plans.FUSED_SMALL))
+    yield Job("pointwise", "sm_90", "fp32", k=1)
+    yield Job("finalize_statistics", "sm_90", "fp32", vectors=False)
+
+
+def all_jobs() -> Iterator[Job]:
+    """Every shipped configuration for every card and type."""
+    yield from chosen_jobs()
+    for target in DEVICES:
+        hip = target == "gfx942"
+        warps = 128 // DEVICES[target].warp
+        fused = plans.FUSED_TILES_HIP if hip else plans.FUSED_TILES
+        for dtype in TYPES:
+            vec = 16 // TYPES[dtype].itemsize
+            tf32 = not hip and dtype == "fp32"
+            for k in (3, 5, 7):
+                for stride in (1, 2):
+                    for rows in plans.FPROP_ROWS:
+                        if (rows - 1) * stride + k <= plans.FPROP_LOADED:
+                            tile = (rows, 128 * vec // 64, 64, warps)
+                            yield Job("fprop", target, dtype, k, stride, tile=tile)
+                    for activation, vectors in ((IDENTITY, False), (RELU, True), (SILU, True), (GELU, True)):
+                        yield Job("backward", target, dtype, k, stride, activation=activation, vectors=vectors)
+                    for outputs in fused:
+                        for statistics in (False, True):
+                            yield Job("separable", target, dtype, k, stride, outputs=outputs, tf32=tf32,
+                                      statistics=statistics and stride == 1)  # fmt: skip
+            for activation in (IDENTITY, RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH, ELU, LEAKY_RELU):
+                yield Job("fprop", target, dtype, activation=activation)
+                yield Job("separable", target, dtype, activation=activation, residual=True, tf32=tf32)
+            yield Job("separable", target, dtype, tile=astuple(plans.FUSED_SMALL), tf32=tf32)
+            for kernel in GENERAL:
+                yield Job(kernel, target, dtype, k=9)
+
+
+JOBS = list({job.id: job for job in (all_jobs() if NIGHTLY else chosen_jobs())}.values())
+
+
+def compile_all(jobs: list[Job], cache: Path) -> dict[str, Report]:
+    """Deals the jobs out to WORKERS processes, the costliest first."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    cost = {"backward": 3, "separable": 2, "fprop": 1}
+    ordered = sorted(jobs, key=lambda job: -cost.get(job.kernel, 0) * job.k**2)
+
+    def work(index: int) -> list[Report]:
+        mine = ordered[index::WORKERS]
+        folder = cache / str(index)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.triton.ahead_of_time"], cwd=ROOT, text=True, capture_output=True,
+            input="".join(json.dumps(asdict(job)) + "\n" for job in mine),
+            env={**environment, "TRITON_CACHE_DIR": str(folder), "TRITON_ALWAYS_COMPILE": "1"},
+        )  # fmt: skip
+        reports = [Report(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+        lost = f"the compiling process ended with {done.returncode}: {done.stderr[-2000:]}"
+        return reports + [Report(job.id, error=lost) for job in mine[len(reports) :]]
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return {report.id: report for part in pool.map(work, range(WORKERS)) for report in part}
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    selected = {item.callspec.params.get("job") for item in request.session.items if hasattr(item, "callspec")}
+    return compile_all([job for job in JOBS if job in selected], tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.id)
+def test_compiles_within_the_card(job: Job, reports: dict[str, Report]) -> None:
+    report = reports[job.id]
+    assert not report.error, report.error
+    assert report.shared <= SHARED_LIMIT[job.target], f"{report.shared} bytes of shared memory"
+    assert report.spilled == 0, f"{report.spilled} spilled, {report.registers} registers"
+    assert report.loads + report.stores > 0
+    exact = job.dtype == "fp32" and not job.tf32
+    if job.kernel in ("separable", "pointwise") and (job.target == "gfx942" or not exact):
+        assert report.matrix > 0, "no instruction of the matrix units"
+    if job.kernel == "fprop" or (job.kernel == "backward" and job.k == 3):
+        assert report.wide_loads == report.loads, f"{report.loads - report.wide_loads} loads of less than 16 bytes"
+    if job.kernel == "fprop":
+        assert report.wide_stores == report.stores, f"{report.stores - report.wide_stores} narrow stores"
+    if job.kernel == "fprop" and job.target != "gfx942":
+        # AMD's compiler unrolls the loop over filter columns.
+        taken_once = loaded_rows(job)
+        assert report.loads <= taken_once, f"{report.loads} loads where {taken_once} bring every tap of a column once"
+
+
+def loaded_rows(job: Job) -> int:
+    """Loads in the program text when one filter column brings each row of x once: x, taps, and four vectors."""
+    device, dtype = DEVICES[job.target], TYPES[job.dtype]
+    rows = launch_of(job).constants["ROWS"]
+    assert device.kind == "cuda"
+    vectors = 4 * dtype.itemsize // 4 if dtype.itemsize == 4 else 4 * 2
+    return (rows - 1) * job.stride + job.k + job.k + (vectors if job.vectors else 0)
