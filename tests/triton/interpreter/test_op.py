@@ -1,8 +1,9 @@
-"""Both ops on the triton backend, in Triton's interpreter, against the float64 reference: forward and every gradient."""
+"""Both ops on the triton backend, in Triton's interpreter, against float64: forward and every gradient."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_both_plans(staged: bool, dtype: torch.dtype, monkeypatch: pytest.Monkey
     plan = backend.separable_plan
 
     def chosen(*args: object) -> object:
-        return replace(plan(*args), fused=not staged, slice_n=2)  # type: ignore[arg-type]
+        return replace(plan(*args), fused=not staged, slice_n=2)
 
     monkeypatch.setattr(backend, "separable_plan", chosen)
     rich = Case(
@@ -86,9 +87,10 @@ def args_of(case: Case) -> tuple[testing.Inputs, SeparableArgs]:
     t = inputs.tensors
     left, right, top, bottom = case.padding
     geometry = list(Geometry(*case.stride, left, right, top, bottom, *case.dilation))
+    vectors: Any = {v: t.get(v) for v in VECTORS}
     return inputs, SeparableArgs(
-        t["x"], t["w_dw"], t["w_pw"], t.get("bias"), t.get("residual"), *(t.get(v) for v in VECTORS), geometry,
-        [0, 0, 0], [0.0] * 3,
+        t["x"], t["w_dw"], t["w_pw"], t.get("bias"), t.get("residual"),
+        geometry=geometry, activations=[0, 0, 0], alphas=[0.0] * 3, **vectors,
     )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def margined(t: torch.Tensor) -> torch.Tensor:
 def test_nothing_is_read_past_the_weights_and_vectors() -> None:
     case = Case(c_in=11, c_out=13, vectors=VECTORS, bias=True)
     inputs, args = args_of(case)
-    named = {name: margined(t) for name, t in inputs.tensors.items() if name not in ("x", "residual")}
+    named: Any = {name: margined(t) for name, t in inputs.tensors.items() if name not in ("x", "residual")}
     with torch.no_grad():
         y = TRITON.separable_forward(args._replace(**named))
         grads = TRITON.depthwise_backward_kernel(
