@@ -8,12 +8,12 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real bench bench-quick bench-xception bench-memory lint format clean help
+.PHONY: all build test test-nightly test-real bench bench-full bench-xception bench-memory lint format clean help
 
 help:
 	@echo "make test          build, then run the tests"
 	@echo "make bench         build, then Xception's separable convolutions on a photograph, against PyTorch"
-	@echo "make bench-quick   the same within a minute or so"
+	@echo "make bench-full    the same with a larger batch, more repetitions and torch.compile on every shape (minutes)"
 	@echo "make bench-xception training steps and pictures a second of Xception and Inception V3"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
 	@echo "make test-real     MobileNetV2's published weights on ImageNet pictures, before and after the swap (downloads)"
@@ -65,10 +65,10 @@ test-real: build
 	XSEP_REAL_DATA=$(VENV)/real OMP_WAIT_POLICY=passive $(PY) -m pytest -rs tests/test_real_weights.py
 
 bench: build
-	$(PY) benchmarks/bench_sepconv.py $(ARGS)
+	$(PY) benchmarks/bench_sepconv.py --quick --dtype float32 bfloat16 $(ARGS)
 
-bench-quick: build
-	$(PY) benchmarks/bench_sepconv.py --quick $(ARGS)
+bench-full: build
+	$(PY) benchmarks/bench_sepconv.py $(ARGS)
 
 bench-xception: build
 	$(PY) benchmarks/bench_xception.py $(ARGS)

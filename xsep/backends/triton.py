@@ -127,6 +127,8 @@ class TritonBackend(Backend):
             reasons.append(f"Triton kernels run on CUDA and ROCm devices, not on {problem.device!r}")
         elif interpreting():
             reasons.append("TRITON_INTERPRET=1 is set, so Triton would not run on the GPU")
+        elif not torch.cuda.is_available():
+            reasons.append("PyTorch sees no GPU")
         elif torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8:
             reasons.append("the kernels need an NVIDIA GPU of compute capability 8.0 or newer")
         if problem.dtype not in TYPES:

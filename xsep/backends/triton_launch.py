@@ -54,9 +54,9 @@ def pixel_strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def wide(*tensors: Tensor) -> bool:
-    """Whether offsets over pictures, columns and channels of one of the tensors leave 32 bits."""
+    """Whether offsets over pictures, columns and channels of one of the tensors, or of a dense copy, leave 32 bits."""
     return any(
-        abs(n) * t.shape[0] + abs(w) * (t.shape[3] + 64) + t.shape[1] > INT32
+        t.numel() > INT32 or abs(n) * t.shape[0] + abs(w) * (t.shape[3] + 64) + t.shape[1] > INT32
         for t in tensors
         for n, _, w in [pixel_strides(t)]
     )

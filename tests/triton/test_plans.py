@@ -1,0 +1,159 @@
+"""The choices of the triton backend: pure functions, so testable with neither Triton nor a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.triton.ahead_of_time import DEVICES
+from xsep.backends import triton as backend
+from xsep.backends import triton_launch as launch
+from xsep.backends import triton_plans as plans
+from xsep.backends.triton import TRITON
+from xsep.problem import Affine, Geometry, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = DEVICES["sm_90"]
+#: C_in, C_out, height and width of Xception's separable layers (Chollet 2017, arXiv:1610.02357, figure 5).
+LAYERS = [
+    (64, 128, 147), (128, 128, 147), (128, 256, 74), (256, 256, 74), (256, 728, 37), (728, 728, 37), (728, 728, 19),
+    (728, 1024, 19), (1024, 1536, 10), (1536, 2048, 10),
+]  # fmt: skip
+
+
+def problem(c_in: int, c_out: int, size: int, k: int = 3, stride: int = 1, n: int = 64, **changed: Any) -> Problem:
+    pad = k // 2
+    made = Problem(
+        "separable", "cuda", torch.bfloat16, True, n, c_in, size, size, 1, k, k, c_out,
+        Geometry(stride, stride, pad, pad, pad, pad, 1, 1), (0, 0, 0),
+    )  # fmt: skip
+    return made._replace(**changed)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda v: "-".join(map(str, v)))
+def test_z_stays_on_chip_where_one_program_holds_all_of_c_out(layer: tuple[int, int, int]) -> None:
+    plan = plans.separable_plan(problem(*layer), H200, False)
+    assert plan.fused == (layer[1] <= 256)
+    if plan.fused:
+        assert plan.tile.outputs >= layer[1]
+
+
+@pytest.mark.parametrize("size", [147, 74, 37, 19, 10])
+def test_few_lanes_idle_on_xceptions_maps(size: int) -> None:
+    tile = plans.fprop_tile(problem(728, 728, size), H200)
+    assert tile is not None
+    made = -(-size // tile.rows) * tile.rows
+    assert made <= 1.11 * size, f"{tile.rows} rows a program waste {made - size} of {made}"
+
+
+def test_what_the_unrolled_kernels_do_not_take_goes_to_the_general_ones() -> None:
+    for odd in (problem(8, 8, 32, k=9), problem(8, 8, 32, stride=3)):
+        assert plans.fprop_tile(odd, H200) is None and plans.backward_tile(odd, H200) is None
+        assert not plans.separable_plan(odd, H200, False).fused
+    assert plans.backward_tile(problem(8, 16, 32, multiplier=2), H200) is None
+    dilated = problem(8, 8, 32, geometry=Geometry(2, 2, 2, 2, 2, 2, 2, 2))
+    assert plans.fprop_tile(dilated, H200) is not None and plans.backward_tile(dilated, H200) is None
+
+
+def test_a_small_problem_gets_small_tiles() -> None:
+    assert plans.separable_plan(problem(728, 728, 10, n=1), H200, False).tile == plans.FUSED_SMALL
+    assert plans.separable_plan(problem(128, 128, 147), H200, False).tile == plans.FUSED_TILES[128]
+
+
+def test_the_chains_tile_does_not_depend_on_the_batch() -> None:
+    tiles = {plans.chain_tile(problem(256, 256, 19, n=n), H200, False) for n in (1, 8, 64, 1024)}
+    assert len(tiles) == 1
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8, 24])
+def test_accesses_are_as_wide_as_every_stride_allows(multiple: int) -> None:
+    t = torch.empty((2, 4, 4, 48 * multiple), dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    part = t[:, : 8 * multiple]
+    assert launch.vector_width(2, part.shape[1], *launch.pixel_strides(part)) == 8
+    part = t[:, :multiple]
+    assert launch.vector_width(2, part.shape[1], *launch.pixel_strides(part)) == min(8, multiple & -multiple)
+
+
+@pytest.mark.parametrize("h, w", [(1 << 16, 8), (8, 1 << 16)])
+def test_offsets_widen_before_they_overflow(h: int, w: int) -> None:
+    """A launch whose 32-bit offsets would overflow says so; rows always have 64 bits."""
+
+    def made(n: int, c: int) -> launch.Launch:
+        x = torch.empty((n, h, w, c), dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
+        weight = torch.empty((9, c), dtype=torch.float16, device="meta")
+        geometry, plain = Geometry(1, 1, 1, 1, 1, 1, 1, 1), Affine()
+        return launch.depthwise_fprop(
+            x, weight, x, (3, 3), plain, plain, geometry, plans.DepthwiseTile(4, 16, 64, 4)
+        )  # fmt: skip
+
+    assert not made(2, 64).constants["WIDE"]
+    assert made(100, 64).constants["WIDE"]
+    assert made(1, 1 << 16).constants["WIDE"]
+
+
+def test_gradients_of_an_expanded_input_are_addressed_in_64_bits() -> None:
+    """One picture expanded to many has small offsets, but its gradient is dense."""
+    x = torch.empty((1, 64, 64, 64), dtype=torch.float16, device="meta").permute(0, 3, 1, 2).expand(10_000, -1, -1, -1)
+    assert launch.pixel_strides(x)[0] == 0 and launch.wide(x)
+
+
+def test_every_tile_of_x_belongs_to_one_program_of_the_backward() -> None:
+    x = torch.empty((3, 13, 17, 24), device="meta").permute(0, 3, 1, 2)
+    for stride, dilation in ((1, 1), (2, 1), (1, 3)):
+        geometry = Geometry(stride, stride, 1, 1, 1, 1, dilation, dilation)
+        split = launch.backward_split(x, geometry, plans.DepthwiseTile(2, 8, 64, 4))
+        for share in (1, 3, split.tiles, split.tiles + 5):
+            assert split.programs(share) * share >= split.tiles > (split.programs(share) - 1) * share
+
+
+def reasons(**changed: Any) -> str:
+    return "; ".join(TRITON.not_supported_reasons(problem(8, 8, 8, **changed)))
+
+
+def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in reasons(device="cpu")
+    assert "'mps'" in reasons(device="mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "PyTorch sees no GPU" in reasons(device="cuda")
+    assert "float64 is not" in reasons(device="cpu", dtype=torch.float64)
+    monkeypatch.setattr(backend, "installed_version", lambda: None)
+    assert "Triton is not installed" in reasons(device="cpu")
+    monkeypatch.setattr(backend, "installed_version", lambda: (3, 1))
+    assert "Triton 3.1 is installed, and the kernels need 3.3 or newer" in reasons(device="cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "installed_version", lambda: (3, 6))
+    assert reasons(device="cpu") == ""
+
+
+@pytest.mark.parametrize(
+    "conv, cudnn, whole, allowed",
+    [("tf32", "ieee", "ieee", True), ("none", "tf32", "ieee", True), ("none", "none", "tf32", True),
+     ("none", "ieee", "tf32", False), ("ieee", "tf32", "tf32", False)],
+)  # fmt: skip
+def test_tf32_only_where_the_convolution_settings_allow_it(
+    monkeypatch: pytest.MonkeyPatch, conv: str, cudnn: str, whole: str, allowed: bool
+) -> None:
+    class Settings:
+        def __init__(self, precision: str) -> None:
+            self.fp32_precision = precision
+
+    settings = Settings(cudnn)
+    settings.conv = Settings(conv)  # type: ignore[attr-defined]
+    everything = Settings(whole)
+    everything.cudnn = settings  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend.torch, "backends", everything)
+    assert backend.tf32_allowed(torch.float32, H200) == allowed
+    assert not backend.tf32_allowed(torch.bfloat16, H200)
+    assert not backend.tf32_allowed(torch.float32, DEVICES["gfx942"])
+
+
+def test_importing_the_backend_does_not_import_triton() -> None:
+    code = "import sys, xsep.backends.triton, xsep.ops.training\nprint('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
