@@ -28,6 +28,19 @@ struct CpuSeparablePlan {
   }
 };
 
+/// A matrix product of NHWC pixels by panels: tiles of pixels that stay in the second-level cache for all the panels of
+/// a group.
+struct CpuDgradPlan {
+  int64_t tile_pixels;
+  int64_t tiles;
+  int64_t panels;
+  int64_t panel_groups;
+  int64_t tasks() const { return tiles * panel_groups; }
+  Range group_panels(int64_t group) const {
+    return {panels * group / panel_groups, panels * (group + 1) / panel_groups};
+  }
+};
+
 struct CpuDepthwisePlan {
   int64_t run_pixels;  // output pixels of one task
   int64_t tasks;
@@ -41,6 +54,17 @@ struct CpuBackwardPlan {
   int64_t group_channels;  // channels of one unit
   int64_t channel_groups;
   int64_t units() const { return row_groups * channel_groups; }
+};
+
+/// The pointwise weights' gradient. How pixels are grouped depends on the shape alone, so that sums come out the same,
+/// bit for bit, on any number of threads; columns are grouped for the threads.
+struct CpuWgradPlan {
+  int64_t tile_pixels;    // multiplied at a time
+  int64_t group_pixels;   // a multiple of tile_pixels
+  int64_t pixel_groups;   // each with its own partial sums
+  int64_t group_columns;  // of C_mid: a multiple of 16
+  int64_t column_groups;
+  int64_t tasks() const { return pixel_groups * column_groups; }
 };
 
 /// Of this machine's second-level cache; half a MiB where the system does not say.
@@ -58,7 +82,7 @@ inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2
 /// task streams once from beyond the second-level cache, about one.
 inline CpuSeparablePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
                                            int64_t z_bytes) {
-  constexpr int64_t kTilePixels[] = {128, 112, 96, 80, 64, 48, 32, 16, 8, 4, 2, 1};
+  constexpr int64_t kTilePixels[] = {126, 108, 96, 84, 72, 60, 48, 36, 24, 12, 6, 3, 1};
   const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
   const int64_t c_mid = shape.c * shape.multiplier;
   const int64_t panels = ceil_div(c_out, kPanelColumns);
@@ -86,6 +110,18 @@ inline CpuSeparablePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t 
   return best;
 }
 
+/// depth: values of one pixel that are read, each of `bytes`.
+inline CpuDgradPlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
+  constexpr int64_t kRows = 6;  // pixels of one block of the product
+  const int64_t fitting = kMaxTileBytes / (depth * bytes) / kRows * kRows;
+  int64_t tile = std::clamp<int64_t>(fitting, kRows, 96);
+  // Few pixels: tiles small enough that every thread has one, then groups of panels.
+  tile = std::min(tile, std::max(round_up(ceil_div(pixels, threads), kRows), kRows));
+  const int64_t tiles = ceil_div(pixels, tile);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(4 * threads, tiles), 1, panels);
+  return {tile, tiles, panels, tiles >= 4 * threads ? 1 : groups};
+}
+
 /// Runs of output pixels: about four for each thread, none so short that starting it costs more than it does.
 inline CpuDepthwisePlan plan_cpu_depthwise(const DepthwiseShape& shape, int threads) {
   const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
@@ -93,6 +129,42 @@ inline CpuDepthwisePlan plan_cpu_depthwise(const DepthwiseShape& shape, int thre
   const int64_t run = std::clamp<int64_t>(ceil_div(pixels, int64_t{4} * threads), std::min<int64_t>(shortest, pixels),
                                           std::min<int64_t>(512, pixels));
   return {run, ceil_div(pixels, run)};
+}
+
+inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t z_bytes) {
+  constexpr int64_t kTileBytes = 512 * 1024;            // of dv, to stay in the second-level cache
+  constexpr int64_t kGroupProducts = int64_t{1} << 25;  // multiply-adds worth partial sums of their own
+  constexpr int64_t kPartialBytes = 4 * 1024 * 1024;    // of all groups: written and read once more
+  constexpr int64_t kMostGroups = 16;
+  constexpr int64_t kColumnUnit = 16;
+  constexpr int64_t kMostColumns = 384;
+  constexpr int64_t kPanelBytes = 24 * 1024;  // of z, kPanelColumns wide, to stay in the first-level cache
+  const int64_t c_mid = shape.c * shape.multiplier;
+  const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
+  CpuWgradPlan plan{};
+  const int64_t longest =
+      std::clamp<int64_t>(kTileBytes / (z_bytes * c_out), 8, kPanelBytes / (z_bytes * kPanelColumns));
+  plan.tile_pixels = round_up(ceil_div(pixels, ceil_div(pixels, longest)), 2);
+  const int64_t tiles = ceil_div(pixels, plan.tile_pixels);
+  const int64_t affordable = kPartialBytes / (4 * c_out * round_up(c_mid, kColumnUnit));
+  const int64_t wanted = pixels * c_mid * c_out / kGroupProducts;
+  const int64_t groups = std::clamp<int64_t>(std::min(wanted, affordable), 1, std::min(tiles, kMostGroups));
+  plan.group_pixels = ceil_div(tiles, groups) * plan.tile_pixels;
+  plan.pixel_groups = ceil_div(pixels, plan.group_pixels);
+
+  // Columns so few that z and dv both stay in the second-level cache, and as many groups as give every thread the same
+  // number of tasks, or at least one.
+  const int64_t units = ceil_div(c_mid, kColumnUnit);
+  int64_t parts = std::max(ceil_div(c_mid, kMostColumns), ceil_div(threads, plan.pixel_groups));
+  parts = std::clamp<int64_t>(parts, 1, units);
+  for (int64_t even = parts; even <= std::min<int64_t>(units, parts + threads); ++even) {
+    if (plan.pixel_groups * even % threads != 0) continue;
+    parts = even;
+    break;
+  }
+  plan.group_columns = ceil_div(units, parts) * kColumnUnit;
+  plan.column_groups = ceil_div(c_mid, plan.group_columns);
+  return plan;
 }
 
 inline CpuBackwardPlan plan_cpu_backward(const DepthwiseShape& shape) {

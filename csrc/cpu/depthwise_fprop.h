@@ -194,7 +194,7 @@ void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border
 }
 
 template <class T, int kS, int kStride, Prologue kPrologue>
-void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutput& to) {
+void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channels, const RunOutput& to) {
   const DepthwiseShape& shape = p.shape;
   const Geometry& g = shape.geometry;
   const int64_t element = to.storage == Storage::kFloat ? 4 : 2;
@@ -216,8 +216,8 @@ void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutp
     b.width = shape.w;
     b.w = p.w + pass * shape.taps() * p.c_pad;
     b.output = output;
-    b.c_begin = 0;
-    b.c_end = shape.c;
+    b.c_begin = channels.begin;
+    b.c_end = channels.end;
     while (pixel < row_end) {
       const int64_t q = pixel - row * shape.q;
       const int64_t left = row_end - pixel;
@@ -242,28 +242,29 @@ void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutp
 }
 
 template <class T, int kS, int kStride>
-void run_prologue(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutput& to) {
-  if (p.prologue == Prologue::kNone) return run_rows<T, kS, kStride, Prologue::kNone>(p, pass, pixels, to);
-  return run_rows<T, kS, kStride, Prologue::kClampedAffine>(p, pass, pixels, to);
+void run_prologue(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channels, const RunOutput& to) {
+  if (p.prologue == Prologue::kNone) return run_rows<T, kS, kStride, Prologue::kNone>(p, pass, pixels, channels, to);
+  return run_rows<T, kS, kStride, Prologue::kClampedAffine>(p, pass, pixels, channels, to);
 }
 
 template <class T, int kS>
-void run_stride(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutput& to) {
-  if (p.shape.geometry.stride_w == 1) return run_prologue<T, kS, 1>(p, pass, pixels, to);
-  return run_prologue<T, kS, 2>(p, pass, pixels, to);
+void run_stride(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channels, const RunOutput& to) {
+  if (p.shape.geometry.stride_w == 1) return run_prologue<T, kS, 1>(p, pass, pixels, channels, to);
+  return run_prologue<T, kS, 2>(p, pass, pixels, channels, to);
 }
 
 }  // namespace detail
 
-/// Channels of one pass for output pixels [pixels.begin, pixels.end), counted over N, P and Q.
+/// Channels [channels.begin, channels.end) of one pass for output pixels [pixels.begin, pixels.end), counted over N, P
+/// and Q. channels.begin is a multiple of kChannelPad.
 template <class T>
-void depthwise_fprop_run(const DepthwiseFprop& p, int64_t pass, Range pixels, const RunOutput& to) {
+void depthwise_fprop_run(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channels, const RunOutput& to) {
   const Geometry& g = p.shape.geometry;
   const bool slides = g.dilation_w == 1 && (g.stride_w == 1 || g.stride_w == 2);
-  if (slides && p.shape.s == 3) return detail::run_stride<T, 3>(p, pass, pixels, to);
-  if (slides && p.shape.s == 5) return detail::run_stride<T, 5>(p, pass, pixels, to);
-  if (slides && p.shape.s == 7) return detail::run_stride<T, 7>(p, pass, pixels, to);
-  detail::run_prologue<T, 0, 1>(p, pass, pixels, to);
+  if (slides && p.shape.s == 3) return detail::run_stride<T, 3>(p, pass, pixels, channels, to);
+  if (slides && p.shape.s == 5) return detail::run_stride<T, 5>(p, pass, pixels, channels, to);
+  if (slides && p.shape.s == 7) return detail::run_stride<T, 7>(p, pass, pixels, channels, to);
+  detail::run_prologue<T, 0, 1>(p, pass, pixels, channels, to);
 }
 
 }  // namespace xsep::cpu

@@ -35,10 +35,12 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
       with_storage(inputs.dtype(), [&](auto t) {
         using T = decltype(t);
         if (shape.multiplier == 1) {
-          return depthwise_fprop_run<T>(inputs.params, 0, pixels, {to, c_mid, storage_of(y.scalar_type())});
+          return depthwise_fprop_run<T>(inputs.params, 0, pixels, {0, shape.c},
+                                        {to, c_mid, storage_of(y.scalar_type())});
         }
         for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
-          depthwise_fprop_run<T>(inputs.params, pass, pixels, {passes + pass * shape.c, c_mid, Storage::kFloat});
+          depthwise_fprop_run<T>(inputs.params, pass, pixels, {0, shape.c},
+                                 {passes + pass * shape.c, c_mid, Storage::kFloat});
         }
       });
       if (shape.multiplier == 1) continue;

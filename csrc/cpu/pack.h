@@ -41,32 +41,115 @@ struct PointwisePacking {
   bool pairs;     // rows interleaved in pairs: [panels, depth / 2, kPanelColumns, 2]
 };
 
+namespace detail {
+
+/// r[l] = a[index[l]], or b[index[l] - kLanes].
+XSEP_INLINE Vec shuffle(Vec a, Vec b, VecInt index) {
+#if defined(__clang__)
+  Vec r;
+  for (int l = 0; l < kLanes; ++l) r[l] = index[l] < kLanes ? a[index[l]] : b[index[l] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+/// A square of kLanes x kLanes: in each step, the off-diagonal halves of blocks twice as small change places.
+XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
+  constexpr int kSteps = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
+  static_assert(1 << kSteps == kLanes);
+  unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
+    constexpr int half = kLanes >> (step() + 1);
+    VecInt low{};
+    VecInt high{};
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = l & half ? kLanes + l - half : l;
+      high[l] = l & half ? kLanes + l : l + half;
+    }
+    unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+      if constexpr ((i() & half) == 0) {
+        const Vec a = v[i];
+        const Vec b = v[i + half];
+        v[i] = shuffle(a, b, low);
+        v[i + half] = shuffle(a, b, high);
+      }
+    });
+  });
+}
+
+}  // namespace detail
+
 /// One panel of w_pw T [c_out, c * multiplier], its rows in the order of passes, zeros beyond c_out and c * multiplier:
 /// Out [depth, kPanelColumns], or pairs. Out is float, or T itself.
 template <class T, class Out>
 void pack_panel(const PointwisePacking& p, const T* w_pw, int64_t panel, Out* out) {
-  constexpr int64_t kBlock = 16;  // of depth: rows of w_pw are read a cache line at a time
   const int64_t c_mid = p.c * p.multiplier;
   const int64_t n0 = panel * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, p.c_out - n0);
-  const int64_t row_step = p.pairs ? 1 : kPanelColumns;
-  const int64_t column_step = p.pairs ? 2 : 1;
   if (columns < kPanelColumns || p.depth > c_mid) std::fill(out, out + p.depth * kPanelColumns, Out{});
-  for (int64_t k0 = 0; k0 < c_mid; k0 += kBlock) {
-    const int64_t k_end = std::min(k0 + kBlock, c_mid);
-    for (int64_t n = 0; n < columns; ++n) {
-      const T* from = w_pw + (n0 + n) * c_mid;
-      for (int64_t k = k0; k < k_end; ++k) {
-        const int64_t row = p.multiplier == 1 ? k : pass_order(k, p.multiplier, p.c);
-        const int64_t at = (p.pairs ? row / 2 * 2 * kPanelColumns + row % 2 : row * row_step) + n * column_step;
-        if constexpr (std::is_same_v<T, Out>) {
-          out[at] = from[k];
-        } else {
-          out[at] = to_float(from[k]);
-        }
+  int64_t n_done = 0;
+  int64_t k_done = 0;
+  if constexpr (std::is_same_v<Out, float>) {
+    // Squares through registers: each line of w_pw is read, and each of the panel written, once and whole.
+    if (p.multiplier == 1 && !p.pairs) {
+      n_done = columns - columns % kLanes;
+      k_done = c_mid - c_mid % kLanes;
+    }
+    for (int64_t k = 0; k < k_done; k += kLanes) {
+      for (int64_t n = 0; n < n_done; n += kLanes) {
+        Vec v[kLanes];
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { v[i] = load(w_pw + (n0 + n + i) * c_mid + k); });
+        detail::transpose(v);
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { store(out + (k + i) * kPanelColumns + n, v[i]); });
       }
     }
   }
+  const int64_t row_step = p.pairs ? 1 : kPanelColumns;
+  const int64_t column_step = p.pairs ? 2 : 1;
+  for (int64_t n = 0; n < columns; ++n) {
+    const T* from = w_pw + (n0 + n) * c_mid;
+    for (int64_t k = n < n_done ? k_done : 0; k < c_mid; ++k) {
+      const int64_t row = p.multiplier == 1 ? k : pass_order(k, p.multiplier, p.c);
+      const int64_t at = (p.pairs ? row / 2 * 2 * kPanelColumns + row % 2 : row * row_step) + n * column_step;
+      if constexpr (std::is_same_v<T, Out>) {
+        out[at] = from[k];
+      } else {
+        out[at] = to_float(from[k]);
+      }
+    }
+  }
+}
+
+/// Rows 2 i and 2 i + 1 of [rows, columns] with their elements interleaved, as row i of 32-bit elements, row_out apart.
+/// An odd last row is paired with zeros.
+inline void interleave_rows(const BFloat16* from, int64_t rows, int64_t row_step, int64_t columns, uint32_t* out,
+                            int64_t row_out) {
+  for (int64_t i = 0; i < rows; i += 2, from += 2 * row_step, out += row_out) {
+    const bool alone = i + 1 == rows;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t lanes = std::min<int64_t>(kLanes, columns - j);
+      const VecBits even = as_bits(load_first(from + j, lanes)) >> 16;
+      const VecBits odd = alone ? VecBits{} : as_bits(load_first(from + row_step + j, lanes));
+      store_first(reinterpret_cast<float*>(out + j), as_float(even | odd), lanes);
+    }
+  }
+}
+
+/// One panel of w_pw [c_out, c_mid] itself, which dz = dv w_pw multiplies by: columns [panel * kPanelColumns, ..),
+/// zeros beyond c_mid, as float [c_out, kPanelColumns] or pairs [c_out / 2, kPanelColumns], for which c_out is even.
+inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const float* w_pw, int64_t panel, float* out) {
+  const int64_t n0 = panel * kPanelColumns;
+  const int64_t columns = std::min(kPanelColumns, c_mid - n0);
+  for (int64_t k = 0; k < c_out; ++k, out += kPanelColumns) {
+    std::copy(w_pw + k * c_mid + n0, w_pw + k * c_mid + n0 + columns, out);
+    std::fill(out + columns, out + kPanelColumns, 0.0f);
+  }
+}
+inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const BFloat16* w_pw, int64_t panel, uint32_t* out) {
+  const int64_t n0 = panel * kPanelColumns;
+  const int64_t columns = std::min(kPanelColumns, c_mid - n0);
+  if (columns < kPanelColumns) std::fill(out, out + c_out / 2 * kPanelColumns, 0u);
+  interleave_rows(w_pw + n0, c_out, c_mid, columns, out, kPanelColumns);
 }
 
 /// Pixels [pixels.begin, pixels.end) of T [.., c] -> float [.., c], act(scale * x + shift).

@@ -4,59 +4,23 @@
 #include <torch/library.h>
 
 #include "glue.h"
+#include "pair_gemm.h"
 
 namespace xsep::cpu {
+
+PairGemm pair_gemm(at::ScalarType dtype) {
+  if (dtype != at::kBFloat16) return PairGemm::kNone;
+  if (at::globalContext().userEnabledMkldnn() && at::native::cpublas::could_pack(dtype)) return PairGemm::kTiles;
+  return kHasBFloat16Instructions ? PairGemm::kDot : PairGemm::kNone;
+}
+
 namespace {
 
-void gemm_float(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
+/// oneDNN's, for AMX.
+void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
                 float* c) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, static_cast<const float*>(a), static_cast<const float*>(b),
-                              c, false);
-}
-
-void gemm_bfloat16(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
-                   float* c) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, static_cast<const at::BFloat16*>(a),
                               static_cast<const at::BFloat16*>(b), c, true);
-}
-
-/// Whether oneDNN's bfloat16 GEMM with paired rows runs here and multiplies right. Tried rather than asked:
-/// `could_pack` says yes on AMX alone, though AVX512_BF16 has the instructions too, and below that the call throws.
-bool bfloat16_gemm_works() {
-  constexpr int64_t kSize = 16;
-  constexpr int64_t kDepth = 4;
-  at::BFloat16 a[kSize * kDepth];
-  at::BFloat16 b[kDepth * kSize];
-  float c[kSize * kSize] = {};
-  const auto left = [](int64_t i, int64_t k) { return static_cast<float>(i - 3 * k); };
-  const auto right = [](int64_t k, int64_t j) { return static_cast<float>(2 * k - j + 1); };
-  for (int64_t i = 0; i < kSize; ++i) {
-    for (int64_t k = 0; k < kDepth; ++k) {
-      a[i * kDepth + k] = left(i, k);
-      b[(k / 2 * kSize + i) * 2 + k % 2] = right(k, i);
-    }
-  }
-  try {
-    gemm_bfloat16(kSize, kSize, kDepth, kDepth, kSize, kSize, a, b, c);
-    at::native::cpublas::brgemm_release(true);
-  } catch (const std::exception&) {
-    return false;
-  }
-  for (int64_t i = 0; i < kSize; ++i) {
-    for (int64_t j = 0; j < kSize; ++j) {
-      float truth = 0;
-      for (int64_t k = 0; k < kDepth; ++k) truth += left(i, k) * right(k, j);
-      if (c[i * kSize + j] != truth) return false;
-    }
-  }
-  return true;
-}
-
-/// oneDNN may be switched off between calls (torch.backends.mkldnn), which takes the paired form away.
-bool has_bfloat16_gemm() {
-  if (!at::globalContext().userEnabledMkldnn()) return false;
-  static const bool works = bfloat16_gemm_works();
-  return works;
 }
 
 /// w_pw [C_out, C_mid, 1, 1] in the order that the plan's panels are multiplied in.
@@ -110,7 +74,8 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const AffineBuffers middle(scale_m, shift_m, shape.c, shape.multiplier, c_pad, activations[1], alphas[1]);
   const int64_t panels = ceil_div(c_out, kPanelColumns);
   const AffineBuffers epilogue(scale_e, shift_e, c_out, 1, panels * kPanelColumns, activations[2], alphas[2]);
-  const bool pairs = x.scalar_type() == at::kBFloat16 && has_bfloat16_gemm();
+  const PairGemm pair = pair_gemm(x.scalar_type());
+  const bool pairs = pair != PairGemm::kNone;
   const PointwisePacking packing{c_out, shape.c, shape.multiplier, pairs ? round_up(c_mid, 2) : c_mid, pairs};
   const Tensor w_packed = packed_pointwise(w_pw, packing, panels);
 
@@ -118,15 +83,15 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   p.depthwise = inputs.params;
   p.depthwise.output = middle.affine();
   p.plan = plan_cpu_separable(shape, c_out, at::get_num_threads(), l2_cache_bytes(), pairs ? 2 : 4);
-  p.c_out = c_out;
-  p.depth = packing.depth;
-  p.z_storage = pairs ? Storage::kBFloat16 : Storage::kFloat;
-  p.z_stride = round_up(c_mid, pairs ? 32 : 16);
-  p.w_packed = w_packed.const_data_ptr();
-  p.epilogue = epilogue.affine();
-  p.residual = residual ? residual_rows.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.gemm = pairs ? gemm_bfloat16 : gemm_float;
+  p.pointwise.c_out = c_out;
+  p.pointwise.depth = packing.depth;
+  p.pointwise.pairs = pairs;
+  p.pointwise.z_stride = round_up(c_mid, pairs ? 32 : 16);
+  p.pointwise.w_packed = w_packed.const_data_ptr();
+  p.pointwise.epilogue = epilogue.affine();
+  p.pointwise.residual = residual ? residual_rows.const_data_ptr() : nullptr;
+  p.pointwise.y = y.mutable_data_ptr();
+  p.gemm = pair == PairGemm::kTiles ? gemm_tiles : nullptr;
 
   const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
   at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -140,7 +105,7 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
         }
       }
     });
-    at::native::cpublas::brgemm_release(pairs);
+    if (pair == PairGemm::kTiles) at::native::cpublas::brgemm_release(true);
   });
   return y;
 }
@@ -152,7 +117,8 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "cpu_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? residual, Tensor? scale_p, Tensor? shift_p, "
       "Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, "
       "float[] alphas) -> Tensor");
-  m.def("cpu_has_bfloat16_gemm() -> bool", &has_bfloat16_gemm);
+  m.def("cpu_has_bfloat16_gemm() -> bool", [] { return pair_gemm(at::kBFloat16) != PairGemm::kNone; });
+  m.def("cpu_has_bfloat16_dot() -> bool", [] { return pair_gemm(at::kBFloat16) == PairGemm::kDot; });
 }
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) { m.impl("cpu_separable_fprop", &separable_fprop); }

@@ -104,6 +104,11 @@ class Backend(ABC):
         g = g + torch.mm(du_rows[whole:].t(), z_rows[whole:])
         return g.to(du.dtype).view(c_out, c_mid, 1, 1)
 
+    def separable_wgrad(self, du: Tensor, a: SeparableArgs) -> Tensor:
+        """``pointwise_wgrad`` with z made on the way, for a backend that need not keep all of it."""
+        z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, Geometry(*a.geometry))
+        return self.pointwise_wgrad(du, z, a.w_pw)
+
     def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
         """y [N, C_mid, P, Q] of the depthwise op."""
         return self.depthwise(a.x, a.w_dw, a.prologue, with_bias(a.epilogue, a.bias), Geometry(*a.geometry))
@@ -156,7 +161,7 @@ class Backend(ABC):
         below = w_x or w_dw or w_scale_p or w_shift_p or w_scale_m or w_shift_m
         z = None
         recompute = needs_recompute(y, a.epilogue)
-        if w_pw or w_scale or recompute:
+        if recompute or ((w_pw or w_scale) and not a.middle.is_identity()):
             z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, geometry)
         u = None
         if recompute:
@@ -168,8 +173,7 @@ class Backend(ABC):
         sum_du = channel_sum(du) if (w_bias or w_shift or (w_scale and a.bias is not None)) else None
         g = None
         if w_pw or w_scale:
-            assert z is not None
-            g = self.pointwise_wgrad(du, z, a.w_pw)
+            g = self.separable_wgrad(du, a) if z is None else self.pointwise_wgrad(du, z, a.w_pw)
         dw_pw = dbias = dscale = None
         if w_pw and g is not None:
             dw_pw = g if a.scale_e is None else g * a.scale_e.view(-1, 1, 1, 1)

@@ -69,6 +69,20 @@ class CpuBackend(Backend):
             dshift if wanted[3] else None,
         )
 
+    def separable_wgrad(self, du: Tensor, a: SeparableArgs) -> Tensor:
+        if a.w_dw.shape[0] != a.x.shape[1]:
+            return super().separable_wgrad(du, a)
+        return torch.ops.xsep.cpu_separable_wgrad(
+            du, a.x, a.w_dw, a.prologue.scale, a.prologue.shift, a.middle.scale, a.middle.shift,
+            a.geometry, a.activations[:2], a.alphas[:2],
+        )  # fmt: skip
+
+    def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
+        pairs = dv.dtype == torch.bfloat16 and w_pw.shape[0] % 2 == 0 and torch.ops.xsep.cpu_has_bfloat16_dot()
+        if dv.dtype == torch.float32 or pairs:
+            return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
+        return super().pointwise_dgrad(dv, w_pw)
+
     def separable_forward(self, a: SeparableArgs) -> Tensor:
         prologue, middle, epilogue = a.prologue, a.middle, with_bias(a.epilogue, a.bias)
         return torch.ops.xsep.cpu_separable_fprop(

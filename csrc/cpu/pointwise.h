@@ -1,0 +1,141 @@
+// The pointwise convolution of pixels whose C_mid values lie in the caches: panels of output channels, epilogue and
+// store.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/cpu_plan.h"
+#include "activate.h"
+#include "gemm.h"
+
+namespace xsep::cpu {
+
+/// y = epilogue(z w + residual). z comes with each call; its elements are float, or BFloat16 in pairs.
+struct Pointwise {
+  int64_t c_out;
+  int64_t depth;           // C_mid, rounded up to even for BFloat16
+  bool pairs;              // z and w are BFloat16
+  int64_t z_stride;        // elements between rows of z
+  const void* w_packed;    // [panels, depth, kPanelColumns], or [panels, depth / 2, kPanelColumns, 2]
+  ChannelAffine epilogue;  // scale and shift [panels * kPanelColumns]
+  const void* residual;    // T [pixels, c_out], may be null
+  void* y;                 // T [pixels, c_out]
+
+  int64_t z_bytes() const { return pairs ? 2 : 4; }
+  const char* panel(int64_t i) const {
+    return static_cast<const char*>(w_packed) + i * depth * kPanelColumns * z_bytes();
+  }
+};
+
+namespace detail {
+
+constexpr int kEpilogueVectors = 4;
+constexpr int64_t kEpilogueColumns = kEpilogueVectors * kLanes;
+static_assert(kPanelColumns % kEpilogueColumns == 0);
+
+/// y and residual at [0, columns) of one pixel from a row of products; n0 is the first column's channel.
+template <class T>
+void finish_row(const Pointwise& p, const float* products, int64_t n0, int64_t columns, const T* residual, T* y) {
+  for (int64_t j = 0; j < columns; j += kEpilogueColumns) {
+    Vec v[kEpilogueVectors];
+    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) { v[i] = load(products + j + i * kLanes); });
+    // One vector of scale and shift for each vector of products: these are different channels, not different pixels.
+    const ChannelAffine& e = p.epilogue;
+    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) {
+      const int64_t at = j + i * kLanes;
+      if (e.scale) v[i] = v[i] * load(e.scale + n0 + at);
+      if (e.shift) v[i] = v[i] + load(e.shift + n0 + at);
+      if (residual && at < columns) v[i] = v[i] + load_first(residual + at, std::min<int64_t>(kLanes, columns - at));
+    });
+    activate(v, e.activation, e.alpha);
+    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) {
+      const int64_t at = j + i * kLanes;
+      if (at + kLanes <= columns) {
+        store(y + at, v[i]);
+      } else if (at < columns) {
+        store_first(y + at, v[i], columns - at);
+      }
+    });
+  }
+}
+
+/// One panel of y for the pixels of a tile, through memory: any number of columns, any epilogue.
+template <class T>
+void finish_rows(const Pointwise& p, const float* products, int64_t rows, int64_t n0, int64_t columns, int64_t pixel) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (pixel + i) * p.c_out + n0;
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
+    finish_row(p, products + i * kPanelColumns, n0, columns, residual, static_cast<T*>(p.y) + at);
+  }
+}
+
+/// The same from registers: a full block, no residual, and no activation or ReLU.
+template <class T, bool kPairs>
+void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, T* y) {
+  constexpr int kRows = kProductRows;
+  Vec sum[kRows][kProductVectors] = {};
+  accumulate<kPairs>(product, sum);
+  const ChannelAffine& e = p.epilogue;
+  const bool rectified = e.activation == Activation::kRelu;
+  unroll<kProductVectors>([&](auto j) __attribute__((always_inline)) {
+    if (e.scale) {
+      const Vec scale = load(e.scale + n0 + j * kLanes);
+      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = sum[i][j] * scale; });
+    }
+    if (e.shift) {
+      const Vec shift = load(e.shift + n0 + j * kLanes);
+      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = sum[i][j] + shift; });
+    }
+    if (rectified) {
+      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = relu(sum[i][j]); });
+    }
+    unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y + i * p.c_out + j * kLanes, sum[i][j]); });
+  });
+}
+
+/// One panel of y for m pixels of a tile by our own kernel.
+template <class T, bool kPairs>
+void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t m, int64_t pixel, int64_t n0,
+                    float* products) {
+  constexpr int64_t kColumns = kProductVectors * kLanes;
+  static_assert(kPanelColumns % kColumns == 0);
+  constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t columns = std::min(kPanelColumns, p.c_out - n0);
+  const ChannelAffine& e = p.epilogue;
+  const bool in_registers = !p.residual && (e.activation == Activation::kIdentity || e.activation == Activation::kRelu);
+  const int64_t z_stride = kPairs ? p.z_stride / 2 : p.z_stride;
+  Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, kPairs ? p.depth / 2 : p.depth, false};
+  for (int64_t row = 0; row < m; row += kProductRows) {
+    const int64_t rows = std::min<int64_t>(kProductRows, m - row);
+    T* y = static_cast<T*>(p.y) + (pixel + row) * p.c_out + n0;
+    // The lines of y that are written to arrive while the products are made.
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; j += kLineElements) __builtin_prefetch(y + i * p.c_out + j, 1, 2);
+    }
+    product.a = static_cast<const uint32_t*>(z) + row * z_stride;
+    int64_t done = 0;
+    for (; in_registers && rows == kProductRows && done + kColumns <= columns; done += kColumns) {
+      product.b = static_cast<const uint32_t*>(w) + done;
+      multiply_and_finish<T, kPairs>(p, product, n0 + done, y + done);
+    }
+    if (done == columns) continue;
+    product.b = static_cast<const uint32_t*>(w) + done;
+    multiply<kPairs>(product, rows, columns - done);
+    finish_rows<T>(p, products, rows, n0 + done, columns - done, pixel + row);
+  }
+}
+
+}  // namespace detail
+
+/// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, products [kProductRows,
+/// kPanelColumns].
+template <class T>
+void multiply_panel(const Pointwise& p, const void* z, int64_t panel, int64_t m, int64_t pixel, float* products) {
+  if (!p.pairs) {
+    detail::multiply_panel<T, false>(p, z, p.panel(panel), m, pixel, panel * kPanelColumns, products);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    detail::multiply_panel<T, true>(p, z, p.panel(panel), m, pixel, panel * kPanelColumns, products);
+  }
+}
+
+}  // namespace xsep::cpu

@@ -1,0 +1,133 @@
+// The operators xsep::cpu_separable_wgrad and xsep::cpu_pointwise_dgrad.
+#include <torch/library.h>
+
+#include "glue.h"
+#include "pair_gemm.h"
+
+namespace xsep::cpu {
+namespace {
+
+/// dv^T z [C_out, C_in, 1, 1] in float32, with z = middle(dw(prologue(x))) made again tile by tile; multiplier 1.
+Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
+                       const OptionalTensor& shift_p, const OptionalTensor& scale_m, const OptionalTensor& shift_m,
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+  const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
+  TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
+  TORCH_CHECK(shape.multiplier == 1, "w_dw must have as many filters as x has channels, but is ", w_dw.sizes());
+  check_input(dv, x.scalar_type(), 4, "dv");
+  const int64_t c_out = dv.size(1);
+  TORCH_CHECK(dv.size(0) == shape.n && c_out > 0 && dv.size(2) == shape.p && dv.size(3) == shape.q, "dv must be [",
+              shape.n, ", C_out, ", shape.p, ", ", shape.q, "], but is ", dv.sizes());
+  if (shape.n == 0) return zeros_float({c_out, shape.c, 1, 1});
+
+  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
+  const AffineBuffers middle(scale_m, shift_m, shape.c, 1, inputs.params.c_pad, activations[1], alphas[1]);
+  const Tensor dv_rows = nhwc(dv);
+  SeparableWgrad p{};
+  p.depthwise = inputs.params;
+  p.depthwise.output = middle.affine();
+  p.c_out = c_out;
+  p.pairs = pair_gemm(x.scalar_type()) == PairGemm::kDot;
+  p.plan = plan_cpu_wgrad(shape, c_out, at::get_num_threads(), p.z_bytes());
+  p.dv = dv_rows.const_data_ptr();
+  p.dw_row = round_up(shape.c, 16);
+  const auto floats = at::TensorOptions().dtype(at::kFloat);
+  const Tensor partials = at::empty({p.plan.pixel_groups, c_out, p.dw_row}, floats);
+  p.dw = partials.mutable_data_ptr<float>();
+
+  const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
+  at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * p.scratch_bytes();
+    with_storage(x.scalar_type(), [&](auto t) {
+      for (int64_t task = begin; task < end; ++task) {
+        if (inputs.dtype() == x.scalar_type()) {
+          separable_wgrad_task<decltype(t), decltype(t)>(p, task, mine);
+        } else {
+          separable_wgrad_task<float, decltype(t)>(p, task, mine);
+        }
+      }
+    });
+  });
+
+  Tensor dw = at::empty({c_out, shape.c, 1, 1}, floats);
+  float* out = dw.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(32768 / (shape.c * p.plan.pixel_groups), 1);
+  at::parallel_for(0, c_out, grain, [&](int64_t begin, int64_t end) {
+    reduce_wgrad(p.dw, p.plan.pixel_groups, c_out, p.dw_row, shape.c, {begin, end}, out);
+  });
+  return dw;
+}
+
+/// dz = dv w_pw: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC.
+Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
+  check_input(dv, dv.scalar_type(), 4, "dv");
+  check_input(w_pw, dv.scalar_type(), 4, "w_pw");
+  const int64_t c_out = w_pw.size(0);
+  const int64_t c_mid = w_pw.size(1);
+  const bool pairs = dv.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(dv.size(1) == c_out && c_out > 0 && c_mid > 0 && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [",
+              dv.size(1), ", C_mid, 1, 1], but is ", w_pw.sizes());
+  TORCH_CHECK(dv.scalar_type() == at::kFloat || (pairs && kHasBFloat16Instructions && c_out % 2 == 0),
+              "this takes float32, and bfloat16 with an even C_out on a chip with AVX512_BF16");
+  Tensor dz = empty_nhwc(dv.size(0), c_mid, dv.size(2), dv.size(3), dv);
+  if (dz.numel() == 0) return dz;
+
+  const Tensor rows = nhwc(dv);
+  const Tensor w = w_pw.contiguous();
+  const int64_t panels = ceil_div(c_mid, kPanelColumns);
+  const int64_t panel_size = c_out * kPanelColumns;
+  const Tensor packed = at::empty({panels, panel_size}, w.options());
+  at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      if (pairs) {
+        pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
+                              static_cast<uint32_t*>(packed.mutable_data_ptr()) + panel * panel_size / 2);
+      } else {
+        pack_transposed_panel(c_out, c_mid, static_cast<const float*>(w.const_data_ptr()), panel,
+                              static_cast<float*>(packed.mutable_data_ptr()) + panel * panel_size);
+      }
+    }
+  });
+
+  Pointwise p{};
+  p.c_out = c_mid;
+  p.depth = c_out;
+  p.pairs = pairs;
+  p.z_stride = c_out;
+  p.w_packed = packed.const_data_ptr();
+  p.y = dz.mutable_data_ptr();
+  const int64_t pixels = dv.size(0) * dv.size(2) * dv.size(3);
+  const CpuDgradPlan plan = plan_cpu_dgrad(pixels, c_out, panels, at::get_num_threads(), pairs ? 2 : 4);
+  at::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    alignas(64) float products[kProductRows * kPanelColumns];
+    with_storage(dv.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % plan.tiles * plan.tile_pixels;
+        const int64_t count = std::min(plan.tile_pixels, pixels - first);
+        const T* from = static_cast<const T*>(rows.const_data_ptr()) + first * c_out;
+        const Range group = plan.group_panels(task / plan.tiles);
+        for (int64_t panel = group.begin; panel < group.end; ++panel) {
+          multiply_panel<T>(p, from, panel, count, first, products);
+        }
+      }
+    });
+  });
+  return dz;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(xsep, m) {
+  m.def(
+      "cpu_separable_wgrad(Tensor dv, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_m, "
+      "Tensor? shift_m, int[] geometry, int[] activations, float[] alphas) -> Tensor");
+  m.def("cpu_pointwise_dgrad(Tensor dv, Tensor w_pw) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(xsep, CPU, m) {
+  m.impl("cpu_separable_wgrad", &separable_wgrad);
+  m.impl("cpu_pointwise_dgrad", &pointwise_dgrad);
+}
+
+}  // namespace xsep::cpu

@@ -1,0 +1,99 @@
+// The pointwise weights' gradient with z made again on the way: tiles of z never leave the caches.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../common/cpu_plan.h"
+#include "depthwise_fprop.h"
+#include "gemm.h"
+#include "pack.h"
+
+namespace xsep::cpu {
+
+/// dw [c_out, c] = dv^T z, z = middle(dw(prologue(x))); multiplier 1.
+struct SeparableWgrad {
+  DepthwiseFprop depthwise;  // its output affine is the middle
+  CpuWgradPlan plan;
+  int64_t c_out;
+  bool pairs;      // z and dv are multiplied as BFloat16
+  const void* dv;  // T [pixels, c_out]
+  int64_t dw_row;  // a multiple of 16
+  float* dw;       // [plan.pixel_groups, c_out, dw_row]
+
+  int64_t z_bytes() const { return pairs ? 2 : 4; }
+  int64_t z_tile_bytes() const { return round_up(plan.tile_pixels * plan.group_columns * z_bytes(), 64); }
+  /// dv as 32-bit elements: two pixels in one, or converted to float.
+  int64_t dv_tile_bytes() const { return round_up(plan.tile_pixels * c_out * z_bytes(), 64); }
+  int64_t scratch_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
+};
+
+namespace detail {
+
+template <class T>
+void to_floats(const T* from, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+    store_first(out + i, load_first(from + i, lanes), lanes);
+  }
+}
+
+}  // namespace detail
+
+/// Task `task` of p.plan: the sums of its own pixels and columns. X is the depthwise stage's input type, T that of dv.
+template <class X, class T>
+void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) {
+  const CpuWgradPlan& plan = p.plan;
+  const DepthwiseShape& shape = p.depthwise.shape;
+  const int64_t group = task / plan.column_groups;
+  const int64_t column = task % plan.column_groups * plan.group_columns;
+  const Range channels{column, std::min(column + plan.group_columns, shape.c)};
+  const int64_t columns = round_up(channels.end - channels.begin, 16);
+  const Range pixels{group * plan.group_pixels, std::min((group + 1) * plan.group_pixels, shape.pixels_out())};
+  char* z = static_cast<char*>(scratch);
+  char* dv_tile = z + p.z_tile_bytes();
+  char* z_pairs = dv_tile + p.dv_tile_bytes();
+  float* dw = p.dw + group * p.c_out * p.dw_row + column;
+
+  for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += plan.tile_pixels) {
+    const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
+    const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat};
+    depthwise_fprop_run<X>(p.depthwise, 0, {pixel, pixel + count}, channels, to);
+    const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
+    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
+    if (p.pairs) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(dv_tile), p.c_out);
+        interleave_rows(reinterpret_cast<const BFloat16*>(z), count, columns, columns,
+                        reinterpret_cast<uint32_t*>(z_pairs), columns);
+        product.a = dv_tile;
+        product.b = z_pairs;
+        product.depth = ceil_div(count, 2);
+        multiply<true>(product, p.c_out, columns);
+      }
+      continue;
+    }
+    if constexpr (!std::is_same_v<T, float>) {
+      detail::to_floats(dv, count * p.c_out, reinterpret_cast<float*>(dv_tile));
+      product.a = dv_tile;
+    }
+    multiply<false>(product, p.c_out, columns);
+  }
+}
+
+/// Rows [rows.begin, rows.end) of the partial sums [groups, c_out, dw_row], added up in the order of the groups, to
+/// [c_out, c].
+inline void reduce_wgrad(const float* partials, int64_t groups, int64_t c_out, int64_t dw_row, int64_t c, Range rows,
+                         float* out) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* to = out + row * c;
+    const float* from = partials + row * dw_row;
+    std::copy(from, from + c, to);
+    for (int64_t group = 1; group < groups; ++group) {
+      const float* part = from + group * c_out * dw_row;
+      for (int64_t i = 0; i < c; ++i) to[i] += part[i];
+    }
+  }
+}
+
+}  // namespace xsep::cpu
