@@ -71,6 +71,20 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("channel_groups", &xsep::CpuBackwardPlan::channel_groups)
       .def_property_readonly("units", &xsep::CpuBackwardPlan::units);
 
+  py::class_<xsep::CpuWgradPlan>(m, "CpuWgradPlan")
+      .def_readonly("tile_pixels", &xsep::CpuWgradPlan::tile_pixels)
+      .def_readonly("group_pixels", &xsep::CpuWgradPlan::group_pixels)
+      .def_readonly("pixel_groups", &xsep::CpuWgradPlan::pixel_groups)
+      .def_readonly("group_columns", &xsep::CpuWgradPlan::group_columns)
+      .def_readonly("column_groups", &xsep::CpuWgradPlan::column_groups)
+      .def_property_readonly("tasks", &xsep::CpuWgradPlan::tasks);
+  py::class_<xsep::CpuDgradPlan>(m, "CpuDgradPlan")
+      .def_readonly("tile_pixels", &xsep::CpuDgradPlan::tile_pixels)
+      .def_readonly("tiles", &xsep::CpuDgradPlan::tiles)
+      .def_readonly("panels", &xsep::CpuDgradPlan::panels)
+      .def_readonly("panel_groups", &xsep::CpuDgradPlan::panel_groups)
+      .def_property_readonly("tasks", &xsep::CpuDgradPlan::tasks);
+
   m.def(
       "plan_cpu_separable",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int64_t c_out, int threads,
@@ -97,6 +111,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"),
       "How the depthwise backward is cut into units, whatever the number of threads.");
+  m.def(
+      "plan_cpu_wgrad",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int64_t c_out, int threads,
+         int64_t z_bytes) {
+        return xsep::plan_cpu_wgrad(make_shape(x, filter, multiplier, geometry), c_out, threads, z_bytes);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("c_out"),
+      py::arg("threads"), py::arg("z_bytes"), "How the pointwise weights' gradient is cut into tasks.");
+  m.def("plan_cpu_dgrad", &xsep::plan_cpu_dgrad, py::arg("pixels"), py::arg("depth"), py::arg("panels"), py::kw_only(),
+        py::arg("threads"), py::arg("bytes"),
+        "How a product of NHWC pixels by panels of weights is cut into tasks; bytes of one value.");
 
   bind_cuda_plan(m);
 }

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from xsep import extension, testing
 from xsep.testing import NAMES, VECTORS, Case
 
 ROOT = Path(__file__).parent.parent
-#: What oneDNN, whose GEMM the fused forward uses, may use of the chip at each level.
+#: What oneDNN, whose GEMMs the yardstick and AMX's path use, may use of the chip at each level.
 ONEDNN = {"default": "SSE41", "avx2": "AVX2", "avx512": "DEFAULT"}
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,9 +96,14 @@ def _run_bits() -> dict[str, str]:
         w = torch.randn(c * multiplier, 1, size, size, generator=g).to(dtype)
         prologue = Affine(torch.randn(c, generator=g), torch.randn(c, generator=g), activation)
         z = CPU.depthwise(x, w, prologue, Affine(), geometry)
+        du = torch.randn(2, 34, *z.shape[2:], generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
         for run in range(2):
-            gradients = CPU.depthwise_backward_kernel(z, x, w, prologue, geometry, (True,) * 4)
-            for name, value in gradients._asdict().items():
+            gradients = CPU.depthwise_backward_kernel(z, x, w, prologue, geometry, (True,) * 4)._asdict()
+            if multiplier == 1:
+                gradients["dw_pw"] = torch.ops.xsep.cpu_separable_wgrad(
+                    du, x, w, prologue.scale, prologue.shift, None, None, geometry, (activation, 0), (0.0, 0.0)
+                )
+            for name, value in gradients.items():
                 data = value.float().contiguous().numpy().tobytes()
                 digests[f"{name} of {c} channels, filter {size}, run {run}"] = hashlib.sha256(data).hexdigest()
     return digests
@@ -119,9 +124,9 @@ MODES: dict[str, Callable[[], dict[str, str]]] = {"matrix": _run_matrix, "bits":
 
 
 @cache
-def _in_a_process(mode: str, level: str, threads: int = 2, onednn: Optional[str] = None) -> dict[str, str]:
-    env = {**os.environ, "XSEP_CPU_ISA": level}
-    env["ONEDNN_MAX_CPU_ISA"] = onednn or ONEDNN.get(level, "DEFAULT")
+def _in_a_process(mode: str, level: str, threads: int = 2, bfloat16: str = "") -> dict[str, str]:
+    env = {**os.environ, "XSEP_CPU_ISA": level, "XSEP_CPU_BFLOAT16": bfloat16}
+    env["ONEDNN_MAX_CPU_ISA"] = ONEDNN.get(level, "DEFAULT")
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_cpu_kernels", mode, str(threads)],
         cwd=ROOT,
@@ -161,11 +166,12 @@ def test_case_ids_are_unique() -> None:
     assert len({case.id for case in MATRIX}) == len(MATRIX)
 
 
-def test_bfloat16_falls_back_to_a_float_gemm() -> None:
-    """A chip with AVX-512 but without its bfloat16 instructions, as far as oneDNN is told."""
+@pytest.mark.parametrize("how", ["none", "tiles"])
+def test_bfloat16_multiplied_in_the_ways_of_other_chips(how: str) -> None:
+    """As float32, where a chip has no AVX512_BF16, and by oneDNN's tiles, which are AMX's way."""
     if "avx512" not in _levels_here():
         pytest.skip("this chip has no AVX-512")
-    wrong = _in_a_process("matrix", "avx512", onednn="AVX512_CORE")
+    wrong = _in_a_process("matrix", "avx512", bfloat16=how)
     assert not wrong
 
 
@@ -260,6 +266,72 @@ def test_backward_units_cover_the_input_once(channels: int, size: int) -> None:
     assert plan.channel_groups * plan.group_channels >= channels > (plan.channel_groups - 1) * plan.group_channels
     assert plan.units == plan.row_groups * plan.channel_groups
     assert plan.group_channels % 16 == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("c_out", [1, 7, 728, 5000])
+@pytest.mark.parametrize("channels", [1, 65, 728])
+@pytest.mark.parametrize("size", [1, 10, 147])
+def test_wgrad_tasks_cover_pixels_and_columns_once(threads: int, c_out: int, channels: int, size: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    where = ((2, channels, size, size), (3, 3), 1, SAME)
+    plan = module.plan_cpu_wgrad(*where, c_out=c_out, threads=threads, z_bytes=4)
+    assert plan.pixel_groups * plan.group_pixels >= 2 * size**2 > (plan.pixel_groups - 1) * plan.group_pixels
+    assert plan.column_groups * plan.group_columns >= channels > (plan.column_groups - 1) * plan.group_columns
+    assert plan.group_columns % 16 == 0 and plan.group_pixels % plan.tile_pixels == 0 and plan.tile_pixels % 2 == 0
+    one = module.plan_cpu_wgrad(*where, c_out=c_out, threads=1, z_bytes=4)
+    assert (plan.tile_pixels, plan.group_pixels) == (one.tile_pixels, one.group_pixels), "sums would depend on threads"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("pixels", [1, 5, 200, 43218])
+@pytest.mark.parametrize("depth", [1, 64, 2048, 300000])
+def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plan = module.plan_cpu_dgrad(pixels, depth, 12, threads=threads, bytes=4)
+    assert plan.tiles * plan.tile_pixels >= pixels > (plan.tiles - 1) * plan.tile_pixels
+    assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (1, 16, 4, 4), (3, 33, 17, 1), (1, 1, 9, 9), (2, 70, 1, 1), (2, 64, 9, 31), (0, 3, 2, 2)]
+)
+def test_turning_a_layout_round_moves_every_value(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert extension.load_cpu().reason is None
+    nchw = torch.randn(shape).to(dtype)
+    nhwc = torch.ops.xsep.cpu_to_nhwc(nchw)
+    assert torch.equal(nhwc, nchw) and nhwc.is_contiguous(memory_format=torch.channels_last)
+    back = torch.ops.xsep.cpu_to_nchw(nhwc)
+    assert torch.equal(back, nchw) and back.is_contiguous()
+    crop = torch.randn(*shape[:3], 2 * shape[3]).to(dtype)[..., ::2]
+    assert torch.equal(torch.ops.xsep.cpu_to_nhwc(crop), crop)
+    assert torch.ops.xsep.cpu_to_nhwc(nhwc).data_ptr() != nhwc.data_ptr() or not nhwc.numel()
+
+
+@pytest.mark.parametrize("shape", [(2, 728, 364, 7), (1, 5, 7, 147), (2, 64, 129, 12), (3, 17, 2, 3), (1, 130, 66, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pointwise_dgrad_is_the_product_by_the_weights(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    from xsep.backends.cpu import CPU
+
+    n, c_out, c_mid, size = shape
+    dv, w = torch.randn(n, c_out, size, size).to(dtype), (torch.randn(c_out, c_mid, 1, 1) / c_out**0.5).to(dtype)
+    truth = torch.einsum("nopq,oc->ncpq", dv.double(), w.double()[..., 0, 0])
+    plain = torch.einsum("nopq,oc->ncpq", dv, w[..., 0, 0])
+    error, theirs = ((t.double() - truth).abs().max().item() for t in (CPU.pointwise_dgrad(dv, w), plain))
+    assert error <= 2 * theirs + 2 * torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+def test_nchw_pictures_come_out_as_nchw_without_being_turned_round_as_a_whole() -> None:
+    import xsep
+
+    x, w_dw, w_pw = torch.randn(2, 19, 23, 29), torch.randn(19, 1, 3, 3), torch.randn(70, 19, 1, 1)
+    y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend="cpu")
+    nhwc = xsep.separable_conv2d(x.contiguous(memory_format=torch.channels_last), w_dw, w_pw, padding=1, backend="cpu")
+    assert y.is_contiguous() and nhwc.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, nhwc)
 
 
 def test_planning_refuses_what_cannot_be_meant() -> None:

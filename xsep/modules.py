@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import BACKEND_NAMES, ChannelAffine, Padding, Pair, pair
+from .backends.packed_weights import kept
 from .functional import separable_conv2d
 from .problem import ACTIVATIONS, DEFAULT_ALPHA
 
@@ -19,6 +21,10 @@ class FusedSeparableConv2d(nn.Module):
 
     It stands where ``nn.Sequential(nn.Conv2d(C_in, C_mid, k, groups=C_in), nn.Conv2d(C_mid, C_out, 1))`` stood, with
     the same parameters under the same names: two plain ``nn.Conv2d`` children hold them, initialised as PyTorch does.
+    On a CPU, in eval mode and without gradients, the layer keeps its pointwise weights packed as the kernel reads
+    them, as large again as they are, while their values stay the same, which a checksum tells;
+    :func:`xsep.forget_packed_weights` gives that memory back.
+
     The children are holders, they are not called: forward hooks put on them do not run, and a reparametrisation must
     be one of :mod:`torch.nn.utils.parametrize` (the older hook-based ones would not be seen).
 
@@ -221,11 +227,16 @@ class FusedSeparableConv2d(nn.Module):
         middle = None
         if conv_dw.bias is not None or self.middle_activation is not None:
             middle = ChannelAffine(None, conv_dw.bias, self.middle_activation, self.middle_alpha)
-        return separable_conv2d(
-            x, conv_dw.weight, conv_pw.weight, conv_pw.bias,
-            stride=self.stride, padding=self.padding, dilation=self.dilation,
-            prologue=prologue, middle=middle, epilogue=epilogue, residual=residual, backend=self.backend,
-        )  # fmt: skip
+        weight = conv_pw.weight
+        stable = isinstance(weight, nn.Parameter) and not (
+            self.training or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        )
+        with kept(weight) if stable and weight.device.type == "cpu" else nullcontext():
+            return separable_conv2d(
+                x, conv_dw.weight, weight, conv_pw.bias,
+                stride=self.stride, padding=self.padding, dilation=self.dilation,
+                prologue=prologue, middle=middle, epilogue=epilogue, residual=residual, backend=self.backend,
+            )  # fmt: skip
 
     def extra_repr(self) -> str:
         conv_dw, conv_pw = self.convs

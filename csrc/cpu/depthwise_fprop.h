@@ -124,20 +124,26 @@ void sliding_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     const Loader<T, kPrologue> prologue(p, c);
     Vec sum[kPixels] = {};
-    const T* row = columns + c;
-    const float* w_row = b.w + b.r_begin * kS * c_pad + c;
-    for (int64_t r = b.r_begin; r < b.r_end; ++r, row += b.row_step, w_row += kS * c_pad) {
+    const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
       Vec w[kS];
       unroll<kS>([&](auto s) __attribute__((always_inline)) { w[s] = load(w_row + s * c_pad); });
       unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
         if (kBorder && (j < first || j >= last)) return;
         const T* at = row + j * c_in;
-        const Vec v = prologue(kBorder ? load_first(at, lanes) : load(at));
+        const Vec v = prologue(kBorder && lanes < kLanes ? load_first(at, lanes) : load(at));
         unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
           constexpr int s = j() - i() * kStride;
           if constexpr (s >= 0 && s < kS) sum[i] = fma(v, w[s], sum[i]);
         });
       });
+    };
+    const T* row = columns + c;
+    const float* w_row = b.w + b.r_begin * kS * c_pad + c;
+    if (kS == 3 && !kBorder && b.r_end - b.r_begin == 3) {
+      // By far the most common: as one piece of code the three rows' loads and sums overlap.
+      unroll<3>([&](auto r) __attribute__((always_inline)) { add_row(row + r * b.row_step, w_row + r * kS * c_pad); });
+    } else {
+      for (int64_t r = b.r_begin; r < b.r_end; ++r, row += b.row_step, w_row += kS * c_pad) add_row(row, w_row);
     }
     apply(b.output, c, sum);
     store_pixels<T>(to, b.out, c, sum, lanes);

@@ -55,7 +55,7 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
 
 /// [N, C * m, P, Q] -> the same values as NHWC with each pixel's channels in the order of passes.
 Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
-  const Tensor rows = nhwc(dz);
+  const Tensor rows = to_nhwc(dz);
   if (s.multiplier == 1) return rows;
   return rows.permute({0, 2, 3, 1}).reshape({s.n, s.p, s.q, s.c, s.multiplier}).transpose(3, 4).contiguous();
 }
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   p.shape = shape;
   p.plan = plan_cpu_backward(shape);
   p.c_pad = round_up(shape.c, kChannelPad);
-  const Tensor x_rows = nhwc(x);
+  const Tensor x_rows = to_nhwc(x);
   const Tensor dz_rows = in_pass_order(dz, shape);
   const Tensor w = packed_depthwise(w_dw, shape, p.c_pad);
   const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, p.c_pad, activation, alpha);

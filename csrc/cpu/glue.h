@@ -34,7 +34,10 @@ void with_storage(at::ScalarType dtype, F&& f) {
   }
 }
 
-inline Tensor nhwc(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+/// t [N, C, H, W] in NHWC, in NCHW: a tensor that is dense in the other of the two is turned round by our own kernel,
+/// whatever else by PyTorch.
+Tensor to_nhwc(const Tensor& t);
+Tensor to_nchw(const Tensor& t);
 
 inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
   return at::empty({n, c, h, w}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -121,7 +124,7 @@ class DepthwiseInputs {
   DepthwiseInputs(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p, const OptionalTensor& shift_p,
                   int64_t activation, double alpha, const DepthwiseShape& shape)
       : params{},
-        x_(nhwc(x)),
+        x_(to_nhwc(x)),
         c_pad_(round_up(shape.c, kChannelPad)),
         w_(packed_depthwise(w_dw, shape, c_pad_)),
         prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha) {

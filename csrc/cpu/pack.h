@@ -7,6 +7,7 @@
 #include "../common/cpu_plan.h"
 #include "../common/geometry.h"
 #include "activate.h"
+#include "transpose.h"
 
 namespace xsep::cpu {
 
@@ -41,44 +42,6 @@ struct PointwisePacking {
   bool pairs;     // rows interleaved in pairs: [panels, depth / 2, kPanelColumns, 2]
 };
 
-namespace detail {
-
-/// r[l] = a[index[l]], or b[index[l] - kLanes].
-XSEP_INLINE Vec shuffle(Vec a, Vec b, VecInt index) {
-#if defined(__clang__)
-  Vec r;
-  for (int l = 0; l < kLanes; ++l) r[l] = index[l] < kLanes ? a[index[l]] : b[index[l] - kLanes];
-  return r;
-#else
-  return __builtin_shuffle(a, b, index);
-#endif
-}
-
-/// A square of kLanes x kLanes: in each step, the off-diagonal halves of blocks twice as small change places.
-XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
-  constexpr int kSteps = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
-  static_assert(1 << kSteps == kLanes);
-  unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
-    constexpr int half = kLanes >> (step() + 1);
-    VecInt low{};
-    VecInt high{};
-    for (int l = 0; l < kLanes; ++l) {
-      low[l] = l & half ? kLanes + l - half : l;
-      high[l] = l & half ? kLanes + l : l + half;
-    }
-    unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-      if constexpr ((i() & half) == 0) {
-        const Vec a = v[i];
-        const Vec b = v[i + half];
-        v[i] = shuffle(a, b, low);
-        v[i + half] = shuffle(a, b, high);
-      }
-    });
-  });
-}
-
-}  // namespace detail
-
 /// One panel of w_pw T [c_out, c * multiplier], its rows in the order of passes, zeros beyond c_out and c * multiplier:
 /// Out [depth, kPanelColumns], or pairs. Out is float, or T itself.
 template <class T, class Out>
@@ -99,7 +62,7 @@ void pack_panel(const PointwisePacking& p, const T* w_pw, int64_t panel, Out* ou
       for (int64_t n = 0; n < n_done; n += kLanes) {
         Vec v[kLanes];
         unroll<kLanes>([&](auto i) __attribute__((always_inline)) { v[i] = load(w_pw + (n0 + n + i) * c_mid + k); });
-        detail::transpose(v);
+        transpose(v);
         unroll<kLanes>([&](auto i) __attribute__((always_inline)) { store(out + (k + i) * kPanelColumns + n, v[i]); });
       }
     }

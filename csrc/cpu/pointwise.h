@@ -7,6 +7,7 @@
 #include "../common/cpu_plan.h"
 #include "activate.h"
 #include "gemm.h"
+#include "transpose.h"
 
 namespace xsep::cpu {
 
@@ -19,7 +20,8 @@ struct Pointwise {
   const void* w_packed;    // [panels, depth, kPanelColumns], or [panels, depth / 2, kPanelColumns, 2]
   ChannelAffine epilogue;  // scale and shift [panels * kPanelColumns]
   const void* residual;    // T [pixels, c_out], may be null
-  void* y;                 // T [pixels, c_out]
+  void* y;                 // T [pixels, c_out], or [n, c_out, plane] where plane is not 0
+  int64_t plane;           // P * Q of an NCHW output, else 0
 
   int64_t z_bytes() const { return pairs ? 2 : 4; }
   const char* panel(int64_t i) const {
@@ -59,25 +61,32 @@ void finish_row(const Pointwise& p, const float* products, int64_t n0, int64_t c
   }
 }
 
-/// One panel of y for the pixels of a tile, through memory: any number of columns, any epilogue.
+/// Where a panel's results go: pixel i, column j at out[i * step + j].
 template <class T>
-void finish_rows(const Pointwise& p, const float* products, int64_t rows, int64_t n0, int64_t columns, int64_t pixel) {
+struct PanelOutput {
+  T* out;
+  int64_t step;
+};
+
+/// From products [rows, kPanelColumns]: any number of columns, any epilogue. pixel is the first row's.
+template <class T>
+void finish_rows(const Pointwise& p, const float* products, int64_t rows, int64_t n0, int64_t columns, int64_t pixel,
+                 PanelOutput<T> y) {
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (pixel + i) * p.c_out + n0;
-    const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
-    finish_row(p, products + i * kPanelColumns, n0, columns, residual, static_cast<T*>(p.y) + at);
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + (pixel + i) * p.c_out + n0 : nullptr;
+    finish_row(p, products + i * kPanelColumns, n0, columns, residual, y.out + i * y.step);
   }
 }
 
 /// The same from registers: a full block, no residual, and no activation or ReLU.
-template <class T, bool kPairs>
-void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, T* y) {
+template <class T, bool kPairs, int kVectors>
+void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, PanelOutput<T> y) {
   constexpr int kRows = kProductRows;
-  Vec sum[kRows][kProductVectors] = {};
+  Vec sum[kRows][kVectors] = {};
   accumulate<kPairs>(product, sum);
   const ChannelAffine& e = p.epilogue;
   const bool rectified = e.activation == Activation::kRelu;
-  unroll<kProductVectors>([&](auto j) __attribute__((always_inline)) {
+  unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
     if (e.scale) {
       const Vec scale = load(e.scale + n0 + j * kLanes);
       unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = sum[i][j] * scale; });
@@ -89,14 +98,14 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
     if (rectified) {
       unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = relu(sum[i][j]); });
     }
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y + i * p.c_out + j * kLanes, sum[i][j]); });
+    unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y.out + i * y.step + j * kLanes, sum[i][j]); });
   });
 }
 
 /// One panel of y for m pixels of a tile by our own kernel.
 template <class T, bool kPairs>
 void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t m, int64_t pixel, int64_t n0,
-                    float* products) {
+                    float* products, PanelOutput<T> y) {
   constexpr int64_t kColumns = kProductVectors * kLanes;
   static_assert(kPanelColumns % kColumns == 0);
   constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
@@ -107,35 +116,87 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t m,
   Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, kPairs ? p.depth / 2 : p.depth, false};
   for (int64_t row = 0; row < m; row += kProductRows) {
     const int64_t rows = std::min<int64_t>(kProductRows, m - row);
-    T* y = static_cast<T*>(p.y) + (pixel + row) * p.c_out + n0;
+    T* out = y.out + row * y.step;
     // The lines of y that are written to arrive while the products are made.
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; j += kLineElements) __builtin_prefetch(y + i * p.c_out + j, 1, 2);
+      for (int64_t j = 0; j < columns; j += kLineElements) __builtin_prefetch(out + i * y.step + j, 1, 2);
     }
     product.a = static_cast<const uint32_t*>(z) + row * z_stride;
     int64_t done = 0;
-    for (; in_registers && rows == kProductRows && done + kColumns <= columns; done += kColumns) {
-      product.b = static_cast<const uint32_t*>(w) + done;
-      multiply_and_finish<T, kPairs>(p, product, n0 + done, y + done);
+    if (in_registers && rows == kProductRows) {
+      for (; done + kColumns <= columns; done += kColumns) {
+        product.b = static_cast<const uint32_t*>(w) + done;
+        multiply_and_finish<T, kPairs, kProductVectors>(p, product, n0 + done, {out + done, y.step});
+      }
+      if (kProductVectors > 2 && done + 2 * kLanes <= columns) {
+        product.b = static_cast<const uint32_t*>(w) + done;
+        multiply_and_finish<T, kPairs, 2>(p, product, n0 + done, {out + done, y.step});
+        done += 2 * kLanes;
+      }
     }
     if (done == columns) continue;
     product.b = static_cast<const uint32_t*>(w) + done;
     multiply<kPairs>(product, rows, columns - done);
-    finish_rows<T>(p, products, rows, n0 + done, columns - done, pixel + row);
+    finish_rows<T>(p, products, rows, n0 + done, columns - done, pixel + row, {out + done, y.step});
+  }
+}
+
+/// m pixels of one panel, [m, columns] step elements apart, to their places in an NCHW y.
+template <class T>
+void store_planes(const Pointwise& p, const T* from, int64_t step, int64_t m, int64_t pixel, int64_t n0,
+                  int64_t columns) {
+  while (m > 0) {
+    const int64_t picture = pixel / p.plane;
+    const int64_t at = pixel % p.plane;
+    const int64_t count = std::min(m, p.plane - at);
+    T* to = static_cast<T*>(p.y) + (picture * p.c_out + n0) * p.plane + at;
+    transpose_matrix(from, count, columns, step, to, p.plane);
+    from += count * step;
+    pixel += count;
+    m -= count;
   }
 }
 
 }  // namespace detail
 
-/// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, products [kProductRows,
-/// kPanelColumns].
+/// Bytes of memory for what multiply_panel makes of m pixels.
+inline int64_t products_bytes(const Pointwise& p, int64_t m) {
+  return (kProductRows + (p.plane ? m : 0)) * kPanelColumns * static_cast<int64_t>(sizeof(float));
+}
+
+/// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, scratch products_bytes.
 template <class T>
-void multiply_panel(const Pointwise& p, const void* z, int64_t panel, int64_t m, int64_t pixel, float* products) {
+void multiply_panel(const Pointwise& p, const void* z, int64_t panel, int64_t m, int64_t pixel, float* scratch) {
+  const int64_t n0 = panel * kPanelColumns;
+  T* tile = reinterpret_cast<T*>(scratch + kProductRows * kPanelColumns);
+  detail::PanelOutput<T> y{static_cast<T*>(p.y) + pixel * p.c_out + n0, p.c_out};
+  if (p.plane) y = {tile, kPanelColumns};
   if (!p.pairs) {
-    detail::multiply_panel<T, false>(p, z, p.panel(panel), m, pixel, panel * kPanelColumns, products);
+    detail::multiply_panel<T, false>(p, z, p.panel(panel), m, pixel, n0, scratch, y);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    detail::multiply_panel<T, true>(p, z, p.panel(panel), m, pixel, panel * kPanelColumns, products);
+    detail::multiply_panel<T, true>(p, z, p.panel(panel), m, pixel, n0, scratch, y);
   }
+  if (p.plane) detail::store_planes(p, tile, kPanelColumns, m, pixel, n0, std::min(kPanelColumns, p.c_out - n0));
+}
+
+/// The same from products [m, kPanelColumns] that are there already.
+template <class T>
+void finish_panel(const Pointwise& p, float* products, int64_t panel, int64_t m, int64_t pixel) {
+  const int64_t n0 = panel * kPanelColumns;
+  const int64_t columns = std::min(kPanelColumns, p.c_out - n0);
+  if (!p.plane) {
+    return detail::finish_rows<T>(p, products, m, n0, columns, pixel,
+                                  {static_cast<T*>(p.y) + pixel * p.c_out + n0, p.c_out});
+  }
+  // In place: a row of T is no longer than its products, and its step is theirs.
+  constexpr int64_t kStep = kPanelColumns * static_cast<int64_t>(sizeof(float) / sizeof(T));
+  T* tile = reinterpret_cast<T*>(products);
+  T row[kPanelColumns];
+  for (int64_t i = 0; i < m; ++i) {
+    detail::finish_rows<T>(p, products + i * kPanelColumns, 1, n0, columns, pixel + i, {row, kPanelColumns});
+    std::copy(row, row + columns, tile + i * kStep);
+  }
+  detail::store_planes(p, tile, kStep, m, pixel, n0, columns);
 }
 
 }  // namespace xsep::cpu

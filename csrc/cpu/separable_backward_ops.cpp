@@ -22,7 +22,7 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
 
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
   const AffineBuffers middle(scale_m, shift_m, shape.c, 1, inputs.params.c_pad, activations[1], alphas[1]);
-  const Tensor dv_rows = nhwc(dv);
+  const Tensor dv_rows = to_nhwc(dv);
   SeparableWgrad p{};
   p.depthwise = inputs.params;
   p.depthwise.output = middle.affine();
@@ -72,7 +72,7 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   Tensor dz = empty_nhwc(dv.size(0), c_mid, dv.size(2), dv.size(3), dv);
   if (dz.numel() == 0) return dz;
 
-  const Tensor rows = nhwc(dv);
+  const Tensor rows = to_nhwc(dv);
   const Tensor w = w_pw.contiguous();
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
   const int64_t panel_size = c_out * kPanelColumns;

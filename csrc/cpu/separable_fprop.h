@@ -23,12 +23,12 @@ struct SeparableFprop {
   TileGemm gemm;  // multiplies whole tiles; null: our own kernel does, block by block
 
   int64_t tile_bytes() const { return round_up(plan.tile_pixels * pointwise.z_stride * pointwise.z_bytes(), 64); }
-  /// Pixels whose products are in memory at a time.
-  int64_t product_rows() const { return gemm ? plan.tile_pixels : kProductRows; }
-  /// What one task needs: its z tile and products.
-  int64_t scratch_bytes() const {
-    return tile_bytes() + product_rows() * kPanelColumns * static_cast<int64_t>(sizeof(float));
+  int64_t products_bytes() const {
+    if (!gemm) return cpu::products_bytes(pointwise, plan.tile_pixels);
+    return plan.tile_pixels * kPanelColumns * static_cast<int64_t>(sizeof(float));
   }
+  /// What one task needs: its z tile and products.
+  int64_t scratch_bytes() const { return tile_bytes() + round_up(products_bytes(), 64); }
 };
 
 /// Task `task` of p.plan. Tasks of one group of panels follow each other, so that a thread's panels stay in its cache.
@@ -55,11 +55,9 @@ void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) 
   }
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     if (p.gemm) {
-      const int64_t n0 = panel * kPanelColumns;
-      const int64_t columns = std::min(kPanelColumns, pw.c_out - n0);
-      p.gemm(m, round_up(columns, 16), pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, pw.panel(panel),
-             products);
-      detail::finish_rows<T>(pw, products, m, n0, columns, pixels.begin);
+      const int64_t columns = round_up(std::min(kPanelColumns, pw.c_out - panel * kPanelColumns), 16);
+      p.gemm(m, columns, pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, pw.panel(panel), products);
+      finish_panel<T>(pw, products, panel, m, pixels.begin);
     } else {
       multiply_panel<T>(pw, z, panel, m, pixels.begin, products);
     }

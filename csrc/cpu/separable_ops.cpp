@@ -3,18 +3,41 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include "glue.h"
+#include "packed_pointwise.h"
 #include "pair_gemm.h"
 
 namespace xsep::cpu {
 
+namespace {
+
+/// What XSEP_CPU_BFLOAT16 asks for, as far as the chip has it; oneDNN multiplies pairs wherever AVX512_BF16 is.
+std::optional<PairGemm> wished_pair_gemm() {
+  const char* wish = std::getenv("XSEP_CPU_BFLOAT16");
+  if (!wish || !*wish) return std::nullopt;
+  const std::string_view name(wish);
+  if (name == "none") return PairGemm::kNone;
+  if (name == "dot") return kHasBFloat16Instructions ? PairGemm::kDot : PairGemm::kNone;
+  if (name == "tiles") return kHasBFloat16Instructions ? PairGemm::kTiles : PairGemm::kNone;
+  TORCH_CHECK_VALUE(false, "XSEP_CPU_BFLOAT16 must be none, dot or tiles, got '", wish, "'");
+}
+
+}  // namespace
+
 PairGemm pair_gemm(at::ScalarType dtype) {
   if (dtype != at::kBFloat16) return PairGemm::kNone;
+  static const std::optional<PairGemm> wished = wished_pair_gemm();
+  if (wished) return *wished;
   if (at::globalContext().userEnabledMkldnn() && at::native::cpublas::could_pack(dtype)) return PairGemm::kTiles;
   return kHasBFloat16Instructions ? PairGemm::kDot : PairGemm::kNone;
 }
 
 namespace {
+
+constexpr int64_t kLeastPlane = 64;  // pixels
 
 /// oneDNN's, for AMX.
 void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
@@ -23,36 +46,11 @@ void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
                               static_cast<const at::BFloat16*>(b), c, true);
 }
 
-/// w_pw [C_out, C_mid, 1, 1] in the order that the plan's panels are multiplied in.
-Tensor packed_pointwise(const Tensor& w_pw, const PointwisePacking& packing, int64_t panels) {
-  const Tensor w = w_pw.contiguous();
-  const int64_t panel_size = packing.depth * kPanelColumns;
-  const Tensor packed = at::empty({panels, panel_size}, w.options().dtype(packing.pairs ? at::kBFloat16 : at::kFloat));
-  at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      void* out = static_cast<char*>(packed.mutable_data_ptr()) + panel * panel_size * packed.element_size();
-      if (packing.pairs && packing.multiplier == 1 && packing.c % 2 == 0) {
-        // A pair is adjacent in w_pw too and moves as one 32-bit value: the float panel of half the depth.
-        const PointwisePacking halved{packing.c_out, packing.c / 2, 1, packing.depth / 2, false};
-        pack_panel(halved, static_cast<const float*>(w.const_data_ptr()), panel, static_cast<float*>(out));
-        continue;
-      }
-      if (packing.pairs) {
-        pack_panel(packing, static_cast<const BFloat16*>(w.const_data_ptr()), panel, static_cast<BFloat16*>(out));
-        continue;
-      }
-      with_storage(w.scalar_type(), [&](auto t) {
-        pack_panel(packing, static_cast<const decltype(t)*>(w.const_data_ptr()), panel, static_cast<float*>(out));
-      });
-    }
-  });
-  return packed;
-}
-
 Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const OptionalTensor& residual,
                        const OptionalTensor& scale_p, const OptionalTensor& shift_p, const OptionalTensor& scale_m,
                        const OptionalTensor& shift_m, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas, bool nchw,
+                       const OptionalTensor& packed) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 3 && alphas.size() == 3, "expected 3 activations and 3 alphas");
   const int64_t c_mid = shape.c * shape.multiplier;
@@ -60,12 +58,16 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const int64_t c_out = w_pw.size(0);
   TORCH_CHECK(c_out > 0 && w_pw.size(1) == c_mid && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [C_out, ",
               c_mid, ", 1, 1], but is ", w_pw.sizes());
-  Tensor y = empty_nhwc(shape.n, c_out, shape.p, shape.q, x);
+  // Planes of a few pixels would be stored a few values at a time: a y of them is turned round as a whole.
+  const bool planes = nchw && shape.p * shape.q >= kLeastPlane;
+  Tensor y =
+      planes ? at::empty({shape.n, c_out, shape.p, shape.q}, x.options().memory_format(at::MemoryFormat::Contiguous))
+             : empty_nhwc(shape.n, c_out, shape.p, shape.q, x);
   Tensor residual_rows;
   if (residual) {
     check_input(*residual, x.scalar_type(), 4, "residual");
     TORCH_CHECK(residual->sizes() == y.sizes(), "residual must be ", y.sizes(), ", but is ", residual->sizes());
-    residual_rows = nhwc(*residual);
+    residual_rows = to_nhwc(*residual);
   }
   if (shape.n == 0) return y;
 
@@ -76,8 +78,8 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const AffineBuffers epilogue(scale_e, shift_e, c_out, 1, panels * kPanelColumns, activations[2], alphas[2]);
   const PairGemm pair = pair_gemm(x.scalar_type());
   const bool pairs = pair != PairGemm::kNone;
-  const PointwisePacking packing{c_out, shape.c, shape.multiplier, pairs ? round_up(c_mid, 2) : c_mid, pairs};
-  const Tensor w_packed = packed_pointwise(w_pw, packing, panels);
+  const PointwisePacking packing = pointwise_packing(w_pw, shape.multiplier);
+  const Tensor w_packed = is_packed(packed, packing) ? *packed : packed_pointwise(w_pw, packing);
 
   SeparableFprop p{};
   p.depthwise = inputs.params;
@@ -91,6 +93,7 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   p.pointwise.epilogue = epilogue.affine();
   p.pointwise.residual = residual ? residual_rows.const_data_ptr() : nullptr;
   p.pointwise.y = y.mutable_data_ptr();
+  p.pointwise.plane = planes ? shape.p * shape.q : 0;
   p.gemm = pair == PairGemm::kTiles ? gemm_tiles : nullptr;
 
   const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
@@ -107,7 +110,7 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
     });
     if (pair == PairGemm::kTiles) at::native::cpublas::brgemm_release(true);
   });
-  return y;
+  return nchw && !planes ? to_nchw(y) : y;
 }
 
 }  // namespace
@@ -116,7 +119,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? residual, Tensor? scale_p, Tensor? shift_p, "
       "Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, "
-      "float[] alphas) -> Tensor");
+      "float[] alphas, bool nchw, Tensor? packed=None) -> Tensor");
   m.def("cpu_has_bfloat16_gemm() -> bool", [] { return pair_gemm(at::kBFloat16) != PairGemm::kNone; });
   m.def("cpu_has_bfloat16_dot() -> bool", [] { return pair_gemm(at::kBFloat16) == PairGemm::kDot; });
 }

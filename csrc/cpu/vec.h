@@ -136,7 +136,18 @@ XSEP_INLINE Vec16 float_to_half(Vec v) {
 #endif
 
 XSEP_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+#if defined(__AVX512BW__)
+/// Where each 16-bit half of 16 floats comes from: the high ones from BFloat16, the low ones (masked out) from nowhere.
+alignas(64) inline constexpr uint16_t kHighHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                         0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+/// One instruction beside the load, where widening and shifting are two.
+XSEP_INLINE Vec load(const BFloat16* p) {
+  const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kHighHalves), halves));
+}
+#else
 XSEP_INLINE Vec load(const BFloat16* p) { return bfloat16_to_float(*reinterpret_cast<const Vec16Unaligned*>(p)); }
+#endif
 XSEP_INLINE Vec load(const Half* p) { return half_to_float(*reinterpret_cast<const Vec16Unaligned*>(p)); }
 XSEP_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 XSEP_INLINE void store(BFloat16* p, Vec v) { *reinterpret_cast<Vec16Unaligned*>(p) = float_to_bfloat16(v); }

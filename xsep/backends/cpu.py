@@ -1,20 +1,35 @@
 """The ``cpu`` backend: C++ kernels for float32, bfloat16 and float16, the fused forward among them.
 
-The kernels work on NHWC; a contiguous NCHW input is converted once, and the result converted back.
+The kernels work on NHWC. An NCHW input is turned round once; the fused forward stores an NCHW output tile by tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .. import extension
-from ..problem import Affine, Geometry, Problem, SeparableArgs
-from .base import Backend, DepthwiseGradients, with_bias
+from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
+from . import packed_weights
+from .base import Backend, DepthwiseGradients, Gradients, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _to_nhwc(t: Tensor) -> Tensor:
+    """Turned round once, not by every kernel that reads it."""
+    return t if t.is_contiguous(memory_format=torch.channels_last) else torch.ops.xsep.cpu_to_nhwc(t)
+
+
+def _to_nchw(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() else torch.ops.xsep.cpu_to_nchw(t)
+
+
+def _wants_nchw(x: Tensor, *weights: Tensor) -> bool:
+    return output_format(x, *weights) is torch.contiguous_format
 
 
 class CpuBackend(Backend):
@@ -38,7 +53,7 @@ class CpuBackend(Backend):
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
         how = f"{threads} thread{'s' if threads > 1 else ''}, {extension.load_cpu().level}"
         if not p.channels_last:
-            how += ", x and y converted to and from NHWC"
+            how += ", x converted to NHWC"
         if p.op == "depthwise":
             staged = module.plan_cpu_depthwise(*where, threads=threads)
             return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
@@ -87,8 +102,25 @@ class CpuBackend(Backend):
         prologue, middle, epilogue = a.prologue, a.middle, with_bias(a.epilogue, a.bias)
         return torch.ops.xsep.cpu_separable_fprop(
             a.x, a.w_dw, a.w_pw, a.residual, prologue.scale, prologue.shift, middle.scale, middle.shift,
-            epilogue.scale, epilogue.shift, a.geometry, a.activations, a.alphas,
+            epilogue.scale, epilogue.shift, a.geometry, a.activations, a.alphas, _wants_nchw(a.x, a.w_dw, a.w_pw),
+            packed_weights.find(a.w_pw, a.w_dw.shape[0] // a.x.shape[1]),
         )  # fmt: skip
+
+    def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
+        y = super().depthwise_forward(a)
+        return _to_nchw(y) if _wants_nchw(a.x, a.w_dw) else y
+
+    def depthwise_backward(
+        self, dy: Tensor, a: DepthwiseArgs, y: Optional[Tensor], wanted: Sequence[bool]
+    ) -> Gradients:
+        dx, *rest = super().depthwise_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
+        return (dx if dx is None or not _wants_nchw(a.x, a.w_dw) else _to_nchw(dx), *rest)
+
+    def separable_backward(
+        self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
+    ) -> Gradients:
+        dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
+        return (dx if dx is None or not _wants_nchw(a.x, a.w_dw, a.w_pw) else _to_nchw(dx), *rest)
 
 
 CPU = CpuBackend()
