@@ -8,7 +8,8 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real bench bench-full bench-xception bench-memory lint format clean help
+.PHONY: all build test test-nightly test-real bench bench-full bench-xception bench-memory gpu-check report lint format \
+	clean help
 
 help:
 	@echo "make test          build, then run the tests"
@@ -16,6 +17,8 @@ help:
 	@echo "make bench-full    the same with a larger batch, more repetitions and torch.compile on every shape (minutes)"
 	@echo "make bench-xception training steps and pictures a second of Xception and Inception V3"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
+	@echo "make gpu-check     on a machine with a GPU: build, verify and measure with PYTHON as it is, within ten minutes"
+	@echo "make report        one HTML page and the README's tables from benchmarks/results"
 	@echo "make test-real     MobileNetV2's published weights on ImageNet pictures, before and after the swap (downloads)"
 	@echo "make test-nightly  the tests with their full matrices"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
@@ -75,6 +78,13 @@ bench-xception: build
 
 bench-memory: build
 	$(PY) benchmarks/bench_memory.py $(ARGS)
+
+# No virtual environment and nothing from the network: the very Python whose PyTorch sees the GPU builds and runs all.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+report: build
+	$(PY) benchmarks/report.py $(ARGS)
 
 lint: build
 	$(PY) -m ruff check .

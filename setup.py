@@ -1,13 +1,16 @@
 """Builds the compiled parts: ``xsep._C`` (planner, build info), one CPU library a level, and the CUDA library.
 
 Environment: ``MAX_JOBS`` limits the compilers run at once, ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures,
-``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found). Metadata is in pyproject.toml.
+``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found), ``XSEP_BUILD_CPU=0`` leaves the
+CPU's kernels out. Metadata is in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
+import pathlib
 import platform
 import shutil
 import sys
@@ -66,12 +69,16 @@ def cpu_levels() -> dict[str, list[str]]:
 
 def binding_module() -> Extension:
     """``xsep._C``: a Python module that knows nothing of torch."""
-    import pybind11
+    try:
+        import pybind11
 
+        headers = pybind11.get_include()
+    except ImportError:
+        headers = include_paths()[0]  # PyTorch brings a copy
     return Extension(
         "xsep._C",
         files("csrc/bindings*.cpp"),
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[headers],
         extra_compile_args=["-O2", "-g0", *HIDDEN, *WARNINGS, f'-DXSEP_CPU_LEVELS="{",".join(cpu_levels())}"'],
         language="c++",
     )
@@ -120,6 +127,17 @@ def cuda_library() -> list[Extension]:
 class Build(BuildExtension):
     """One folder of objects a library, since several share sources; no Python tag on what is no Python module."""
 
+    def run(self) -> None:
+        super().run()
+        if not self.inplace:
+            # Where csrc/ will not lie beside the package, what was built of it can still be told.
+            spec = importlib.util.spec_from_file_location("digest", os.path.join(ROOT, "xsep", "tuning", "digest.py"))
+            digest = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(digest)
+            with open(os.path.join(self.build_lib, "xsep", digest.BUILT.name), "w") as stream:
+                folders = digest.of_csrc(pathlib.Path(ROOT, "csrc"))
+                stream.writelines(f"{name} {value}\n" for name, value in folders.items())
+
     def build_extension(self, ext: Extension) -> None:
         # Not setuptools' own choice: an editable install puts objects into a folder that is then thrown away.
         self.build_temp = os.path.join(
@@ -137,7 +155,11 @@ class Build(BuildExtension):
 setup(
     ext_modules=[
         binding_module(),
-        *(cpu_library(level, flags) for level, flags in cpu_levels().items()),
+        *(
+            cpu_library(level, flags)
+            for level, flags in cpu_levels().items()
+            if os.environ.get("XSEP_BUILD_CPU") != "0"
+        ),
         *cuda_library(),
     ],
     cmdclass={"build_ext": Build},

@@ -11,10 +11,9 @@ from typing import Any, Optional
 import common
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from xsep.cli import screen
 from xsep.models import xception
 
 # The profiler else logs its start and its stop.
@@ -146,7 +145,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     record: dict[str, Any] = {
         "benchmark": "memory", "photographs": names, "environment": common.environment(device), "results": {},
     }  # fmt: skip
-    table = Table(title=f"One training step of one middle-flow block, batch {batch}, MB", title_justify="left")
+    table = screen.table(f"One training step of one middle-flow block, batch {batch}, MB")
     for heading in ("type", "", "PyTorch", "xsep", "less by", "in z tensors"):
         table.add_column(heading, justify="right" if heading not in ("type", "") else "left")
     for kind in args.dtype:
@@ -159,7 +158,7 @@ def main(argv: Optional[list[str]] = None) -> int:
                           f"{less / result['z_bytes']:.2f} z")  # fmt: skip
     with common.whole_files(out) as temporary:
         common.write_json(temporary("memory.json"), record)
-    console = Console()
+    console = screen.console()
     console.print(table)
     console.print(f"written: {out / 'memory.json'}", soft_wrap=True)
     return 0

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import chart
 import common
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 import xsep
 from xsep import reference, testing
+from xsep.cli import screen
 from xsep.models import xception
 
 SIZE = 299
@@ -129,7 +125,7 @@ def gate(layer: Layer, dtype: torch.dtype, backends: list[str]) -> dict[str, lis
 
     tensors = inputs(layer, dtype, torch.channels_last, True)
     wide = results(truth, [t.detach().double().requires_grad_(i < 3) for i, t in enumerate(tensors)])
-    exact = testing.Truth(wide, {name: float(t.abs().max()) for name, t in wide.items()})
+    exact = testing.Truth(wide)
     pytorch = results(two_convolutions, tensors)
     found = {}
     for backend in backends:
@@ -199,9 +195,9 @@ def total(rows: list[dict[str, Any]]) -> dict[str, common.Times]:
     return {n: {"us": sum(row["count"] * row["times"][n]["us"] for row in rows)} for n in names}
 
 
-def table(rows: list[dict[str, Any]], title: str, backends: list[str]) -> Table:
+def table(rows: list[dict[str, Any]], title: str, backends: list[str]) -> Any:
     """One line a shape and backend; losses in red."""
-    out = Table(title=title, title_justify="left", caption_justify="left")
+    out = screen.table(title)
     for heading in ("shape", "×", "backend"):
         out.add_column(heading, no_wrap=True)
     for heading in ("NCHW ms", "ch.last ms", "compiled ms", "xsep ms", "vs better", "vs NCHW", "vs ch.last",
@@ -245,6 +241,8 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--batch", type=int, help="pictures (default: 64 on a GPU, 8 on a CPU, 2 with --quick)")
     add("--backend", nargs="+", default=["auto"], choices=["auto", "aten", "cpu", "triton", "cuda"], metavar="NAME",
         help="auto, aten, cpu, triton, cuda (default: auto)")  # fmt: skip
+    add("--mode", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
+        help=f"{' and '.join(MODES)} (default: both)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--image", metavar="PATH", help="another picture instead of scikit-learn's two photographs")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
@@ -276,7 +274,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     out = args.out or common.default_out(device)
     names, photographs = common.load_photographs(args.image)
     common.prepare_out(out)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = screen.console()
 
     layers = xception_layers(common.photograph_batch(photographs, args.batch, SIZE).to(device), args.seed)
     chosen = [layers[i - 1] for i in args.shapes] if args.shapes else layers
@@ -289,21 +287,19 @@ def main(argv: Optional[list[str]] = None) -> int:
         "figure": "median of CUDA events, L2 flushed" if gpu else "minimum of interleaved repetitions",
         "limits": {}, "failures": [], "notes": [], "results": [], "totals": [],
     }  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=3 * len(args.dtype) * len(chosen))
+    with screen.progress(console, (1 + len(args.mode)) * len(args.dtype) * len(chosen)) as (say, advance):
         for kind in args.dtype:
             dtype = common.DTYPES[kind]
             limits = common.measure_limits(device, dtype)
             record["limits"][kind] = {"bytes_per_second": limits[0], "flops_per_second": limits[1]}
             for layer in chosen:
-                progress.update(task, description=f"{kind} {layer.name}: correctness")
+                say(f"{kind} {layer.name}: correctness")
                 found = gate(layer, dtype, args.backend)
                 passed = [backend for backend in args.backend if not found[backend]]
                 record["failures"] += [f"{kind} {layer.name} {b}: {'; '.join(v)}" for b, v in found.items() if v]
-                progress.advance(task)
-                for mode in MODES:
-                    progress.update(task, description=f"{kind} {layer.name}: {mode}")
+                advance()
+                for mode in args.mode:
+                    say(f"{kind} {layer.name}: {mode}")
                     compile_mode = ("max-autotune" if gpu else "default") if layer.name in compiled_on else None
                     times, notes = measure(layer, dtype, mode, passed, compile_mode, args)
                     record["notes"] += notes
@@ -313,12 +309,12 @@ def main(argv: Optional[list[str]] = None) -> int:
                         **floor(layer, dtype, mode, limits), "times": times,
                         "ratios": {backend: ratios(times, backend) for backend in passed},
                     })  # fmt: skip
-                    progress.advance(task)
+                    advance()
     report(record, args, out, console)
     return 1 if record["failures"] else 0
 
 
-def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console: Console) -> None:
+def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console: Any) -> None:
     """Tables, then the two files."""
     where = record["environment"]
     console.print(
@@ -326,7 +322,7 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
         f"batch {record['batch']} at {SIZE} px from {', '.join(record['photographs'])}; {record['figure']}\n"
     )
     for kind in args.dtype:
-        for mode in MODES:
+        for mode in args.mode:
             rows = [r for r in record["results"] if (r["dtype"], r["mode"]) == (kind, mode)]
             record["totals"].append({"dtype": kind, "mode": mode, "times": total(rows)})
             console.print(table(rows, f"{kind}, {mode}", args.backend))
@@ -334,10 +330,8 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
         console.print(note, markup=False)
     for failure in record["failures"]:
         console.print(f"[red]wrong, so not timed:[/] {failure}")
-    with common.whole_files(out) as temporary:
-        chart.draw(record, temporary("sepconv.png"))
-        common.write_json(temporary("sepconv.json"), record)
-    console.print(f"written: {out / 'sepconv.json'} and {out / 'sepconv.png'}", soft_wrap=True)
+    written = common.write_results(out, "sepconv", record, "chart")
+    console.print(f"written: {written}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import common
+import counted_bytes
 import kinds
 import networks
 import torch
-import xception_chart
-from networks import INCEPTION, MODES, NETWORKS, OURS, PLAIN
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from networks import CHAINED, INCEPTION, MODES, NETWORKS, OURS, PLAIN
 from torch import Tensor
+
+from xsep.cli import screen
 
 GATE_SIZE = 75
 
 #: Steps a second on 60 K80s, synchronous: Chollet, arXiv 1610.02357v3, table 3.
 PAPER = {"Inception V3": 31, "Xception": 28, "ratio": 28 / 31}
 
+WAYS = {"eager": "eager", "compiled": "compiled", "graph": "CUDA graph"}
+
 DESCRIPTION = """\
 Times whole networks at 299 px on crops of real photographs (scikit-learn's two; or --image): Xception with PyTorch's
-layers, the same Xception with xsep's, and Inception V3, all in channels_last. A training step is forward, backward
+layers, the same Xception with xsep's, Inception V3, and in training Xception as a chain, in which BatchNorm and ReLU
+are part of the layers around them (chain=True); all in channels_last. A training step is forward, backward
 and the update of all weights (SGD with momentum), under autocast for the 16-bit types; inference runs in the type,
 once with BatchNorm as it stands and once folded into the convolutions (by PyTorch's own utility; in xsep's Xception
 by fold_batchnorm()). Eager, compiled, and on a GPU as CUDA graphs.
@@ -42,6 +43,9 @@ file is written then. Weights are random, from a fixed seed: speed does not depe
 On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of interleaved
 rounds of back-to-back steps, by the wall clock, so that the host's share counts. Peak memory is what one eager step
 allocates above what was there before it. Where the time goes is from PyTorch's profiler, in eager mode.
+
+Beside the time stands what a training step moves, in MB a picture, counted from the shapes of its ops: each input read
+once, each output written once. That is what kernels that do as the ops say move, not what this machine has moved.
 
 Writes xception.json and xception.png into --out."""
 
@@ -83,7 +87,7 @@ def prepare(
     calls: dict[tuple[str, str], Call] = {}
     notes = []
     for name, model in models.items():
-        for way in ways:
+        for way in ways if networks.takes_part(name, mode) else []:
             s = networks.subject(model, mode, dtype, pictures)
             if way == "compiled":
                 torch._dynamo.reset()
@@ -164,13 +168,14 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({
             "dtype": kind, "mode": mode, "way": way, "pytorch_over_inception": ratio(PLAIN, INCEPTION),
             "xsep_over_inception": ratio(OURS, INCEPTION), "xsep_over_pytorch": ratio(OURS, PLAIN),
+            "chained_over_inception": ratio(CHAINED, INCEPTION), "chained_over_pytorch": ratio(CHAINED, PLAIN),
         })  # fmt: skip
     return found
 
 
-def figures(record: dict[str, Any], kind: str) -> Table:
+def figures(record: dict[str, Any], kind: str) -> Any:
     """One line a mode, way and network; what xsep loses against PyTorch's layers in red."""
-    out = Table(title=f"{kind}, batch {record['batch']}", title_justify="left")
+    out = screen.table(f"{kind}, batch {record['batch']}")
     for heading in ("", "", "network"):
         out.add_column(heading, no_wrap=True)
     for heading in ("steps/s", "pictures/s", "ms", "/ Inception V3", "/ PyTorch", "peak MB"):
@@ -182,7 +187,7 @@ def figures(record: dict[str, Any], kind: str) -> Table:
         own = row["steps_per_second"]
         against = f"{own / speed[INCEPTION]:.3f}" if row["network"] != INCEPTION and INCEPTION in speed else ""
         gain = ""
-        if row["network"] == OURS and PLAIN in speed:
+        if row["network"] in (OURS, CHAINED) and PLAIN in speed:
             gain = f"[{'green' if own >= speed[PLAIN] else 'red'}]{own / speed[PLAIN]:.2f}[/]"
         if before is not None and before[0] != row["mode"]:
             out.add_section()
@@ -194,11 +199,38 @@ def figures(record: dict[str, Any], kind: str) -> Table:
     return out
 
 
-def shares(record: dict[str, Any], kind: str) -> Table:
+def count(kind: str, batch: int, size: int) -> list[dict[str, Any]]:
+    """What a training step of PyTorch's and of the chained Xception moves and keeps, MB a picture."""
+    makes = {
+        PLAIN: lambda: networks.written_plainly(networks.xception()),
+        CHAINED: lambda: networks.xception(chain=True),
+    }
+    return [
+        {"dtype": kind, "network": name, **counted_bytes.count(make, batch, size, common.DTYPES[kind])._asdict()}
+        for name, make in makes.items()
+    ]
+
+
+def counted(record: dict[str, Any], kind: str) -> Any:
+    """The counts, and beside them the model that the chain was designed by where it was made for this very step."""
+    out = screen.table(f"{kind}: counted from the shapes of a training step's ops, MB a picture")
+    for heading in ("network", "moved", "backward in one pass", "kept for the backward"):
+        out.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for row in (r for r in record["counted"] if r["dtype"] == kind):
+        one = f"{row['one_pass']:.0f}" if row["network"] == CHAINED else ""
+        out.add_row(row["network"], f"{row['two_kernels']:.0f}", one, f"{row['saved']:.1f}")
+    if kind == "bfloat16" and record["size"] == 299:
+        model = counted_bytes.MODEL
+        out.add_row("by the model: PyTorch's", f"{model['eager']:.0f}", "", "")
+        out.add_row("by the model: chained", f"{model['two kernels']:.0f}", f"{model['one pass']:.0f}", "")
+    return out
+
+
+def shares(record: dict[str, Any], kind: str) -> Any:
     """Where the time goes, in percent, eager."""
     rows = [s for s in record["shares"] if s["dtype"] == kind]
     present = [k for k in kinds.KINDS if any(s["seconds"][k] > 0 for s in rows)]
-    out = Table(title=f"{kind}: where the time goes, % of an eager step", title_justify="left")
+    out = screen.table(f"{kind}: where the time goes, % of an eager step")
     for heading in ("", "network"):
         out.add_column(heading, no_wrap=True)
     for heading in present:
@@ -225,14 +257,18 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--size", type=int, default=299, help="height and width of the pictures (default: 299, at least 75)")
     add("--mode", nargs="+", choices=("training", "inference", "folded"), default=["training", "inference", "folded"],
         metavar="MODE", help="training, inference, folded (default: all)")  # fmt: skip
+    add("--way", nargs="+", choices=list(WAYS), metavar="WAY",
+        help="eager, compiled, graph (default: eager; without --quick compiled too; on a GPU graph too)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--image", metavar="PATH", help="another picture instead of scikit-learn's two photographs")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     add("--rounds", type=int, help="repetitions of each measurement (default: 10; 2 with --quick)")
+    add("--parts", type=int, default=len(networks.PARTS), help="how many of the network's 14 parts are held to their "
+        "gradients, the last first\n(default: all; fewer for a dry run)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the weights (default: 0)")
     add("--out", type=Path, help="directory for the results (default: benchmarks/results/<cpu or card>/)")
     args = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("size", 75)):
+    for name, least in (("batch", 1), ("threads", 1), ("rounds", 1), ("size", 75), ("parts", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"argument --{name}: must be at least {least}, got {getattr(args, name)}")
     return args
@@ -251,8 +287,11 @@ def main(argv: Optional[list[str]] = None) -> int:
     out = args.out or common.default_out(device)
     names, photographs = common.load_photographs(args.image)
     common.prepare_out(out)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    ways = ["eager", *([] if args.quick or args.no_compile else ["compiled"]), *(["CUDA graph"] if gpu else [])]
+    console = screen.console()
+    default = ["eager", *([] if args.quick or args.no_compile else ["compiled"]), *(["graph"] if gpu else [])]
+    ways = [WAYS[way] for way in args.way or default]
+    if not gpu and WAYS["graph"] in ways:
+        raise common.BenchmarkError("--way graph needs a GPU: what is replayed is a CUDA graph")
     modes = [mode for mode, short in zip(MODES, ("training", "inference", "folded")) if short in args.mode]
     pictures = common.photograph_batch(photographs, args.batch, args.size).to(device)
     small = common.photograph_batch(photographs, 2, GATE_SIZE).to(device)
@@ -261,30 +300,35 @@ def main(argv: Optional[list[str]] = None) -> int:
         "weights": f"random, seed {args.seed}", "device_type": device.type, "environment": common.environment(device),
         "figure": "median of rounds, wall clock" if gpu else "minimum of interleaved repetitions",
         "networks": list(NETWORKS), "paper": PAPER, "failures": [], "notes": [], "results": [], "shares": [],
+        "counted": [],
     }  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("float64", total=1 + len(args.dtype) * (1 + len(modes)))
+    with screen.progress(console, 1 + len(args.dtype) * (2 + len(modes))) as (say, advance):
+        say("float64")
         models = {name: model.to(device) for name, model in networks.build(args.seed).items()}
         networks.settle(models, small)
-        exact = networks.truth(models[PLAIN], small)
-        progress.advance(task)
+        exact = networks.truth(models[PLAIN], small, networks.PARTS[-args.parts :])
+        advance()
         for kind in args.dtype:
-            progress.update(task, description=f"{kind}: correctness")
-            wrong = networks.gate(models[OURS], models[PLAIN], common.DTYPES[kind], small, exact)
-            record["failures"] += [f"{kind}, {OURS}, {what}" for what in wrong]
-            progress.advance(task)
-            passed = {name: model for name, model in models.items() if not (wrong and name == OURS)}
+            say(f"{kind}: correctness")
+            passed = dict(models)
+            for name in (OURS, CHAINED):
+                wrong = networks.gate(models[name], models[PLAIN], common.DTYPES[kind], small, exact)
+                record["failures"] += [f"{kind}, {name}, {what}" for what in wrong]
+                if wrong:
+                    del passed[name]
+                advance()
+            if MODES[0] in modes:
+                record["counted"] += count(kind, args.batch, args.size)
             for mode in modes:
-                progress.update(task, description=f"{kind}: {mode}")
+                say(f"{kind}: {mode}")
                 measure(passed, mode, kind, pictures, ways, args, record)
-                progress.advance(task)
+                advance()
     record["ratios"] = ratios(record["results"])
     report(record, args, out, console)
     return 1 if record["failures"] else 0
 
 
-def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console: Console) -> None:
+def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console: Any) -> None:
     """Tables, the ratio, then the two files."""
     where = record["environment"]
     console.print(
@@ -294,9 +338,12 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
     for kind in args.dtype:
         console.print(figures(record, kind))
         console.print(shares(record, kind))
+        if any(r["dtype"] == kind for r in record["counted"]):
+            console.print(counted(record, kind))
     for r in record["ratios"]:
         if r["mode"] == "training":
-            values = [(r["pytorch_over_inception"], "PyTorch's layers"), (r["xsep_over_inception"], "xsep's")]
+            values = [(r["pytorch_over_inception"], "PyTorch's layers"), (r["xsep_over_inception"], "xsep's"),
+                      (r["chained_over_inception"], "a chain")]  # fmt: skip
             known = ", ".join(f"{value:.3f} with {what}" for value, what in values if value is not None)
             console.print(
                 f"Training, {r['dtype']}, {r['way']}: Xception / Inception V3 in steps/s {known}; "
@@ -306,10 +353,8 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
         console.print(note, markup=False)
     for failure in record["failures"]:
         console.print(f"[red]wrong, so not timed:[/] {failure}")
-    with common.whole_files(out) as temporary:
-        xception_chart.draw(record, temporary("xception.png"))
-        common.write_json(temporary("xception.json"), record)
-    console.print(f"written: {out / 'xception.json'} and {out / 'xception.png'}")
+    written = common.write_results(out, "xception", record, "xception_chart")
+    console.print(f"written: {written}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -22,10 +23,15 @@ import torch
 from torch import Tensor
 
 import xsep
+from xsep.tuning import digest
+from xsep.tuning.device import cpu_name
 
 HERE = Path(__file__).resolve().parent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: What stands in for photographs where scikit-learn, which brings some, is not installed.
+SYNTHETIC = ["synthetic 1 (scikit-learn, which brings photographs, is not installed)", "synthetic 2"]
 
 #: What a GPU's L2 is flushed with: well above the largest L2 of any card so far.
 FLUSH_BYTES = 512 * 2**20
@@ -69,14 +75,13 @@ def choose_device(name: Optional[str]) -> torch.device:
 
 
 def load_photographs(path: Optional[str]) -> tuple[list[str], list[Tensor]]:
-    """Names and pixels [3, H, W] in 0..255 of the picture at ``path``, or of scikit-learn's two photographs."""
+    """Names and pixels [3, H, W] in 0..255 of the picture at ``path``, or of scikit-learn's two photographs; where it
+    is not installed, two pictures made up like photographs, which the record names as such."""
     if path is None:
         try:
             from sklearn.datasets import load_sample_image
         except ImportError:
-            raise BenchmarkError(
-                "scikit-learn, whose photographs are the input, is not installed: install it or give --image PATH"
-            ) from None
+            return SYNTHETIC, [synthetic_photograph(seed) for seed in range(len(SYNTHETIC))]
         names = ["china.jpg", "flower.jpg"]
         arrays = [load_sample_image(name) for name in names]
         return names, [torch.from_numpy(a.copy()).permute(2, 0, 1).float() for a in arrays]
@@ -91,6 +96,22 @@ def load_photographs(path: Optional[str]) -> tuple[list[str], list[Tensor]]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BenchmarkError(f"the picture {path!r} cannot be read: {error}") from None
     return [Path(path).name], [torch.from_numpy(array).permute(2, 0, 1).float()]
+
+
+def synthetic_photograph(seed: int) -> Tensor:
+    """[3, 427, 640] in 0..255, the same for a seed: areas of one colour, light falling off, and noise whose amplitude
+    goes with 1 / frequency, as in photographs of nature (Field 1987, J. Opt. Soc. Am. A 4, 2379)."""
+    g = torch.Generator().manual_seed(seed)
+    h, w, areas = 427, 640, 40
+    rows, cols = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1.5, w), indexing="ij")
+    seeds, colours = torch.rand(areas, 2, generator=g) * torch.tensor([1.0, 1.5]), torch.rand(areas, 3, generator=g)
+    distance = (rows[..., None] - seeds[:, 0]).square() + (cols[..., None] - seeds[:, 1]).square()
+    flat = colours[distance.argmin(-1)].permute(2, 0, 1)
+    frequency = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt()
+    spectrum = torch.randn(3, h, w // 2 + 1, 2, generator=g) / frequency.clamp_min(1 / w)[..., None]
+    noise = torch.fft.irfft2(torch.view_as_complex(spectrum), s=(h, w))
+    light = 1 - 0.4 * (rows - 0.5).square() - 0.2 * cols
+    return (255 * (0.15 + 0.7 * flat * light + 0.12 * noise / noise.std())).clamp(0, 255).round()
 
 
 def photograph_batch(photographs: list[Tensor], batch: int, size: int) -> Tensor:
@@ -201,14 +222,6 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
 # The machine
 
 
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
 def cpu_features() -> list[str]:
     """Those instruction sets of this CPU that a kernel here may choose by."""
     known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
@@ -232,12 +245,12 @@ def source_digest() -> str:
     """sha256 over the names and contents of the sources: the imported package, and csrc/ where it lies beside."""
     package = Path(xsep.__file__).resolve().parent
     roots = {"xsep": package, "csrc": HERE.parent / "csrc"}
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for label, root in roots.items():
         for file in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")):
-            digest.update(f"{label}/{file.relative_to(root).as_posix()}\0".encode())
-            digest.update(file.read_bytes() + b"\0")
-    return digest.hexdigest()
+            whole.update(f"{label}/{file.relative_to(root).as_posix()}\0".encode())
+            whole.update(file.read_bytes() + b"\0")
+    return whole.hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -255,6 +268,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "xsep": xsep.__version__,
         "source_digest": source_digest(),
+        "digests": digest.all_sources(),
         "system": f"{platform.system()} {platform.machine()}",
         "settings": {k: v for k, v in os.environ.items() if k.startswith("XSEP_") or k == "ONEDNN_MAX_CPU_ISA"},
     }
@@ -301,6 +315,26 @@ def whole_files(out: Path) -> Iterator[Callable[[str], Path]]:
     finally:
         for path in pending:
             path.unlink(missing_ok=True)
+
+
+def chart_module(name: str) -> Optional[Any]:
+    """The module that draws, or None where matplotlib is missing: `make report` draws from the JSON later."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def write_results(out: Path, name: str, record: dict[str, Any], chart: str) -> str:
+    """Writes name.json and, where matplotlib is there, name.png by ``chart.draw``; says which, for people."""
+    drawer = chart_module(chart)
+    with whole_files(out) as temporary:
+        if drawer is not None:
+            drawer.draw(record, temporary(f"{name}.png"))
+        write_json(temporary(f"{name}.json"), record)
+    if drawer is None:
+        return f"{out / name}.json; no chart, because matplotlib is not installed"
+    return f"{out / name}.json and {out / name}.png"
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from xsep.models.inception_v3 import ConvBatchNorm, inception_v3
 from xsep.modules import FusedSeparableConv2d
 from xsep.testing import ULPS, poisoned_memory
 
-PLAIN, OURS, INCEPTION = "Xception, PyTorch", "Xception, xsep", "Inception V3"
-NETWORKS = (PLAIN, OURS, INCEPTION)
+PLAIN, OURS, INCEPTION, CHAINED = "Xception, PyTorch", "Xception, xsep", "Inception V3", "Xception, chained"
+NETWORKS = (PLAIN, OURS, INCEPTION, CHAINED)
 MODES = ("training", "inference", "inference, BatchNorm folded")
 
 #: Xception in parts that take one tensor: the blocks, and the last two convolutions.
@@ -40,7 +40,11 @@ class Subject(NamedTuple):
 
 def plain_xception(model: Xception) -> Xception:
     """The same network, its separable convolutions as a PyTorch user writes them; a copy."""
-    plain = copy.deepcopy(model)
+    return written_plainly(copy.deepcopy(model))
+
+
+def written_plainly(plain: Xception) -> Xception:
+    """Each separable convolution replaced by two of PyTorch's, in place."""
     for name, module in list(plain.named_modules()):
         if isinstance(module, FusedSeparableConv2d):
             parent, _, leaf = name.rpartition(".")
@@ -49,10 +53,18 @@ def plain_xception(model: Xception) -> Xception:
 
 
 def build(seed: int, num_classes: int = 1000) -> dict[str, nn.Module]:
-    """All three with random weights from a seed; the two Xceptions have the same."""
+    """All of them with random weights from a seed; the Xceptions have the same."""
     torch.manual_seed(seed)
     ours = xception(num_classes=num_classes)
-    return {PLAIN: plain_xception(ours), OURS: ours, INCEPTION: inception_v3(num_classes, drop_rate=0.0)}
+    chained = copy.deepcopy(ours)
+    chained.chain = True
+    inception = inception_v3(num_classes, drop_rate=0.0)
+    return {PLAIN: plain_xception(ours), OURS: ours, INCEPTION: inception, CHAINED: chained}
+
+
+def takes_part(name: str, mode: str) -> bool:
+    """Whether a network is another one in that mode: the chain is for training."""
+    return name != CHAINED or mode == MODES[0]
 
 
 def fold(model: Any) -> Any:
@@ -154,8 +166,9 @@ def settle(models: dict[str, nn.Module], x: Tensor) -> None:
             models[name].train()(x)
         for m in norms:
             m.momentum = 0.1
-    for ours, plain in zip(models[OURS].buffers(), models[PLAIN].buffers(), strict=True):
-        ours.copy_(plain)
+    for name in (OURS, CHAINED):
+        for ours, plain in zip(models[name].buffers(), models[PLAIN].buffers(), strict=True):
+            ours.copy_(plain)
 
 
 def logits(model: nn.Module, mode: str, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -189,7 +202,7 @@ class Truth(NamedTuple):
     gradients: dict[str, list[Tensor]]
 
 
-def truth(plain: nn.Module, x: Tensor) -> Truth:
+def truth(plain: nn.Module, x: Tensor, parts: Sequence[str] = PARTS) -> Truth:
     wide = copy.deepcopy(plain).double().train()
     inputs: Inputs = {}
 
@@ -200,7 +213,7 @@ def truth(plain: nn.Module, x: Tensor) -> Truth:
         return hook
 
     generator = torch.Generator().manual_seed(0)
-    for name in PARTS:
+    for name in parts:
         wide.get_submodule(name).register_forward_hook(keep(name))
     with torch.no_grad():
         wide(x.double())

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from chart import GRID, INK, QUIET
 from kinds import KINDS
 
-NETWORK_COLOURS = ("#93a1b0", "#1769aa", "#cfa85a")
+NETWORK_COLOURS = ("#93a1b0", "#1769aa", "#cfa85a", "#2a9d8f")
 KIND_COLOURS = ("#1769aa", "#5b9bd0", "#a9cbe8", "#2a9d8f", "#cfa85a", "#b9a3d6", "#e0b7c6", "#93a1b0", "#4f6d2f",
                 "#e3e8ee")  # fmt: skip
 
@@ -41,7 +41,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         fontsize=9.5, color=QUIET, va="center",
     )  # fmt: skip
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in NETWORK_COLOURS]
-    figure.legend(handles, record["networks"], loc="upper left", bbox_to_anchor=(0.003, 1 - 0.72 / height), ncols=3,
+    figure.legend(handles, record["networks"], loc="upper left", bbox_to_anchor=(0.003, 1 - 0.72 / height), ncols=4,
                   frameon=False, fontsize=9.5, labelcolor=INK, handlelength=1.2)  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.95 / height), w_pad=2.0, h_pad=1.8)
     figure.savefig(path, dpi=130, facecolor="white", format="png")
@@ -57,8 +57,8 @@ def _speeds(ax: Any, record: dict[str, Any], kind: str, mode: str) -> None:
         for i, (name, colour) in enumerate(zip(record["networks"], NETWORK_COLOURS)):
             if name not in speed:
                 continue
-            x = position + (i - 1) * 0.27
-            ax.bar(x, speed[name], 0.25, color=colour, zorder=3)
+            x = position + (i - 1.5) * 0.21
+            ax.bar(x, speed[name], 0.19, color=colour, zorder=3)
             top = max(top, speed[name])
             if i == 1 and record["networks"][0] in speed:
                 gain = speed[name] / speed[record["networks"][0]]

@@ -18,12 +18,14 @@ LAYERS = (
     ("reference", "problem", "extension", "kernels"),
     ("activations",),
     ("backends",),
-    ("dispatch",),
+    ("plans", "tuning", "dispatch"),
     ("ops", "arguments"),
     ("functional",),
-    ("modules", "testing"),
-    ("swap", "models"),
+    ("modules", "cases", "testing", "measuring"),
+    ("chain",),
+    ("swap", "models", "autotuner"),
     ("__init__",),
+    ("cli", "__main__"),
 )
 LEVEL = {name: i for i, row in enumerate(LAYERS) for name in row}
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))

@@ -106,13 +106,15 @@ def test_one_gradient_alone(wanted: int, backend: str) -> None:
     torch.testing.assert_close(alone, everything[names.index(name)])
 
 
-@pytest.mark.parametrize("form", ["expanded", "contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("form", ["expanded", "repeated", "contiguous", "channels_last", "sliced"])
 def test_gradients_arrive_in_any_layout(form: str, backend: str) -> None:
     f, tensors = function_of(Case(c_in=16, c_out=8), backend)
     y = f(*tensors)
     dy = torch.randn(y.shape)
     if form == "expanded":
         dy = torch.randn(()).expand(y.shape)
+    elif form == "repeated":
+        dy = torch.randn(y.shape[:2])[:, :, None, None].expand(y.shape)  # what a global average pool sends down
     elif form == "channels_last":
         dy = dy.contiguous(memory_format=torch.channels_last)
     elif form == "sliced":
@@ -191,13 +193,16 @@ def test_inference_mode_and_no_grad(backend: str) -> None:
         torch.testing.assert_close(y, expected.detach(), rtol=0, atol=0)
 
 
-def test_checkpoint_and_retain_graph(backend: str) -> None:
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_checkpoint_and_retain_graph(reentrant: bool, backend: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
     f, tensors = function_of(Case(activations=("relu", None, "relu")), backend)
     expected = torch.autograd.grad(f(*tensors).sum(), tensors)
-    for got, want in zip(torch.autograd.grad(checkpoint(f, *tensors, use_reentrant=False).sum(), tensors), expected):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    checkpoint(f, *tensors, use_reentrant=reentrant).sum().backward()  # the reentrant one refuses autograd.grad
+    for leaf, want in zip(tensors, expected):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, want, rtol=0, atol=0)
     y = f(*tensors).sum()
     once = torch.autograd.grad(y, tensors, retain_graph=True)
     for got, want in zip(torch.autograd.grad(y, tensors), once):

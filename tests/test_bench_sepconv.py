@@ -188,6 +188,32 @@ def test_an_error_while_writing_keeps_the_old_files(
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"sepconv.json": "old", "sepconv.png": "old"}
 
 
+def test_without_matplotlib_the_chart_is_left_for_later(
+    small: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(common, "chart_module", lambda name: None)
+    assert small("--out", str(tmp_path), "--shapes", "9") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["sepconv.json"]
+    assert "no chart, because matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_without_photographs_made_up_ones_are_named_as_such(
+    small: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    names, pictures = common.load_photographs(None)
+    assert [p.shape for p in pictures] == [(3, 427, 640)] * 2 and not torch.equal(*pictures)
+    assert torch.equal(pictures[0], common.synthetic_photograph(0)), "the same every time"
+    for picture in pictures:
+        assert 0 <= picture.min() < 20 and 230 < picture.max() <= 255 and 30 < picture.std() < 80
+        near = (picture[:, :, 1:] - picture[:, :, :-1]).abs().mean()
+        far = (picture[:, :, 200:] - picture[:, :, :-200]).abs().mean()
+        assert near < far / 2, "neighbours are alike, as in photographs"
+    assert small("--out", str(tmp_path), "--shapes", "9") == 0
+    kept = json.loads((tmp_path / "sepconv.json").read_text())["photographs"]
+    assert kept == names and kept[0].startswith("synthetic 1 (scikit-learn")
+
+
 def test_help_from_another_directory(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(xsep.__file__).parent.parent)}
     done = subprocess.run(

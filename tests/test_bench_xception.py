@@ -24,9 +24,10 @@ pytest.importorskip("rich", reason="rich prints the table")
 
 import bench_xception  # noqa: E402
 import common  # noqa: E402
+import counted_bytes  # noqa: E402
 import kinds  # noqa: E402
 import networks  # noqa: E402
-from networks import INCEPTION, MODES, NETWORKS, OURS, PLAIN  # noqa: E402
+from networks import CHAINED, INCEPTION, MODES, NETWORKS, OURS, PLAIN  # noqa: E402
 
 CLASSES = 10
 
@@ -69,7 +70,7 @@ def test_folding_changes_rounding_only(models: dict[str, nn.Module], pictures: T
     assert before.std() > 1e-3
     left = [n for n, m in folded.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     # Our own way keeps the modules, which are then skipped; PyTorch's way leaves none.
-    assert bool(left) == (name == OURS)
+    assert bool(left) == (name in (OURS, CHAINED))
     assert any(isinstance(m, nn.BatchNorm2d) for m in models[name].modules()), "a copy is folded, not the model"
 
 
@@ -82,9 +83,46 @@ def test_both_xceptions_are_one(models: dict[str, nn.Module], pictures: Tensor) 
     assert sum(type(m).__module__ == "xsep.modules" for m in models[OURS].modules()) == 34
 
 
+@pytest.mark.parametrize("name", [OURS, CHAINED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_gate_opens(models: dict[str, nn.Module], pictures: Tensor, exact: networks.Truth, dtype: torch.dtype) -> None:
-    assert networks.gate(models[OURS], models[PLAIN], dtype, pictures, exact) == []
+def test_gate_opens(
+    models: dict[str, nn.Module], pictures: Tensor, exact: networks.Truth, dtype: torch.dtype, name: str
+) -> None:
+    assert networks.gate(models[name], models[PLAIN], dtype, pictures, exact) == []
+
+
+def test_gate_runs_the_chain(
+    models: dict[str, nn.Module], pictures: Tensor, exact: networks.Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds to the truth is the chain itself: a fault in that closes it, for every block."""
+    from xsep.backends.chain_cpu import CpuChain
+
+    right = CpuChain.bn_backward_finalize
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        coef, dgamma, dbeta = right(self, *arguments)
+        return coef * 1.01, dgamma, dbeta
+
+    monkeypatch.setattr(CpuChain, "bn_backward_finalize", wrong)
+    assert networks.gate(models[OURS], models[PLAIN], torch.float32, pictures, exact) == []
+    found = networks.gate(models[CHAINED], models[PLAIN], torch.float32, pictures, exact)
+    assert [sentence.split(" are off")[0] for sentence in found] == [
+        f"training: gradients of block{i}" for i in range(1, 13)
+    ]
+
+
+def test_counted_bytes() -> None:
+    """Of one op, by hand; of a chained layer; and of the whole network at its full size beside the model."""
+    with counted_bytes.Bytes() as counter:
+        torch.relu(torch.ones(10)).view(2, 5).detach()
+    assert counter.moved == 10 * 4 + 2 * 10 * 4  # ones are written; relu reads and writes
+    plain, chained = bench_xception.count("bfloat16", 64, 299)
+    model = counted_bytes.MODEL
+    assert plain["two_kernels"] == plain["one_pass"] == pytest.approx(model["eager"], rel=0.05)
+    # The model leaves out what is not the chain's own: the first convolutions, casts of weights, vectors.
+    assert model["two kernels"] <= chained["two_kernels"] <= 1.1 * model["two kernels"]
+    assert model["one pass"] <= chained["one_pass"] <= 1.12 * model["one pass"]
+    assert plain["saved"] == pytest.approx(128, rel=0.02) and chained["saved"] <= 60
 
 
 def test_gate_closes_on_wrong_logits(models: dict[str, nn.Module], pictures: Tensor, exact: networks.Truth) -> None:
@@ -184,18 +222,22 @@ def test_program(
     assert program(monkeypatch, models, "--out", str(tmp_path), "--mode", "training", "folded") == 0
     record = json.loads((tmp_path / "xception.json").read_text())
     rows = {(r["mode"], r["network"]): r for r in record["results"]}
-    assert set(rows) == {(mode, name) for mode in (MODES[0], MODES[2]) for name in NETWORKS}
+    assert set(rows) == {(m, name) for m in (MODES[0], MODES[2]) for name in NETWORKS if networks.takes_part(name, m)}
     for r in rows.values():
         assert r["pictures_per_second"] == pytest.approx(2 * r["steps_per_second"]) and r["peak_bytes"] > 0
     training = next(r for r in record["ratios"] if r["mode"] == "training")
     speed = {name: rows["training", name]["steps_per_second"] for name in NETWORKS}
     assert training["xsep_over_inception"] == pytest.approx(speed[OURS] / speed[INCEPTION])
     assert training["pytorch_over_inception"] == pytest.approx(speed[PLAIN] / speed[INCEPTION])
-    assert len(record["shares"]) == 6 and record["failures"] == []
+    assert training["chained_over_pytorch"] == pytest.approx(speed[CHAINED] / speed[PLAIN])
+    assert [r["network"] for r in record["counted"]] == [PLAIN, CHAINED]
+    assert len(record["shares"]) == 7 and record["failures"] == []
     assert (tmp_path / "xception.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["xception.json", "xception.png"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{speed[OURS] / speed[INCEPTION]:.3f} with xsep's; the paper: 28 / 31 = 0.903" in printed
+    ours, chained = (f"{speed[name] / speed[INCEPTION]:.3f}" for name in (OURS, CHAINED))
+    assert f"{ours} with xsep's, {chained} with a chain; the paper: 28 / 31 = 0.903" in printed
+    assert "counted from the shapes" in printed
 
 
 def test_what_is_wrong_gets_no_speed(

@@ -50,6 +50,29 @@ def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
     testing.check(replace(case, dtype=dtype), backend)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        # PyTorch's own bfloat16 convolution is wrong here, by as much as the result is large.
+        Case(op="depthwise", n=1, c_in=2, h=5, w=1, multiplier=2, stride=(1, 3), dtype=torch.bfloat16),
+        Case(c_in=16, h=5, w=2, multiplier=3, stride=(1, 2), filter=(5, 5), padding=(2, 1, 2, 2), dtype=torch.bfloat16),
+        Case(
+            op="depthwise", c_in=64, h=16, w=1, multiplier=2, filter=(5, 2), stride=(1, 2), padding_form=(0, 1),
+            dtype=torch.bfloat16, layout="contiguous", weights_layout="sliced",
+        ),
+        # gelu's gradient nearly vanishes: written out in float16 it would be off by more than it is large.
+        Case(
+            n=1, c_in=8, h=2, w=2, c_out=8, filter=(7, 5), stride=(2, 2), padding=(3, 4, 2, 3), dilation=(1, 2),
+            seed=878, bias=True, vectors=("scale_m", "shift_m", "scale_e"), activations=(None, "gelu", "gelu_tanh"),
+            dtype=torch.float16,
+        ),
+    ],
+    ids=lambda c: c.id,
+)  # fmt: skip
+def test_what_fuzzing_found(case: Case, backend: str) -> None:
+    testing.check(case, backend)
+
+
 def test_float64_runs_on_the_plain_backend() -> None:
     testing.check(Case(dtype=torch.float64, activations=("gelu", "silu", "elu"), vectors=VECTORS, bias=True))
 

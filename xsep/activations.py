@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,21 +68,23 @@ def gradient_from_input(dy: Tensor, u: Tensor, code: int, alpha: float) -> Tenso
         return dy * ((u > 0) & (u < 6))
     if code == LEAKY_RELU:
         return torch.where(u > 0, dy, dy * alpha)
+    # PyTorch's own kernels from here on: in a 16-bit type they compute in float32, where the formulas written out would
+    # round at each step and be off by many ulp where a gradient nearly vanishes, and they are differentiable.
+    kind = torch.promote_types(dy.dtype, u.dtype)
+    dy, u = dy.to(kind), u.to(kind)
     if code == ELU:
-        return dy * torch.where(u > 0, torch.ones_like(u), alpha * torch.exp(u.clamp(max=0)))
+        return torch.ops.aten.elu_backward(dy, alpha, 1.0, 1.0, False, u)
     if code == SILU:
-        s = torch.sigmoid(u)
-        return dy * (s * (1 + u * (1 - s)))
+        wide = torch.promote_types(kind, torch.float32)  # silu_backward alone has no derivative
+        v = u.to(wide)
+        s = torch.sigmoid(v)
+        return (dy.to(wide) * (s * (1 + v * (1 - s)))).to(kind)
     if code == HARDSWISH:
-        inside = torch.where(u > -3, u / 3 + 0.5, torch.zeros_like(u))
-        return dy * torch.where(u < 3, inside, torch.ones_like(u))
+        return torch.ops.aten.hardswish_backward(dy, u)
     if code == GELU:
-        cdf = 0.5 * (1 + torch.erf(u * math.sqrt(0.5)))
-        return dy * (cdf + u * torch.exp(-0.5 * u * u) * (1 / math.sqrt(2 * math.pi)))
+        return torch.ops.aten.gelu_backward(dy, u, approximate="none")
     if code == GELU_TANH:
-        k = math.sqrt(2 / math.pi)
-        t = torch.tanh(k * (u + 0.044715 * u**3))
-        return dy * (0.5 * (1 + t) + 0.5 * u * (1 - t * t) * k * (1 + 3 * 0.044715 * u * u))
+        return torch.ops.aten.gelu_backward(dy, u, approximate="tanh")
     raise ValueError(f"activation code {code} is not one of the known codes 0 to {LEAKY_RELU}")
 
 

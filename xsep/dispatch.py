@@ -1,22 +1,37 @@
-"""Which backend runs which problem, and why the others do not."""
+"""Which backend runs which problem, and why the others do not.
+
+``auto`` asks, in this order: what was measured for this very problem on this card (by ``xsep.autotune`` or a shipped
+table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order. On a GPU a backend takes part only once a card
+of that architecture has verified the sources at hand, so that nobody's network runs on kernels no card has tested.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from functools import cache, lru_cache
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from .backends.aten import ATEN
 from .backends.base import Backend
 from .problem import Problem
+from .tuning import findings
+from .tuning.device import cpu_name, running
+from .tuning.findings import DIRECTIONS, Card
 
-#: What ``auto`` tries, in order, for each kind of device; elsewhere it is ``aten``. The GPU backends join once their
-#: kernels have been verified and measured on a card: until then they run where they are asked for.
-AUTO = {"cpu": ("cpu", "aten"), "cuda": ("aten",)}
+#: What ``auto`` may take on each kind of device, in the order in which it does where nothing better is known; elsewhere
+#: it is ``aten``.
+AUTO = {"cpu": ("cpu", "aten"), "cuda": ("cuda", "triton", "aten")}
+#: Tested in every change, so they need no card's word.
+ALWAYS = ("cpu", "aten")
 
 NAMES = ("cuda", "triton", "cpu", "aten")
+
+#: Problems that ran while :func:`recording`, in order; None while nobody records.
+_recorded: Optional[dict[Problem, None]] = None
 
 
 @cache
@@ -51,29 +66,131 @@ def requested(name: str) -> str:
     return wish
 
 
-@lru_cache(maxsize=4096)
-def _select(problem: Problem, name: str) -> Backend:
-    if name != "auto":
-        chosen = backend(name)
-        reasons = chosen.not_supported_reasons(problem)
-        if reasons:
-            raise RuntimeError(f"backend {name!r} cannot run {problem}: {'; '.join(reasons)}")
-        return chosen
-    for candidate in AUTO.get(problem.device, ("aten",)):
-        chosen = backend(candidate)
-        if not chosen.not_supported_reasons(problem):
-            return chosen
-    return ATEN
+def trusting() -> bool:
+    """Whether the user lets ``auto`` take kernels that no card has verified: XSEP_TRUST_UNVERIFIED=1."""
+    return os.environ.get("XSEP_TRUST_UNVERIFIED", "0") not in ("", "0")
 
 
-def select(problem: Problem, name: str) -> Backend:
-    """The backend that runs the problem.
+@cache
+def card_of(device: str, index: int) -> Card:
+    """The card that problems on such a device run on, as the tables and the cache name it; index as :func:`place`."""
+    if device == "cuda":
+        properties = running(index)
+        return Card(properties.name, properties.architecture)
+    if device == "cpu":
+        level = os.environ.get("XSEP_CPU_ISA", "") or torch.backends.cpu.get_cpu_capability().lower()
+        return Card(f"{cpu_name()}, {index} thread{'' if index == 1 else 's'}", level)
+    return Card(device, device)
+
+
+def place(device: str) -> int:
+    """What, beside its kind, tells a device's speed from another's here: a GPU's index, a CPU's threads."""
+    if device == "cpu":
+        return torch.get_num_threads()
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError, AssertionError):  # a problem made up where there is no GPU
+            return torch.cuda.current_device()
+    return 0
+
+
+class Choice(NamedTuple):
+    """The backend for a problem, and the reason in words."""
+
+    backend: Backend
+    why: str
+
+
+def why_not_eligible(name: str, architecture: str) -> str:
+    """Why ``auto`` may not take a GPU backend; "" where it may."""
+    if name in ALWAYS or trusting() or findings.verified_on(name, architecture) is not None:
+        return ""
+    return (
+        f"its kernels, as they are now, have not been verified on any {architecture} card: run `make gpu-check` or "
+        f"xsep.autotune on one, or set XSEP_TRUST_UNVERIFIED=1"
+    )
+
+
+def _measured(problem: Problem, card: Card, able: list[str], direction: str) -> Optional[Choice]:
+    """The fastest backend by what was measured for this problem; each in such a record has passed its gate there."""
+    found = findings.lookup(problem, card)
+    if found is None:
+        return None
+    finding, by = found
+    best = finding.best(direction, able)
+    if best is None:
+        return None
+    times = finding.times[direction]
+    figures = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(times.items(), key=lambda item: item[1]))
+    return Choice(backend(best), f"measured fastest, {direction}, by {by}: {figures}")
+
+
+def _decide(problem: Problem, direction: str, index: int) -> Choice:
+    able = [name for name in AUTO.get(problem.device, ("aten",)) if not backend(name).not_supported_reasons(problem)]
+    if able == ["aten"]:
+        return Choice(ATEN, "no other backend can run it here")
+    card = card_of(problem.device, index)
+    measured = _measured(problem, card, able, direction)
+    if measured is not None:
+        return measured
+    eligible = [name for name in able if not why_not_eligible(name, card.architecture)]
+    if problem.device != "cuda":
+        return Choice(backend(eligible[0]), "the first of those that can run it; xsep.autotune can measure")
+    if eligible == ["aten"]:
+        return Choice(ATEN, "no other backend has been verified on such a card")
+    from . import plans
+
+    tf32 = plans.tf32_allowed(problem.dtype)
+    name, why = plans.choose(problem, running(index), tuple(eligible), direction, tf32)
+    return Choice(backend(name), why)
+
+
+@lru_cache(maxsize=8192)
+def _select(problem: Problem, name: str, direction: str, index: int) -> Choice:
+    if name == "auto":
+        return _decide(problem, direction, index)
+    chosen = backend(name)
+    reasons = chosen.not_supported_reasons(problem)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot run {problem}: {'; '.join(reasons)}")
+    return Choice(chosen, "it was asked for")
+
+
+def choice(problem: Problem, name: str, direction: str = "forward") -> Choice:
+    """The backend that runs the problem in one direction, and why; looked up, never measured, so a capture of a CUDA
+    graph may ask too and keeps what it was told.
+
+    Raises:
+        RuntimeError: as :func:`select`.
+    """
+    return _select(problem, requested(name), direction, place(problem.device))
+
+
+def select(problem: Problem, name: str, direction: str = "forward") -> Backend:
+    """The backend that runs the problem, ``"forward"`` or ``"backward"``.
 
     Raises:
         RuntimeError: a backend was asked for by name, by argument or by XSEP_BACKEND, and cannot run the problem;
             the message carries all its reasons.
     """
-    return _select(problem, requested(name))
+    if _recorded is not None:
+        _recorded[problem] = None
+    return choice(problem, name, direction).backend
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Problem, None]]:
+    """Notes every problem that runs meanwhile, each once, in the order of its first call."""
+    global _recorded
+    before, _recorded = _recorded, {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def forget_choices() -> None:
+    """Lets every problem be decided anew, by what is known now."""
+    _select.cache_clear()
 
 
 def work(problem: Problem) -> tuple[int, int]:
@@ -99,8 +216,13 @@ def explain(problem: Problem, name: str = "auto") -> str:
     lines = [str(problem)]
     chosen: Optional[Backend] = None
     try:
-        chosen = _select(problem, wish)
+        taken = choice(problem, wish)
+        chosen = taken.backend
         lines.append(f"  runs on   {chosen.name}: {chosen.plan(problem)}")
+        lines.append(f"  because   {taken.why}")
+        backward = choice(problem, wish, DIRECTIONS[1])
+        if backward.backend is not chosen:
+            lines.append(f"  backward  {backward.backend.name}: {backward.why}")
     except RuntimeError as refusal:
         lines.append(f"  runs on   nothing: {refusal}")
     moved, flops = work(problem)
@@ -109,14 +231,18 @@ def explain(problem: Problem, name: str = "auto") -> str:
         candidate = backend(other)
         if candidate is chosen:
             continue
-        reasons = candidate.not_supported_reasons(problem)
-        if reasons:
-            why = "; ".join(reasons)
-        elif wish != "auto":
-            why = f"could run, but {wish} was asked for"
-        elif other in ("cuda", "triton"):
-            why = "could run, but is not chosen by itself before it has been verified and measured on a card"
-        else:
-            why = "could run, but another backend comes first"
-        lines.append(f"  not {other:<7}{why}")
+        lines.append(f"  not {other:<7}{_passed_over(problem, candidate, wish)}")
     return "\n".join(lines)
+
+
+def _passed_over(problem: Problem, candidate: Backend, wish: str) -> str:
+    reasons = candidate.not_supported_reasons(problem)
+    if reasons:
+        return "; ".join(reasons)
+    if wish != "auto":
+        return f"could run, but {wish} was asked for"
+    if problem.device == "cuda":
+        why = why_not_eligible(candidate.name, card_of("cuda", place("cuda")).architecture)
+        if why:
+            return f"could run, but {why}"
+    return "could run, but another backend comes first"

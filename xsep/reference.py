@@ -26,8 +26,9 @@ ACTIVATIONS: dict[Optional[str], Callable[[Tensor, float], Tensor]] = {
 }
 _ALPHA = {"elu": 1.0, "leaky_relu": 0.01}
 
-#: Called with every pre-activation and its activation's name; tests look there for values too near a kink.
-Observer = Callable[[Tensor, Optional[str]], None]
+#: Called with every pre-activation, what the activation makes of it, and its name; tests look there for values too near
+#: a jump of the derivative.
+Observer = Callable[[Tensor, Tensor, Optional[str]], None]
 
 
 def affine(v: Tensor, a: Any, residual: Optional[Tensor] = None, observe: Optional[Observer] = None) -> Tensor:
@@ -36,14 +37,15 @@ def affine(v: Tensor, a: Any, residual: Optional[Tensor] = None, observe: Option
     u = v if scale is None else v * _beside_pixels(scale)
     u = u if shift is None else u + _beside_pixels(shift)
     u = u.to(v.dtype) if residual is None else u.to(v.dtype) + residual
+    out = ACTIVATIONS[name](u, _ALPHA.get(name or "", 0.0) if alpha is None else alpha)
     if observe is not None:
-        observe(u, name)
-    return ACTIVATIONS[name](u, _ALPHA.get(name or "", 0.0) if alpha is None else alpha)
+        observe(u, out, name)
+    return out
 
 
 def _beside_pixels(v: Tensor) -> Tensor:
-    """[C] -> [C, 1, 1]; a vector already spread over the pixels, [N, C, H, W], as it is."""
-    return v if v.dim() == 4 else v[:, None, None]
+    """[C] -> [C, 1, 1]."""
+    return v[:, None, None]
 
 
 def depthwise(

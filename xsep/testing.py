@@ -1,220 +1,142 @@
-"""Random problems, and the one rule by which every kernel is held to the truth.
+"""The one rule by which every kernel is held to the truth, forward and every gradient.
 
-The rule: against float64, an error of at most twice that of PyTorch's own convolutions at the same type, plus a few
-ulp of the largest value; forward and every gradient.
+Against float64, an error of at most twice that of PyTorch's own convolutions at the same type, plus a few ulp. An ulp
+is ``eps`` times the size of a result. That size is measured, not guessed: a sum of rounded terms is off by about
+``eps`` times the root of the sum of their squares, however much of the sum cancels, and those sums of squares are what
+the op itself gives, with no activation, on the squares of its inputs.
+
+- The largest error counts. A value of a 16-bit type is rounded at most four times on its way to y (prologue, middle,
+  pointwise, output), each time by half an ulp: 2 ulp of room in all. A gradient goes the way there and back: 4 ulp.
+  Float32 adds up in another order than PyTorch does, which is the same for all elements of a result: 8, and 8 below.
+- So does the 2-norm of the errors, as no single element betrays a weight that is wrong by two per cent. Four
+  independent roundings have a root mean square of sqrt(4 / 12) ulp of a number at the lower end of its binade, and
+  less elsewhere: half an ulp is the room for many elements, and the few elements of a small result may be as unlucky
+  as one.
+- Where an activation's derivative jumps, rounding decides on which side a value falls that is within some ulp of the
+  jump, and the gradient moves by all of that element's share. The shares are computed in the same way and allowed for,
+  twice, since a few may add up; there the 2-norm alone counts. No allowance reaches y, which has no jump.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Optional
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import ChannelAffine
+from .cases import LAYOUTS, NAMES, VECTORS, Case, Inputs, generate, make_inputs
 from .functional import depthwise_conv2d, separable_conv2d
 
-#: Where each activation's derivative jumps. Inputs are drawn so that float32 rounding cannot cross such a point.
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "elu": (0.0,), "hardswish": (-3.0, 3.0)}
-NAMES = (None, "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "elu", "leaky_relu")
-VECTORS = ("scale_p", "shift_p", "scale_m", "shift_m", "scale_e", "shift_e")
+__all__ = [
+    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "generate", "make_inputs", "poisoned_memory",
+    "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
+]  # fmt: skip
+
+#: Room for the largest error; the 16-bit types have (y's, a gradient's). The truth is a float64 sum itself, so that in
+#: this type two roundings in different orders are compared, over as many terms as a weight's gradient has.
 ULPS = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem of either op, small enough for float64."""
-
-    op: str = "separable"
-    n: int = 2
-    c_in: int = 7
-    h: int = 9
-    w: int = 11
-    multiplier: int = 1
-    c_out: int = 5
-    filter: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # left, right, top, bottom
-    dilation: tuple[int, int] = (1, 1)
-    bias: bool = False
-    residual: bool = False
-    vectors: tuple[str, ...] = ()  # of VECTORS
-    activations: tuple[Optional[str], Optional[str], Optional[str]] = (None, None, None)
-    alpha: Optional[float] = None  # for elu and leaky_relu, wherever they stand
-    dtype: torch.dtype = torch.float32
-    wide_vectors: bool = False  # float32 vectors beside a 16-bit x
-    layout: str = "channels_last"  # or contiguous, sliced, permuted
-    seed: int = 0
-
-    @property
-    def id(self) -> str:
-        parts = [
-            self.op[:3], f"{self.n}x{self.c_in}x{self.h}x{self.w}", f"o{self.c_out}", f"m{self.multiplier}",
-            f"k{self.filter[0]}{self.filter[1]}", f"s{self.stride[0]}{self.stride[1]}",
-            "p" + "".join(map(str, self.padding)), f"d{self.dilation[0]}{self.dilation[1]}",
-            *(v for v in self.vectors), *(a or "none" for a in self.activations),
-            *(["bias"] if self.bias else []), *(["res"] if self.residual else []),
-            str(self.dtype).removeprefix("torch."), self.layout, f"seed{self.seed}",
-        ]  # fmt: skip
-        return "-".join(parts)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        left, right, top, bottom = self.padding
-        p = (self.h + top + bottom - self.dilation[0] * (self.filter[0] - 1) - 1) // self.stride[0] + 1
-        q = (self.w + left + right - self.dilation[1] * (self.filter[1] - 1) - 1) // self.stride[1] + 1
-        return p, q
-
-
-@dataclass
-class Inputs:
-    """The tensors of a case by name, and the gradient that comes from above."""
-
-    tensors: dict[str, Tensor]
-    dy: Tensor
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """A copy in another type, each tensor a leaf that requires its gradient."""
-        tensors = {k: t.detach().to(dtype).requires_grad_() for k, t in self.tensors.items()}
-        return Inputs(tensors, self.dy.to(dtype), self.options)
-
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments of the op."""
-        t, names = self.tensors, self.options["activations"]
-        affines = {
-            "prologue": ChannelAffine(t.get("scale_p"), t.get("shift_p"), names[0], self._alpha(names[0])),
-            "middle": ChannelAffine(t.get("scale_m"), t.get("shift_m"), names[1], self._alpha(names[1])),
-            "epilogue": ChannelAffine(t.get("scale_e"), t.get("shift_e"), names[2], self._alpha(names[2])),
-        }
-        keywords: dict[str, Any] = {k: self.options[k] for k in ("stride", "padding", "dilation")}
-        if "w_pw" in t:
-            return [t["x"], t["w_dw"], t["w_pw"]], {**keywords, **affines, **self._optional("bias", "residual")}
-        del affines["middle"]
-        return [t["x"], t["w_dw"]], {**keywords, **affines, **self._optional("bias")}
-
-    def _alpha(self, name: Optional[str]) -> Optional[float]:
-        return self.options["alpha"] if name in ("elu", "leaky_relu") else None
-
-    def _optional(self, *names: str) -> dict[str, Tensor]:
-        return {name: self.tensors[name] for name in names if name in self.tensors}
-
-
-def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """Fresh random tensors for a case, none of them near a kink where one type could fall left and another right."""
-    for attempt in range(200):
-        inputs = _draw(case, random.Random(f"{case.seed}-{attempt}").getrandbits(62), device)
-        if case.dtype not in (torch.float32, torch.float64) or not _near_a_kink(case, inputs):
-            return inputs
-    raise RuntimeError(f"no input away from the kinks was found for {case.id}: make the case smaller")
-
-
-def _draw(case: Case, seed: int, device: str) -> Inputs:
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(dtype).to(device)
-
-    c_mid = case.c_in * case.multiplier
-    separable = case.op == "separable"
-    c_out = case.c_out if separable else c_mid
-    p, q = case.output_size
-    lengths = {"p": case.c_in, "m": c_mid, "e": c_out}
-    vector_type = torch.float32 if case.wide_vectors else case.dtype
-    tensors = {"x": _strided(draw(case.n, case.c_in, case.h, case.w), case.layout)}
-    tensors["w_dw"] = draw(c_mid, 1, *case.filter, scale=(case.filter[0] * case.filter[1]) ** -0.5)
-    if separable:
-        tensors["w_pw"] = draw(c_out, c_mid, 1, 1, scale=c_mid**-0.5)
-    if case.bias:
-        tensors["bias"] = draw(c_out, dtype=vector_type)
-    if case.residual and separable:
-        tensors["residual"] = _strided(draw(case.n, c_out, p, q), case.layout)
-    for name in case.vectors:
-        if separable or name[-1] != "m":
-            tensors[name] = draw(lengths[name[-1]], dtype=vector_type)
-    for t in tensors.values():
-        t.requires_grad_()
-    options = {
-        "stride": case.stride, "padding": case.padding, "dilation": case.dilation,
-        "activations": case.activations, "alpha": case.alpha,
-    }  # fmt: skip
-    return Inputs(tensors, draw(case.n, c_out, p, q), options)
-
-
-def _strided(t: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        wide = torch.full((t.shape[0], t.shape[1] + 2, t.shape[2], t.shape[3] + 3), float("nan")).to(t)
-        wide = wide.contiguous(memory_format=torch.channels_last)
-        wide[:, 1:-1, :, 2:-1] = t
-        return wide[:, 1:-1, :, 2:-1].detach()
-    if layout == "permuted":
-        return t.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0).detach()
-    return t
-
-
-def _near_a_kink(case: Case, inputs: Inputs) -> bool:
-    near = False
-
-    def observe(u: Tensor, name: Optional[str]) -> None:
-        nonlocal near
-        for kink in KINKS.get(name or "", ()):
-            # An exact zero (a window full of padding) is the same in every type: nothing can cross there.
-            if u.numel() and bool((((u - kink).abs() < 2e-6 * (1 + u.abs().max())) & (u != 0)).any()):
-                near = True
-
-    with torch.no_grad():
-        positional, keywords = inputs.to(torch.float64).arguments()
-        op = reference.separable_conv2d if case.op == "separable" else reference.depthwise_conv2d
-        op(*positional, **keywords, observe=observe)
-    return near
-
+DOUBLE_ULPS = 64
+HALF_ULPS = (2, 4)
+#: How many ulp of its size a pre-activation may be off, in the unluckiest of some ten thousand elements.
+STRAY_ULPS = {torch.float16: 3, torch.bfloat16: 3}
 
 Results = dict[str, Tensor]
 
 
 @dataclass
 class Truth:
-    """y and every gradient in float64, and the size that a rounding error in each is measured by."""
+    """y and every gradient in float64, the size that a rounding error in each is measured by, and what may flip."""
 
     results: Results
-    sizes: dict[str, float]
+    sizes: Mapping[str, Union[Tensor, float]] = field(default_factory=dict)  # beside the results' own values
+    flips: Mapping[str, Tensor] = field(default_factory=dict)  # none where nothing is near a jump
+
+
+def ulps(dtype: torch.dtype, gradient: bool, elements: int) -> tuple[float, float]:
+    """Room for the largest error and for the 2-norm of the errors of a result of so many elements."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        room = DOUBLE_ULPS if dtype is torch.float64 else ULPS
+        return room, room
+    largest = HALF_ULPS[gradient]
+    return largest, 0.5 + (largest - 0.5) * elements**-0.5
+
+
+def _jumps(name: Optional[str], alpha: Optional[float]) -> list[tuple[float, float]]:
+    """(where, by how much) the derivative of an activation jumps."""
+    if name == "elu":
+        return [(0.0, abs(1 - (1.0 if alpha is None else alpha)))]
+    if name == "leaky_relu":
+        return [(0.0, abs(1 - (0.01 if alpha is None else alpha)))]
+    return {"relu": [(0.0, 1.0)], "relu6": [(0.0, 1.0), (6.0, 1.0)], "hardswish": [(-3.0, 0.5), (3.0, 0.5)]}.get(
+        name or "", []
+    )
+
+
+def _reference(case: Case, inputs: Inputs, observe: reference.Observer) -> Tensor:
+    positional, keywords = inputs.arguments()
+    op = reference.separable_conv2d if case.op == "separable" else reference.depthwise_conv2d
+    return op(*positional, **keywords, observe=observe)
 
 
 def _gradients(y: Tensor, inputs: Inputs) -> Results:
-    names = list(inputs.tensors)
-    gradients = torch.autograd.grad(y, [inputs.tensors[n] for n in names], inputs.dy)
+    names = inputs.wanted()
+    gradients = torch.autograd.grad(y, [inputs.tensors[n] for n in names], inputs.dy) if names else ()
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, gradients)}}
 
 
 def run_truth(case: Case, inputs: Inputs) -> Truth:
-    """The reference in float64. A result's size is its largest element; a per-channel gradient's is the largest sum of
-    the absolute values of its terms, as the sum itself may cancel to nothing while each rounded term does not."""
+    """The reference in float64, with the sizes and flips that the rule needs."""
     wide = inputs.to(torch.float64)
-    c_out = wide.dy.shape[1]
-    spread = {"p": wide.tensors["x"].shape, "m": (case.n, case.c_in * case.multiplier, *case.output_size)}
-    vectors = [n for n in wide.tensors if n in VECTORS or n == "bias"]
-    for name in vectors:
-        shape = spread.get(name[-1] if name != "bias" else "", (case.n, c_out, *case.output_size))
-        leaf = wide.tensors[name].detach()[:, None, None].expand(shape).clone()
-        wide.tensors[name] = leaf.requires_grad_()
-    positional, keywords = wide.arguments()
-    op = reference.separable_conv2d if case.op == "separable" else reference.depthwise_conv2d
-    results = _gradients(op(*positional, **keywords), wide)
-    sizes = {}
-    for name in vectors:
-        terms = results[f"d{name}"]
-        results[f"d{name}"] = terms.sum((0, 2, 3))
-        sizes[f"d{name}"] = float(terms.abs().sum((0, 2, 3)).max())
-    for name, result in results.items():
-        sizes.setdefault(name, float(result.abs().max()) if result.numel() else 0.0)
-    return Truth(results, sizes)
+    names = wide.wanted()
+    stages: list[tuple[Tensor, Tensor, Optional[str]]] = []
+    y = _reference(case, wide, lambda *stage: stages.append(stage))
+    results: Results = {"y": y.detach()}
+    shares: list[Optional[Tensor]] = [None] * len(stages)
+    if names:
+        leaves, afters = [wide.tensors[n] for n in names], [a for _, a, _ in stages]
+        inner = [a for a in afters if a.requires_grad]
+        found = torch.autograd.grad(y, [*leaves, *inner], wide.dy)
+        results.update({f"d{n}": g for n, g in zip(names, found)})
+        arriving = iter(found[len(leaves) :])
+        shares = [next(arriving) if a.requires_grad else None for a in afters]
+    return Truth(results, *_sizes_and_flips(case, wide, stages, shares))
+
+
+def _sizes_and_flips(
+    case: Case, wide: Inputs, stages: list[tuple[Tensor, Tensor, Optional[str]]], shares: list[Optional[Tensor]]
+) -> tuple[Results, Results]:
+    names = wide.wanted()
+    tensors = {k: t.detach().square().requires_grad_(t.requires_grad) for k, t in wide.tensors.items()}
+    squares = Inputs(tensors, wide.dy.square(), {**wide.options, "activations": (None, None, None)})
+    inner: list[Tensor] = []
+    y = _reference(case, squares, lambda u, *_: inner.append(u))
+    leaves = [tensors[n] for n in names]
+    sizes = {"y": y.detach().sqrt()}
+    if names:
+        found = torch.autograd.grad(y, leaves, squares.dy, retain_graph=True)
+        sizes.update({f"d{n}": g.sqrt() for n, g in zip(names, found)})
+    moved, by = [], []
+    stray = STRAY_ULPS.get(case.dtype, ULPS) * torch.finfo(case.dtype).eps
+    for i, ((u, _, name), square, share) in enumerate(zip(stages, inner, shares)):
+        exact = i == 0 and "scale_p" not in tensors and "shift_p" not in tensors
+        if exact or share is None or not square.requires_grad:
+            continue
+        jump = torch.zeros_like(u)
+        for where, height in _jumps(name, wide.options["alpha"]):
+            near = (u - where).abs() < stray * torch.maximum(square.detach().sqrt(), u.abs())
+            # Exactly on it is a window of zeros, which is that in every type.
+            jump = torch.maximum(jump, (near & (u != where)) * height)
+        if jump.any():
+            moved.append(square)
+            by.append((jump * share).square().detach())
+    if not moved:
+        return sizes, {}
+    found = torch.autograd.grad(moved, leaves, by, allow_unused=True)
+    return sizes, {f"d{n}": g.sqrt() for n, g in zip(names, found) if g is not None and g.any()}
 
 
 def run_pytorch(case: Case, inputs: Inputs) -> Results:
@@ -227,6 +149,8 @@ def run_pytorch(case: Case, inputs: Inputs) -> Results:
 def run_xsep(case: Case, inputs: Inputs, backend: Optional[str]) -> Results:
     """y and every gradient from xsep; fresh memory is NaN beforehand, so an element left unwritten shows."""
     positional, keywords = inputs.arguments()
+    if case.padding_form is not None:
+        keywords["padding"] = case.padding_form
     op = separable_conv2d if case.op == "separable" else depthwise_conv2d
     with poisoned_memory():
         return _gradients(op(*positional, **keywords, backend=backend), inputs)
@@ -245,11 +169,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def violations(results: Results, truth: Truth, pytorch: Results, dtype: torch.dtype) -> list[str]:
-    """Sentences about every result that is further from the truth than the rule allows; empty where all is well.
-
-    The largest element's error counts, but for 16-bit gradients the error's 2-norm: there, which side of a kink a
-    rounded value falls on moves single elements of anybody's gradient by their whole size.
-    """
+    """Sentences about every result that is further from the truth than the rule allows; empty where all is well."""
     found = []
     for name, expected in truth.results.items():
         got = results[name]
@@ -258,21 +178,26 @@ def violations(results: Results, truth: Truth, pytorch: Results, dtype: torch.dt
             continue
         if not expected.numel():
             continue
-        by_norm = name != "y" and dtype in (torch.float16, torch.bfloat16)
-        ours = _distance(got, expected, by_norm)
-        theirs = _distance(pytorch[name], expected, by_norm)
-        size = max(float(expected.norm()) if by_norm else 0.0, truth.sizes[name])
-        # PyTorch's bfloat16 weight gradient can read unwritten memory (see backends/aten.py): no yardstick then.
-        theirs = theirs if theirs <= size else 0.0
-        bound = 2 * theirs + ULPS * torch.finfo(dtype).eps * size
-        if not ours <= bound:
-            found.append(f"{name}: error {ours:.3g}, PyTorch's {theirs:.3g}, allowed {bound:.3g}")
+        size = torch.maximum(expected.abs(), torch.as_tensor(truth.sizes.get(name, 0.0)).to(expected))
+        ours, theirs = got.double() - expected, pytorch[name].double() - expected
+        if not theirs.abs().max() <= size.max():
+            # PyTorch's bfloat16 weight gradient can read unwritten memory (see backends/aten.py): no yardstick then.
+            theirs = torch.zeros_like(theirs)
+        largest, by_norm = (u * torch.finfo(dtype).eps for u in ulps(dtype, name != "y", expected.numel()))
+        flips = truth.flips.get(name)
+        allowed = float(2 * theirs.abs().max() + largest * size.max())
+        if flips is None and not float(ours.abs().max()) <= allowed:
+            found.append(
+                f"{name}: error {float(ours.abs().max()):.3g}, PyTorch's {float(theirs.abs().max()):.3g}, "
+                f"allowed {allowed:.3g}"
+            )
+        allowed = float(2 * theirs.norm() + by_norm * size.norm()) + (0.0 if flips is None else 2 * float(flips.norm()))
+        if not float(ours.norm()) <= allowed:
+            found.append(
+                f"{name}: 2-norm of the error {float(ours.norm()):.3g}, PyTorch's {float(theirs.norm()):.3g}, "
+                f"allowed {allowed:.3g}"
+            )
     return found
-
-
-def _distance(a: Tensor, b: Tensor, by_norm: bool) -> float:
-    difference = a.double() - b
-    return float(difference.norm() if by_norm else difference.abs().max())
 
 
 def check(case: Case, backend: Optional[str] = None, device: str = "cpu") -> None:
@@ -280,49 +205,3 @@ def check(case: Case, backend: Optional[str] = None, device: str = "cpu") -> Non
     inputs = make_inputs(case, device)
     found = violations(run_xsep(case, inputs, backend), run_truth(case, inputs), run_pytorch(case, inputs), case.dtype)
     assert not found, f"{case.id}: " + "; ".join(found)
-
-
-def generate(count: int, seed: int = 0, **fixed: Any) -> Iterator[Case]:
-    """``count`` random cases, the same for the same seed; ``fixed`` pins fields of :class:`Case`."""
-    for i in range(count):
-        yield replace(_random_case(random.Random(f"{seed}-{i}"), i), **fixed)
-
-
-def _random_case(rng: random.Random, seed: int) -> Case:
-    while True:
-        some = rng.random
-        op = "separable" if some() < 0.7 else "depthwise"
-        size = rng.choice([(3, 3), (3, 3), (3, 3), (5, 5), (7, 7), (1, 1), (2, 2), (3, 5), (1, 7), (4, 3)])
-        stride = rng.choice([(1, 1), (1, 1), (2, 2), (2, 1), (3, 2)])
-        dilation = rng.choice([(1, 1), (1, 1), (1, 1), (2, 2), (1, 3)])
-        padding = rng.choice([
-            (size[1] // 2, size[1] // 2, size[0] // 2, size[0] // 2),
-            (0, 0, 0, 0),
-            (rng.randrange(4), rng.randrange(4), rng.randrange(4), rng.randrange(4)),
-        ])  # fmt: skip
-        dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
-        case = Case(
-            op=op,
-            n=rng.choice([1, 1, 2, 3]),
-            c_in=rng.choice([1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 37, 64, 65]),
-            h=rng.choice([1, 2, 5, 7, 8, 10, 13]),
-            w=rng.choice([1, 3, 4, 6, 9, 11, 19]),
-            multiplier=rng.choice([1, 1, 1, 2, 3]),
-            c_out=rng.choice([1, 3, 7, 16, 24, 63, 64, 65, 67]),
-            filter=size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            bias=some() < 0.4,
-            residual=some() < 0.3,
-            vectors=tuple(v for v in VECTORS if some() < 0.3),
-            activations=(rng.choice(NAMES), rng.choice(NAMES), rng.choice(NAMES)),
-            alpha=rng.choice([None, None, 0.3]),
-            dtype=dtype,
-            wide_vectors=some() < 0.5,
-            layout=rng.choice(["channels_last", "channels_last", "contiguous", "sliced", "permuted"]),
-            seed=seed,
-        )
-        pixels = max(case.h * case.w, case.output_size[0] * case.output_size[1])
-        if min(case.output_size) > 0 and case.n * case.c_in * case.multiplier * pixels <= 40_000:
-            return case

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import ChannelAffine
+from ..chain import Handle
+from ..chain.layers import identity_block, pooled_block
+from ..chain.reasons import call_reasons, image_type, module_reasons, pair_reasons, skip_reasons
 from ..modules import FusedSeparableConv2d
 from .experiments import SpectrumConv2d
 
@@ -22,6 +25,9 @@ class FoldableBatchNorm2d(nn.BatchNorm2d):
 
     folded_scale: Optional[Tensor]
     folded_shift: Optional[Tensor]
+
+    #: Unfolded it is an ``nn.BatchNorm2d``, and may be left to the training chain.
+    chainable = True
 
     def __init__(self, num_features: int, eps: float) -> None:
         super().__init__(num_features, eps=eps)
@@ -95,6 +101,10 @@ class MaxPool(nn.Module):
         # With an even size and no padding, ceil_mode lets the last window hang over the far end by one.
         return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
+    def starts(self, height: int, width: int) -> tuple[int, int]:
+        """How far the first window begins above and left of the picture, stride 2."""
+        return (1, 1) if self.padding == "torch" else (height % 2, width % 2)
+
     def _sides(self, size: int) -> tuple[int, int]:
         """Padding before and after that keeps the size and the strided pool's windows."""
         d = self.dilation
@@ -150,6 +160,9 @@ class Block(nn.Module):
         grow_first: whether the first of them, not the last, goes from c_in to c_out channels.
     """
 
+    #: Whether to run as a training chain where that is possible; the network sets it.
+    chain = False
+
     def __init__(
         self,
         c_in: int,
@@ -184,7 +197,42 @@ class Block(nn.Module):
         layers = list(self.rep.values())
         return [(layers[i], layers[i + 1]) for i in range(0, len(layers), 2)]
 
+    def not_chained_reasons(self, dtype: Optional[torch.dtype] = None) -> list[str]:
+        """Why the block cannot be part of a training chain on images of a type; an empty list where it can."""
+        pairs, found = self.pairs(), []
+        for conv, bn in pairs:
+            found += pair_reasons(conv, bn, dtype)
+        if not self.residual:
+            found.append("it has no residual")
+        elif self.skip is not None:
+            found += skip_reasons(self.skip, self.skipbn, dtype)
+            if type(self.pool) is not MaxPool or self.pool.stride != 2:
+                found.append("it does not end in a 3x3 max-pool of stride 2")
+            else:
+                found += [f"its pool {reason}" for reason in module_reasons(self.pool)]
+            if len(pairs) < 2:
+                found.append("it has one convolution")
+        return found
+
+    def _call_reasons(self, x: Tensor) -> list[str]:
+        dtype = image_type(x)
+        found = call_reasons(x)
+        if self.skip is None and x.dtype != dtype:
+            found.append(f"autocast leaves its residual as it is, {x.dtype}")
+        return found or self.not_chained_reasons(dtype)
+
+    def chained(self, h: Handle) -> Handle:
+        """The block as part of a training chain; :meth:`not_chained_reasons` must be none."""
+        if self.skip is None:
+            return identity_block(h, self.pairs())
+        assert isinstance(self.pool, MaxPool)
+        pads = self.pool.starts(h.x.shape[2], h.x.shape[3])
+        return pooled_block(h, self.pairs(), (self.skip, self.skipbn), pads)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.chain and self.training and not self._call_reasons(x):
+            conv = self.pairs()[0][0]
+            return self.chained(Handle.of(x, *(c.weight for c in conv.convs), backend=conv.backend)).tensor()
         *before, (last_conv, last_bn) = self.pairs()
         y = x
         for conv, bn in before:

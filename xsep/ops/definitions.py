@@ -100,7 +100,7 @@ def _define(op: ConvOp, schema: str) -> None:
         args, backend, wanted = op.args(*flat[:-2]), flat[-2], flat[-1]
         tensors, weights = flat[: op.tensors], [flat[i] for i in op.weights]
         with torch._C._DisableAutocast():
-            gradients = op.run_backward(select(op.problem(args), backend), dy, args, y, wanted)
+            gradients = op.run_backward(select(op.problem(args), backend, "backward"), dy, args, y, wanted)
         return conform_gradients(gradients, tensors, weights, wanted, (dy, y, *tensors))
 
     def forward_fake(*flat: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Optional
 
 import pytest
@@ -10,9 +12,13 @@ from torch import Tensor, nn
 
 from xsep.activations import activate
 from xsep.backends import triton_launch as launch
-from xsep.ops.training import batch_norm_finalize, separable_fprop_statistics
+from xsep.chain import SeparableChain, SeparableConvBN
+from xsep.ops import training
 from xsep.problem import IDENTITY, RELU, SILU, Geometry
 from xsep.reference import depthwise
+
+sep_fprop = functools.partial(training.sep_fprop, backend="triton")
+bn_finalize = functools.partial(training.bn_finalize, backend="triton")
 
 SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
 HALF = Geometry(2, 2, 0, 1, 0, 1, 1, 1)
@@ -43,7 +49,7 @@ def last(*shape: int) -> Tensor:
 def test_forward_and_statistics(dtype: torch.dtype, geometry: Geometry, with_vec: bool, code: int) -> None:
     x, w_dw, w_pw = last(3, 19, 7, 9).to(dtype), torch.randn(19, 1, 3, 3).to(dtype), torch.randn(37, 19, 1, 1).to(dtype)
     vec = torch.stack([torch.randn(19), torch.randn(19)]) if with_vec else None
-    r, partials, counts, x_pre = separable_fprop_statistics(x, vec, None, code, 0.0, w_dw, w_pw, geometry)
+    r, partials, counts, x_pre = sep_fprop(x, vec, None, code, 0.0, w_dw, w_pw, geometry)
     assert x_pre is None and partials is not None and counts is not None
     expected, _ = truth(x, vec, None, code, w_dw, w_pw, geometry)
     ulp = torch.finfo(dtype).eps * float(expected.abs().max())
@@ -71,7 +77,7 @@ def test_residual_prologue_writes_the_sum(dtype: torch.dtype, k: int) -> None:
     x, t = last(2, 21, 6, 7).to(dtype), torch.randn(2, 21, 6, 7).to(dtype)
     w_dw, w_pw = torch.randn(21, 1, k, k).to(dtype), torch.randn(70, 21, 1, 1).to(dtype)
     vec = torch.stack([torch.randn(21), torch.randn(21)])
-    r, _, _, x_pre = separable_fprop_statistics(x, vec, t, RELU, 0.0, w_dw, w_pw, geometry)
+    r, _, _, x_pre = sep_fprop(x, vec, t, RELU, 0.0, w_dw, w_pw, geometry)
     assert x_pre is not None and x_pre.dtype == dtype
     expected, pre = truth(x, vec, t, RELU, w_dw, w_pw, geometry)
     eps = torch.finfo(dtype).eps
@@ -87,14 +93,14 @@ def test_statistics_where_sums_of_squares_fail(dtype: torch.dtype) -> None:
     x = (100 + 0.1 * torch.randn(4, c, 13, 11)).to(dtype).contiguous(memory_format=torch.channels_last)
     w_dw, w_pw = torch.zeros(c, 1, 3, 3, dtype=dtype), torch.eye(c, dtype=dtype)[:, :, None, None]
     w_dw[:, :, 1, 1] = 1
-    r, partials, counts, _ = separable_fprop_statistics(x, None, None, IDENTITY, 0.0, w_dw, w_pw, SAME)
+    r, partials, counts, _ = sep_fprop(x, None, None, IDENTITY, 0.0, w_dw, w_pw, SAME)
     assert partials is not None and counts is not None
     rows = r.permute(0, 2, 3, 1).reshape(-1, c)
     assert torch.equal(r, x)
     exact = rows.double().var(0, unbiased=False)
     naive = rows.float().square().mean(0) - rows.float().mean(0).square()
     assert float(((naive - exact) / exact).abs().max()) > 0.01
-    vec, mean, invstd, count = batch_norm_finalize(partials, counts, torch.ones(c), torch.zeros(c), eps=1e-12)
+    vec, mean, invstd, count = bn_finalize(partials, counts, torch.ones(c), torch.zeros(c), eps=1e-12)
     assert int(count) == rows.shape[0]
     torch.testing.assert_close(mean.double(), rows.double().mean(0), rtol=1e-7, atol=0)
     torch.testing.assert_close(invstd.double().square().reciprocal(), exact, rtol=1e-5, atol=0)
@@ -121,7 +127,7 @@ def test_finalize_is_batch_norm(momentum: Optional[float], tile: int) -> None:
         r = torch.randn(3, 37, 9, 7) * 2 + 5
         expected = bn(r.double())
         batches += 1
-        vec, mean, invstd, count = batch_norm_finalize(
+        vec, mean, invstd, count = bn_finalize(
             *partials_of(r, tile), bn.weight.detach().float(), bn.bias.detach().float(), running_mean, running_var,
             batches, momentum, 1e-3,
         )  # fmt: skip
@@ -136,9 +142,9 @@ def test_finalize_is_batch_norm(momentum: Optional[float], tile: int) -> None:
 
 def test_ranks_gathered_are_the_whole_batch() -> None:
     r = torch.randn(5, 11, 6, 6) * 3 - 40
-    whole = batch_norm_finalize(*partials_of(r, 32), torch.ones(11), torch.zeros(11))
+    whole = bn_finalize(*partials_of(r, 32), torch.ones(11), torch.zeros(11))
     ranks = [partials_of(part, 32) for part in (r[:2], r[2:])]
-    gathered = batch_norm_finalize(
+    gathered = bn_finalize(
         torch.cat([p for p, _ in ranks]), torch.cat([n for _, n in ranks]), torch.ones(11), torch.zeros(11)
     )
     for a, b in zip(whole, gathered):
@@ -147,58 +153,67 @@ def test_ranks_gathered_are_the_whole_batch() -> None:
 
 def test_runs_are_the_same_bit_for_bit() -> None:
     x, w_dw, w_pw = last(3, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(24, 8, 1, 1)
-    first = separable_fprop_statistics(x, None, None, RELU, 0.0, w_dw, w_pw, SAME)
-    second = separable_fprop_statistics(x, None, None, RELU, 0.0, w_dw, w_pw, SAME)
+    first = sep_fprop(x, None, None, RELU, 0.0, w_dw, w_pw, SAME)
+    second = sep_fprop(x, None, None, RELU, 0.0, w_dw, w_pw, SAME)
     for a, b in zip(first[:3], second[:3]):
         assert a is not None and b is not None and torch.equal(a, b)
     assert first[1] is not None and first[2] is not None
     partials, counts, ones, zeros = first[1], first[2], torch.ones(24), torch.zeros(24)
-    once, again = (batch_norm_finalize(partials, counts, ones, zeros) for _ in range(2))
+    once, again = (bn_finalize(partials, counts, ones, zeros) for _ in range(2))
     for a, b in zip(once, again):
         assert torch.equal(a, b)
 
 
 def test_empty_batch_has_no_tiles() -> None:
     w_dw, w_pw = torch.randn(8, 1, 3, 3), torch.randn(4, 8, 1, 1)
-    r, partials, counts, _ = separable_fprop_statistics(last(0, 8, 5, 5), None, None, RELU, 0.0, w_dw, w_pw, SAME)
+    r, partials, counts, _ = sep_fprop(last(0, 8, 5, 5), None, None, RELU, 0.0, w_dw, w_pw, SAME)
     assert r.shape == (0, 4, 5, 5) and partials is not None and counts is not None
     assert partials.shape == (0, 3, 4) and int(counts.sum()) == 0
 
 
 def test_opcheck() -> None:
     x, w_dw, w_pw = last(2, 5, 6, 6), torch.randn(5, 1, 3, 3), torch.randn(4, 5, 1, 1)
-    forward = torch.ops.xsep.separable_fprop_statistics.default
-    vec = torch.randn(2, 5)
-    torch.library.opcheck(forward, (x, vec, torch.randn_like(x), RELU, 0.0, w_dw, w_pw, list(SAME), True))
-    torch.library.opcheck(forward, (x, None, None, RELU, 0.0, w_dw, w_pw, list(HALF), False))
+    forward, vec = torch.ops.xsep.chain_sep_fprop.default, torch.randn(2, 5)
+    torch.library.opcheck(forward, (x, vec, RELU, 0.0, torch.randn_like(x), w_dw, w_pw, list(SAME), True, "triton"))
+    torch.library.opcheck(forward, (x, None, RELU, 0.0, None, w_dw, w_pw, list(HALF), False, "triton"))
     partials, counts = partials_of(torch.randn(2, 4, 6, 6), 16)
-    arguments = (partials, counts, torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4), None, 0.1, 1e-5)
-    torch.library.opcheck(torch.ops.xsep.batch_norm_finalize.default, arguments)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    arguments = (partials, counts, ones, zeros, torch.zeros(4), torch.ones(4), None, 0.1, 1e-5, "triton")
+    torch.library.opcheck(torch.ops.xsep.chain_bn_finalize.default, arguments)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (dict(w_dw=torch.zeros(10, 1, 3, 3)), "w_dw must be"),
-        (dict(geometry=Geometry(3, 3, 1, 1, 1, 1, 1, 1)), "strides up to 2"),
-        (dict(residual=torch.zeros(2, 5, 6, 6), geometry=HALF), "needs stride 1"),
-        (dict(residual=torch.zeros(2, 5, 6, 5)), "residual must be like x"),
-    ],
-    ids=["multiplier", "stride", "residual_stride", "residual_shape"],
-)
-def test_what_the_chain_does_not_take(change: dict[str, object], words: str) -> None:
-    good: dict[str, object] = dict(
-        x=last(2, 5, 6, 6), vec=None, residual=None, activation=RELU, alpha=0.0, w_dw=torch.randn(5, 1, 3, 3),
-        w_pw=torch.randn(4, 5, 1, 1), geometry=SAME,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=words):
-        separable_fprop_statistics(**{**good, **change})  # type: ignore[arg-type]
-
-
-def test_finalize_wants_what_momentum_none_needs() -> None:
+def test_without_gamma_and_beta() -> None:
     partials, counts = partials_of(torch.randn(2, 4, 6, 6), 16)
-    with pytest.raises(ValueError, match="batches"):
-        batch_norm_finalize(partials, counts, torch.ones(4), torch.zeros(4), momentum=None)
-    with pytest.raises(ValueError, match="come together"):
-        batch_norm_finalize(partials, counts, torch.ones(4), torch.zeros(4), torch.zeros(4))
+    plain, ones = bn_finalize(partials, counts), bn_finalize(partials, counts, torch.ones(4), torch.zeros(4))
+    assert all(torch.equal(a, b) for a, b in zip(plain, ones))
+
+
+def test_filters_that_the_kernels_do_not_take() -> None:
+    x, w_dw, w_pw = last(2, 5, 9, 9), torch.randn(5, 1, 3, 3), torch.randn(4, 5, 1, 1)
+    with pytest.raises(RuntimeError, match="filters up to 7x7 and strides up to 2"):
+        sep_fprop(x, None, None, RELU, 0.0, w_dw, w_pw, Geometry(3, 3, 1, 1, 1, 1, 1, 1))
+    with pytest.raises(RuntimeError, match="float64 is not"):
+        sep_fprop(x.double(), None, None, RELU, 0.0, w_dw.double(), w_pw.double(), SAME)
+
+
+def test_a_chain_trains_on_what_there_is() -> None:
+    """Forward kernels of Triton's, backward in plain PyTorch: against the plain backend."""
+    layers = [SeparableConvBN(a, b, backend="triton") for a, b in ((5, 7), (7, 6))]
+    plain = copy.deepcopy(layers)
+    for layer in plain:
+        layer.conv.backend = "aten"
+    ours, theirs = SeparableChain(*layers), SeparableChain(*plain)
+    x = last(2, 5, 7, 6)
+    assert ours.not_chained_reasons(x) == []
+    results = []
+    for m in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        m(leaf).square().sum().backward()
+        results.append([leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for a, b in zip(*results):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_groups_of_the_merge_are_a_power_of_two() -> None:
     assert launch.STATISTICS_GROUPS & (launch.STATISTICS_GROUPS - 1) == 0

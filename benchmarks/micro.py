@@ -1,0 +1,111 @@
+"""What the microbenchmarks of the GPU backends share: Xception's layers, random inputs, and a dry run without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+from xsep import dispatch, testing
+from xsep.backends.base import Backend
+from xsep.problem import IDENTITY, Affine, Geometry, SeparableArgs, separable_problem
+
+#: C_in, C_out, height and width, how often in the network (Chollet 2017, arXiv:1610.02357, figure 5).
+LAYERS = [
+    (64, 128, 147, 1), (128, 128, 147, 1), (128, 256, 74, 1), (256, 256, 74, 1), (256, 728, 37, 1), (728, 728, 37, 1),
+    (728, 728, 19, 25), (728, 1024, 19, 1), (1024, 1536, 10, 1), (1536, 2048, 10, 1),
+]  # fmt: skip
+SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
+PLAIN = Affine()
+
+
+def parser(name: str, description: str) -> common.Parser:
+    made = common.Parser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--dtype", choices=list(common.DTYPES), default="bfloat16")
+    add("--batch", type=int, help="pictures (default: 64; 1 with --quick)")
+    add("--rounds", type=int, help="timings of each call (default: 30; 2 with --quick)")
+    add("--device", default="cuda", choices=["cuda", "cpu"],
+        help="cpu: a dry run of this program, with the CPU's backend in the place of the GPU's")  # fmt: skip
+    add("--quick", action="store_true", help="two small layers, few repetitions")
+    add("--out", type=Path, help="folder for the JSON (default: benchmarks/results/<cpu or card>/)")
+    return made
+
+
+class Session:
+    """The choices of one run: device, backend, layers, repetitions, folder."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise common.BenchmarkError("it needs a GPU, and PyTorch sees none here (--device cpu is a dry run)")
+        self.name, self.gpu = name, options.device == "cuda"
+        self.device = torch.device(options.device)
+        self.kind, self.dtype = options.dtype, common.DTYPES[options.dtype]
+        self.batch = options.batch or (1 if options.quick else 64)
+        self.rounds = options.rounds or (2 if options.quick else 30)
+        self.layers = [(16, 24, 19, 1), (24, 32, 10, 25)] if options.quick else LAYERS
+        self.backend: Backend = dispatch.backend(name if self.gpu else "cpu")
+        reasons = self.backend.not_supported_reasons(separable_problem(self.arguments(8, 8, 8)))
+        if reasons:
+            raise common.BenchmarkError("; ".join(reasons))
+        self.out = options.out or common.default_out(self.device)
+        common.prepare_out(self.out)
+
+    def arguments(self, c_in: int, c_out: int, size: int) -> SeparableArgs:
+        """Random inputs of one layer on the device, channels_last."""
+
+        def draw(*shape: int, scale: float) -> Any:
+            drawn = (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
+            return drawn.contiguous(memory_format=torch.channels_last)
+
+        x = draw(self.batch, c_in, size, size, scale=1.0)
+        w_dw, w_pw = draw(c_in, 1, 3, 3, scale=1 / 3), draw(c_out, c_in, 1, 1, scale=c_in**-0.5)
+        no = None
+        return SeparableArgs(
+            x, w_dw, w_pw, no, no, no, no, no, no, no, no, list(SAME), [IDENTITY] * 3, [0.0] * 3
+        )  # fmt: skip
+
+    def gate(self, c_in: int, c_out: int, size: int) -> list[str]:
+        """What is wrong with this layer, forward and gradients, on two pictures: sentences, none where all is well."""
+        case = testing.Case(n=2, c_in=c_in, h=size, w=size, c_out=c_out, dtype=self.dtype)
+        try:
+            testing.check(case, self.backend.name, self.device.type)
+        except AssertionError as wrong:
+            return [str(wrong)]
+        return []
+
+    def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, common.Times]:
+        return common.time_on_gpu(calls, self.rounds) if self.gpu else common.time_on_cpu(calls, self.rounds, 0.0)
+
+    def run(
+        self, measure: Callable[[SeparableArgs], dict[str, Any]], line: Callable[[str, dict[str, Any]], str]
+    ) -> int:
+        """Every layer behind its gate; prints a line each, writes name.json, and gives the exit code."""
+        layers: list[dict[str, Any]] = []
+        failures: list[str] = []
+        for c_in, c_out, size, count in self.layers:
+            name = f"{c_in}->{c_out} @{size} x{count}"
+            wrong = self.gate(c_in, c_out, size)
+            if wrong:
+                failures.append(f"{name}: {'; '.join(wrong)}")
+                print(f"{name:>18s} WRONG: {'; '.join(wrong)}", flush=True)
+                continue
+            found = measure(self.arguments(c_in, c_out, size))
+            layers.append({"layer": name, "occurs": count, **found})
+            print(line(name, found), flush=True)
+        record = {
+            "benchmark": self.name, "environment": common.environment(self.device), "dtype": self.kind,
+            "batch": self.batch, "backend": self.backend.name, "failures": failures, "layers": layers,
+        }  # fmt: skip
+        with common.whole_files(self.out) as temporary:
+            common.write_json(temporary(f"{self.name}.json"), record)
+        return 1 if failures else 0
+
+
+def head(session: Session) -> str:
+    stand_in = "" if session.gpu else f", a dry run with the {session.backend.name} backend"
+    return f"{common.device_name(session.device)}, {session.kind}, batch {session.batch}{stand_in}"

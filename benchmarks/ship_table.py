@@ -1,0 +1,82 @@
+"""Measures Xception's layers by every backend on the card at hand, for the table that the package ships of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import common
+import micro
+import torch
+
+from xsep import dispatch
+from xsep.measuring import Effort, measure
+from xsep.problem import IDENTITY, RELU, Problem
+from xsep.tuning import findings
+
+DESCRIPTION = """\
+Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with and without the
+ReLU before it, and writes table.json: what xsep's `auto` looks a problem up in on such a card. A backend that is wrong
+on a layer gets no time there. --verified names the backends whose tests have passed on this card with these sources."""
+
+
+def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Problem]:
+    """The likeliest first, in case time runs out."""
+    layers = [(16, 24, 19, 1)] if quick else micro.LAYERS
+    found = []
+    for kind in kinds:
+        for first in (RELU, IDENTITY):
+            for c_in, c_out, size, _ in layers:
+                found.append(
+                    Problem(
+                        "separable", device, common.DTYPES[kind], True, batch, c_in, size, size, 1, 3, 3, c_out,
+                        micro.SAME, (first, IDENTITY, IDENTITY),
+                    )
+                )  # fmt: skip
+    return found
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = common.Parser("ship_table", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--device", help="cpu or cuda; the default is the GPU where there is one")
+    add("--dtype", nargs="+", choices=list(common.DTYPES), default=["bfloat16", "float32"], metavar="TYPE")
+    add("--batch", type=int, default=64, help="pictures (default: 64)")
+    add("--verified", nargs="*", choices=["cuda", "triton"], default=[], metavar="NAME")
+    add("--seconds", type=float, default=1e9, help="begin no further layer after so long")
+    add("--quick", action="store_true", help="one small layer")
+    add("--out", type=Path, help="folder for table.json (default: benchmarks/results/<cpu or card>/)")
+    args = parser.parse_args(argv)
+    device = common.choose_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    out = args.out or common.default_out(device)
+    common.prepare_out(out)
+    card = dispatch.card_of(device.type, dispatch.place(device.type))
+    table = findings.fresh(card)
+    table.verified, table.date = args.verified, str(common.environment(device)["date"])
+    started, failures = time.monotonic(), []
+    wanted = problems(device.type, args.dtype, args.batch, args.quick)
+    for done, problem in enumerate(wanted):
+        if time.monotonic() - started > args.seconds:
+            print(f"time is over: {done} of {len(wanted)} measured")
+            break
+        found = measure(problem, Effort(5, 0.2) if not args.quick else Effort(1, 0.0))
+        wrong = {name: why for name, why in found.refused.items() if why.startswith(("wrong", "failed"))}
+        failures += [f"{problem}, {name}: {why}" for name, why in wrong.items()]
+        table.entries[findings.problem_key(problem)] = found
+        for direction, times in found.times.items():
+            told = ", ".join(f"{name} {us:.0f}" for name, us in times.items())
+            print(f"{problem.c_in}->{problem.c_out} @{problem.h} {direction}, us: {told}", flush=True)
+    for failure in failures:
+        print(f"wrong, so not timed: {failure}")
+    record: dict[str, Any] = findings.to_dict(table)
+    with common.whole_files(out) as temporary:
+        common.write_json(temporary("table.json"), record)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run("ship_table", main))

@@ -1,0 +1,191 @@
+// The torch-free CPU kernels on buffers of exactly the size they say they need: once in order, once by several threads
+// at the same time, and once plainly in double. For the address, undefined-behaviour and thread sanitizers.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#define XSEP_CPU_INSTANCES
+#include "cpu/depthwise_bprop.h"
+#include "cpu/pack.h"
+#include "cpu/separable_fprop.h"
+
+namespace {
+
+using namespace xsep;
+using namespace xsep::cpu;
+
+constexpr int kThreads = 4;
+
+struct Random {
+  uint32_t state = 12345;
+  float operator()() {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(state >> 8) / (1 << 23) - 1.0f;
+  }
+};
+
+std::vector<float> random_values(int64_t count, Random& next) {
+  std::vector<float> v(static_cast<size_t>(count));
+  for (float& f : v) f = next();
+  return v;
+}
+
+/// f(task, thread) for each task; on several threads, whoever is free takes the next one.
+void run_tasks(int64_t tasks, int threads, const std::function<void(int64_t, int)>& f) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> pool;
+  for (int i = 0; i < threads; ++i) {
+    pool.emplace_back([&, i] {
+      for (int64_t task = next++; task < tasks; task = next++) f(task, i);
+    });
+  }
+  for (std::thread& t : pool) t.join();
+}
+
+struct Problem {
+  const char* name;
+  DepthwiseShape shape;
+  int64_t c_out;
+};
+
+/// Value of x~ at an input position, zero in the padding.
+double input_at(const Problem& problem, const std::vector<float>& x, int64_t n, int64_t h, int64_t w, int64_t c) {
+  const DepthwiseShape& s = problem.shape;
+  if (h < 0 || h >= s.h || w < 0 || w >= s.w) return 0;
+  return x[static_cast<size_t>(((n * s.h + h) * s.w + w) * s.c + c)];
+}
+
+/// y [n * p * q, c_out] in double.
+std::vector<double> plain(const Problem& problem, const std::vector<float>& x, const std::vector<float>& w_dw,
+                          const std::vector<float>& w_pw) {
+  const DepthwiseShape& s = problem.shape;
+  const Geometry& g = s.geometry;
+  const int64_t c_mid = s.c * s.multiplier;
+  std::vector<double> y;
+  for (int64_t pixel = 0; pixel < s.pixels_out(); ++pixel) {
+    const int64_t n = pixel / (s.p * s.q), p = pixel / s.q % s.p, q = pixel % s.q;
+    std::vector<double> z(static_cast<size_t>(c_mid), 0.0);
+    for (int64_t j = 0; j < c_mid; ++j) {
+      for (int64_t t = 0; t < s.taps(); ++t) {
+        const int64_t h = p * g.stride_h - g.pad_top + t / s.s * g.dilation_h;
+        const int64_t w = q * g.stride_w - g.pad_left + t % s.s * g.dilation_w;
+        z[static_cast<size_t>(j)] +=
+            input_at(problem, x, n, h, w, j / s.multiplier) * w_dw[static_cast<size_t>(j * s.taps() + t)];
+      }
+    }
+    for (int64_t o = 0; o < problem.c_out; ++o) {
+      double sum = 0;
+      for (int64_t j = 0; j < c_mid; ++j) sum += z[static_cast<size_t>(j)] * w_pw[static_cast<size_t>(o * c_mid + j)];
+      y.push_back(sum);
+    }
+  }
+  return y;
+}
+
+bool forward(const Problem& problem) {
+  const DepthwiseShape& s = problem.shape;
+  const int64_t c_mid = s.c * s.multiplier;
+  const int64_t c_pad = round_up(s.c, kChannelPad);
+  const int64_t panels = ceil_div(problem.c_out, kPanelColumns);
+  Random next;
+  const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> w_dw = random_values(c_mid * s.taps(), next);
+  const std::vector<float> w_pw = random_values(problem.c_out * c_mid, next);
+  std::vector<float> w(static_cast<size_t>(s.multiplier * s.taps() * c_pad), 0.0f);
+  pack_depthwise(w_dw.data(), s.c, s.multiplier, s.taps(), c_pad, w.data());
+  const PointwisePacking packing{problem.c_out, s.c, s.multiplier, c_mid, false};
+  std::vector<float> packed(static_cast<size_t>(panels * c_mid * kPanelColumns));
+  for (int64_t i = 0; i < panels; ++i) pack_panel(packing, w_pw.data(), i, packed.data() + i * c_mid * kPanelColumns);
+
+  SeparableFprop p{};
+  p.depthwise.shape = s;
+  p.depthwise.c_pad = c_pad;
+  p.depthwise.x = x.data();
+  p.depthwise.w = w.data();
+  p.depthwise.prologue = Prologue::kNone;
+  p.plan = plan_cpu_separable(s, problem.c_out, kThreads, 1 << 20, sizeof(float));
+  p.pointwise.c_out = problem.c_out;
+  p.pointwise.depth = c_mid;
+  p.pointwise.z_stride = round_up(c_mid, 16);
+  p.pointwise.w_packed = packed.data();
+
+  const int64_t scratch = p.scratch_bytes();
+  std::vector<float> results[2];
+  for (int run = 0; run < 2; ++run) {
+    const int threads = run == 0 ? 1 : kThreads;
+    results[run].assign(static_cast<size_t>(s.pixels_out() * problem.c_out), std::nanf(""));
+    p.pointwise.y = results[run].data();
+    std::vector<std::vector<float>> mine(static_cast<size_t>(threads));
+    for (auto& m : mine) m.resize(static_cast<size_t>(ceil_div(scratch, 4)));
+    run_tasks(p.plan.tasks(), threads, [&](int64_t task, int thread) {
+      separable_fprop_task<float, float>(p, task, mine[static_cast<size_t>(thread)].data());
+    });
+  }
+  const size_t bytes = results[0].size() * sizeof(float);
+  bool good = std::memcmp(results[0].data(), results[1].data(), bytes) == 0;
+  const std::vector<double> truth = plain(problem, x, w_dw, w_pw);
+  for (size_t i = 0; i < truth.size(); ++i) {
+    good = good && std::fabs(results[0][i] - truth[i]) <= 1e-4 * (1 + std::fabs(truth[i]));
+  }
+  return good;
+}
+
+/// The depthwise backward with all it can give: dx, dw and the prologue's gradients.
+bool backward(const Problem& problem) {
+  const DepthwiseShape& s = problem.shape;
+  const int64_t c_mid = s.c * s.multiplier;
+  Random next;
+  DepthwiseBprop p{};
+  p.shape = s;
+  p.plan = plan_cpu_backward(s);
+  p.c_pad = round_up(s.c, kChannelPad);
+  const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> dz = random_values(s.pixels_out() * c_mid, next);
+  const std::vector<float> w = random_values(s.multiplier * s.taps() * p.c_pad, next);
+  const std::vector<float> scale = random_values(p.c_pad, next), shift = random_values(p.c_pad, next);
+  p.x = x.data();
+  p.dz = dz.data();
+  p.w = w.data();
+  p.prologue = {scale.data(), shift.data(), Activation::kSilu, 0};
+  std::vector<float> dx[2];
+  std::vector<double> sums[2];
+  for (int run = 0; run < 2; ++run) {
+    dx[run].assign(x.size(), std::nanf(""));
+    sums[run].assign(static_cast<size_t>(p.plan.row_groups * (s.multiplier * s.taps() + 2) * p.c_pad), 0.0);
+    p.dx = dx[run].data();
+    p.dw = sums[run].data();
+    p.daffine = p.dw + p.plan.row_groups * s.multiplier * s.taps() * p.c_pad;
+    run_tasks(p.plan.units(), run == 0 ? 1 : kThreads,
+              [&](int64_t unit, int) { depthwise_bprop_unit<float>(p, unit); });
+  }
+  bool good = dx[0].size() == dx[1].size() && sums[0] == sums[1];
+  for (size_t i = 0; i < dx[0].size(); ++i) good = good && dx[0][i] == dx[1][i];
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  const int64_t one = 1;
+  std::vector<Problem> problems = {
+      {"3x3", {2, 37, 9, 11, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 70},
+      {"3x3 at stride 2, TensorFlow's padding", {1, 65, 8, 10, 0, 0, 3, 3, one, {2, 2, 0, 1, 0, 1, 1, 1}}, 5},
+      {"5x5 with a depth multiplier", {2, 5, 7, 8, 0, 0, 5, 5, 2, {1, 1, 2, 2, 2, 2, 1, 1}}, 33},
+      {"7x7 wider than the picture", {1, 16, 3, 2, 0, 0, 7, 7, one, {1, 1, 3, 3, 3, 3, 1, 1}}, 64},
+      {"2x3, dilated", {1, 19, 8, 9, 0, 0, 2, 3, one, {3, 1, 2, 0, 1, 1, 2, 3}}, 17},
+      {"one channel", {3, 1, 5, 1, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 1},
+  };
+  int wrong = 0;
+  for (Problem& problem : problems) {
+    problem.shape.set_output_size();
+    const bool there = forward(problem);
+    const bool back = backward(problem);
+    std::printf("%s: forward %s, backward %s\n", problem.name, there ? "right" : "WRONG", back ? "right" : "WRONG");
+    wrong += !there + !back;
+  }
+  return wrong;
+}

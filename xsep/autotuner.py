@@ -1,0 +1,150 @@
+"""``xsep.autotune``: measures every backend on the problems a model runs, and keeps what it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from . import dispatch
+from .measuring import QUICK, Effort, measure
+from .problem import Problem
+from .tuning import findings
+from .tuning.findings import Finding
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back the modes, the buffers and the random state that running a model changes."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(enabled=True):
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers and buffer.shape == buffers[name].shape:
+                        buffer.copy_(buffers[name])
+
+
+def problems_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Problem]:
+    """The distinct problems that a model's forward runs, in training and in eval mode; the model stays as it was."""
+    with _left_as_it_was(model), dispatch.recording() as seen:
+        model.train()
+        with torch.enable_grad():
+            model(*inputs)
+        model.eval()
+        with torch.no_grad():
+            model(*inputs)
+    return list(seen)
+
+
+def autotune(
+    what: Union[nn.Module, Problem, Iterable[Problem]],
+    input: Any = None,
+    *,
+    quiet: bool = False,
+    again: bool = False,
+    effort: Effort = QUICK,
+) -> dict[Problem, Finding]:
+    """Measures which backend is fastest on each problem that a model runs; from then on ``auto`` takes it.
+
+    Each problem (shapes, type, layout, batch size) is measured apart, forward and backward apart. A backend is timed
+    only where its results pass the project's rule against float64; ``aten``, which is PyTorch's own convolutions, is
+    always among the candidates, in both memory layouts. The findings are kept in a file below ``$XDG_CACHE_HOME/xsep``
+    (``~/.cache/xsep``) that is valid for this card, PyTorch, Triton, xsep and sources of the backends; later processes
+    use it without measuring. Calling a model never measures.
+
+    Args:
+        what: a model, or a :class:`xsep.problem.Problem`, or several.
+        input: what the model is called with: a tensor, or a tuple of arguments. Its batch size is the one tuned for.
+        quiet: print nothing.
+        again: measure what the cache already knows, too.
+        effort: repetitions.
+
+    Returns:
+        By problem: microseconds by direction and way, and why each other backend was left out.
+
+    Raises:
+        TypeError: a model without an input, or something that is neither a model nor problems.
+        ValueError: the model runs none of xsep's ops.
+
+    Warns:
+        RuntimeWarning: the cache cannot be read or written; the findings then last as long as this process.
+    """
+    if isinstance(what, nn.Module):
+        if input is None:
+            raise TypeError("input is missing: a model's problems are found by calling it")
+        problems = problems_of(what, input if isinstance(input, tuple) else (input,))
+        if not problems:
+            raise ValueError("the model runs none of xsep's ops: xsep.swap_separable_convs puts them in")
+    else:
+        problems = [what] if isinstance(what, Problem) else list(what)
+        wrong = next((p for p in problems if not isinstance(p, Problem)), None)
+        if wrong is not None:
+            raise TypeError(f"autotune takes a model or problems, not {type(wrong).__name__}")
+    results: dict[Problem, Finding] = {}
+    with _progress(len(problems), quiet) as report:
+        for problem in problems:
+            card = dispatch.card_of(problem.device, dispatch.place(problem.device))
+            known = None if again else findings.cached(card).entries.get(findings.problem_key(problem))
+            if known is None:
+                if min(problem.output_size) <= 0 or problem.n == 0:
+                    continue
+                known = measure(problem, effort)
+                date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                findings.remember(card, {findings.problem_key(problem): known}, date)
+            results[problem] = known
+            report(problem, known)
+    dispatch.forget_choices()
+    return results
+
+
+def sentence(problem: Problem, finding: Finding) -> str:
+    """One line: the fastest in each direction, against PyTorch in the same layout."""
+    parts = []
+    for direction, times in finding.times.items():
+        best = finding.best(direction, [name for name in times if "," not in name])
+        if best is not None:
+            speed = times["aten"] / times[best]
+            parts.append(f"{direction} {best} {times[best]:.0f} us, {speed:.2f} times PyTorch's speed")
+    return f"{problem}: {'; '.join(parts)}"
+
+
+@contextlib.contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[Problem, Finding], None]]:
+    """A bar with rich on a terminal, plain lines elsewhere, nothing where it is to be quiet."""
+    done = 0
+
+    def line(problem: Problem, finding: Finding) -> None:
+        nonlocal done
+        done += 1
+        if not quiet:
+            print(f"[{done}/{total}] {sentence(problem, finding)}", file=sys.stderr, flush=True)
+
+    bar: Any = None
+    if not quiet and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bar = Progress(console=Console(stderr=True), transient=True)
+    if bar is None:
+        yield line
+        return
+    with bar:
+        task = bar.add_task("measuring", total=total)
+
+        def advance(problem: Problem, finding: Finding) -> None:
+            bar.console.print(sentence(problem, finding), markup=False, highlight=False)
+            bar.advance(task)
+
+        yield advance

@@ -1,0 +1,187 @@
+"""Times every way of running one problem, behind a correctness gate, for ``xsep.autotune`` and the command line.
+
+What is timed is what the op does inside: the backend's forward, and its backward from a given dy, each result with the
+strides that the op promises. A backend that is wrong on a problem gets no time there, and so is never chosen for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import dispatch, testing
+from .activations import output_determines_gradient
+from .backends.aten import ATEN
+from .backends.base import Backend
+from .ops.definitions import DEPTHWISE, SEPARABLE, ConvOp
+from .ops.layout import conform
+from .problem import DEFAULT_ALPHA, IDENTITY, DepthwiseArgs, Problem, SeparableArgs
+from .tuning.findings import DIRECTIONS, Finding
+
+#: Elements of x, z and y together up to which the gate runs the whole batch; beyond, as many pictures as fit.
+GATE_ELEMENTS = 2**26
+LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
+
+Args = Union[SeparableArgs, DepthwiseArgs]
+
+
+class Effort(NamedTuple):
+    """How long to measure: rounds of every candidate in turn, at least and until the seconds are over."""
+
+    rounds: int = 5
+    seconds: float = 0.5
+
+
+QUICK = Effort()
+
+
+def layout_name(channels_last: bool) -> str:
+    return "channels_last" if channels_last else "NCHW"
+
+
+def random_arguments(problem: Problem, channels_last: Optional[bool] = None) -> tuple[Args, Tensor]:
+    """Random tensors that make this problem, without vectors, and a dy for them; another layout where one is given."""
+    p = problem
+    layout = LAYOUTS[p.channels_last if channels_last is None else channels_last]
+    generator = torch.Generator(p.device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, device=p.device) * scale
+        return drawn.to(p.dtype).contiguous(memory_format=layout)
+
+    x, w_dw = draw(p.n, p.c_in, p.h, p.w), draw(p.c_mid, 1, p.r, p.s, scale=(p.r * p.s) ** -0.5)
+    codes, alphas = list(p.activations), [DEFAULT_ALPHA.get(code, 0.0) for code in p.activations]
+    dy = draw(p.n, p.c_out, *p.output_size)
+    no = None
+    if p.op == "depthwise":
+        return DepthwiseArgs(x, w_dw, no, no, no, no, no, list(p.geometry), codes, alphas), dy
+    w_pw = draw(p.c_out, p.c_mid, 1, 1, scale=p.c_mid**-0.5)
+    return SeparableArgs(x, w_dw, w_pw, no, no, no, no, no, no, no, no, list(p.geometry), codes, alphas), dy
+
+
+def op_of(args: Args) -> ConvOp:
+    return SEPARABLE if isinstance(args, SeparableArgs) else DEPTHWISE
+
+
+def _wanted(args: Args) -> list[bool]:
+    """Every tensor that is there wants its gradient."""
+    tensors: tuple[Any, ...] = args[: op_of(args).tensors]
+    return [t is not None for t in tensors]
+
+
+def forward(backend: Backend, args: Args) -> Tensor:
+    op = op_of(args)
+    layout = LAYOUTS[op.problem(args).channels_last]
+    return conform(op.run(backend, args), layout)
+
+
+def backward(backend: Backend, args: Args, dy: Tensor, y: Optional[Tensor]) -> list[Tensor]:
+    op = op_of(args)
+    gradients = op.run_backward(backend, dy, args, y, _wanted(args))
+    return [g for g in gradients if g is not None]
+
+
+def _saved(args: Args, backend: Backend) -> Optional[Tensor]:
+    """What the op keeps of y for its backward."""
+    code = args.activations[-1]
+    keeps = code != IDENTITY and output_determines_gradient(code, args.alphas[-1])
+    return forward(backend, args) if keeps else None
+
+
+def _results(backend: Backend, args: Args, dy: Tensor) -> dict[str, Tensor]:
+    y = forward(backend, args)
+    names = [n for n, want in zip(type(args)._fields, _wanted(args)) if want]
+    gradients = backward(backend, args, dy, _saved(args, backend))
+    return {"y": y, **{f"d{name}": g for name, g in zip(names, gradients)}}
+
+
+def gate(problem: Problem, backend: Backend) -> list[str]:
+    """What is wrong with a backend's results on a problem, as sentences; the project's one tolerance rule."""
+    p = problem
+    elements = p.c_in * p.h * p.w + (p.c_mid + p.c_out) * p.output_size[0] * p.output_size[1]
+    small = p._replace(n=min(p.n, max(2, GATE_ELEMENTS // max(elements, 1))))
+    args, dy = random_arguments(small)
+    changed: dict[str, Any] = {k: t.double() for k, t in args._asdict().items() if isinstance(t, Tensor)}
+    wide: Any = args._replace(**changed)
+    exact = _results(ATEN, wide, dy.double())
+    truth = testing.Truth(exact, {name: float(t.abs().max()) if t.numel() else 0.0 for name, t in exact.items()})
+    with testing.poisoned_memory():
+        ours = _results(backend, args, dy)
+    return testing.violations(ours, truth, _results(ATEN, args, dy), p.dtype)
+
+
+def _candidates(problem: Problem) -> tuple[dict[str, tuple[Backend, bool]], dict[str, str]]:
+    """Ways to measure (a backend, and whether on channels_last tensors), PyTorch's two layouts first; and refusals."""
+    own = problem.channels_last
+    found: dict[str, tuple[Backend, bool]] = {"aten": (ATEN, own), f"aten, {layout_name(not own)}": (ATEN, not own)}
+    refused = {}
+    for name in dispatch.AUTO.get(problem.device, ("aten",)):
+        if name == "aten":
+            continue
+        candidate = dispatch.backend(name)
+        reasons = candidate.not_supported_reasons(problem)
+        if not reasons:
+            try:
+                reasons = [f"wrong: {sentence}" for sentence in gate(problem, candidate)]
+            except (RuntimeError, AssertionError) as error:
+                said = str(error.args[0] if error.args else error).strip().splitlines()
+                reasons = [f"failed: {said[0] if said else type(error).__name__}"]
+        if reasons:
+            refused[name] = "; ".join(reasons)
+        else:
+            found[name] = (candidate, own)
+    return found, refused
+
+
+def _timed(calls: dict[str, Callable[[], Any]], gpu: bool, effort: Effort) -> dict[str, float]:
+    """Microseconds of each call, taken in turns: on a CPU the least, on a GPU the median of CUDA events."""
+    for call in calls.values():
+        for _ in range(3 if gpu else 1):
+            call()
+    taken: dict[str, list[Any]] = {name: [] for name in calls}
+    if gpu:
+        torch.cuda.synchronize()
+    start, done = time.perf_counter(), 0
+    while done < effort.rounds or (done < 20 * effort.rounds and time.perf_counter() - start < effort.seconds):
+        for name, call in calls.items():
+            if gpu:
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events[0].record()
+                call()
+                events[1].record()
+                taken[name].append(events)
+            else:
+                before = time.perf_counter()
+                call()
+                taken[name].append(time.perf_counter() - before)
+        if gpu:
+            torch.cuda.synchronize()
+        done += 1
+    if gpu:
+        return {name: statistics.median(1e3 * a.elapsed_time(b) for a, b in pairs) for name, pairs in taken.items()}
+    return {name: 1e6 * min(samples) for name, samples in taken.items()}
+
+
+def measure(problem: Problem, effort: Effort = QUICK, directions: Iterable[str] = DIRECTIONS) -> Finding:
+    """Times of every way of running a problem that is right, and why each other backend was left out."""
+    gpu = problem.device == "cuda"
+    finding = Finding(str(problem), {})
+    with torch.no_grad(), torch._C._DisableAutocast():
+        ways, finding.refused = _candidates(problem)
+        inputs = {layout: random_arguments(problem, layout) for layout in (True, False)}
+        for direction in directions:
+            calls: dict[str, Callable[[], Any]] = {}
+            for name, (candidate, layout) in ways.items():
+                args, dy = inputs[layout]
+                if direction == "forward":
+                    calls[name] = partial(forward, candidate, args)
+                else:
+                    calls[name] = partial(backward, candidate, args, dy, _saved(args, candidate))
+            finding.times[direction] = _timed(calls, gpu, effort)
+    return finding

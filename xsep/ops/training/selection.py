@@ -1,0 +1,76 @@
+"""Which backend runs the training chain."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ...backends.chain import ChainBackend
+from ...backends.chain_aten import ATEN_CHAIN
+from ...dispatch import card_of, place, requested, trusting, why_not_eligible
+from ...problem import Geometry, Problem
+
+#: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what a card of its
+#: architecture has verified.
+AUTO = {"cpu": ("cpu", "aten"), "cuda": ("triton", "aten")}
+NAMES = ("triton", "cpu", "aten")
+POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
+
+
+@cache
+def chain_backend(name: str) -> ChainBackend:
+    """The backend of that name; loading one never fails, it answers with reasons instead."""
+    if name == "aten":
+        return ATEN_CHAIN
+    if name == "cpu":
+        from ...backends.chain_cpu import CPU_CHAIN
+
+        return CPU_CHAIN
+    if name == "triton":
+        from ...backends.chain_triton import TRITON_CHAIN
+
+        return TRITON_CHAIN
+    raise ValueError(f"no backend of the training chain is called {name!r}; there are {', '.join(NAMES)}")
+
+
+def not_supported_reasons(problem: Problem, name: str = "auto") -> list[str]:
+    """Why the chain cannot run a layer on the backend asked for: sentences, or an empty list where it can."""
+    name = requested(name)
+    if name == "auto":
+        return []
+    if name not in NAMES:
+        return [f"backend {name!r} has no kernels of the training chain"]
+    return chain_backend(name).not_supported_reasons(problem)
+
+
+def select(problem: Problem, name: str) -> ChainBackend:
+    """The backend that runs a layer.
+
+    Raises:
+        RuntimeError: one was asked for by name and cannot run it; the message carries all its reasons.
+    """
+    reasons = not_supported_reasons(problem, name)
+    if reasons:
+        raise RuntimeError(f"the training chain cannot run {problem}: {'; '.join(reasons)}")
+    name = requested(name)
+    if name != "auto":
+        return chain_backend(name)
+    for candidate in AUTO.get(problem.device, ()):
+        found = chain_backend(candidate)
+        if not found.not_supported_reasons(problem) and _eligible(
+            candidate, problem.device, place(problem.device), trusting()
+        ):
+            return found
+    return ATEN_CHAIN
+
+
+@cache
+def _eligible(name: str, device: str, index: int, trusted: bool) -> bool:
+    """Asked of the tables once: whether the user trusts what no card has verified is part of the question."""
+    return device != "cuda" or not why_not_eligible(name, card_of(device, index).architecture)
+
+
+def select_for(device: torch.device, dtype: torch.dtype, name: str) -> ChainBackend:
+    """The backend for what is no convolution, so that only device and type can matter."""
+    return select(Problem("separable", device.type, dtype, True, 1, 1, 1, 1, 1, 1, 1, 1, POINT, (0, 0, 0)), name)

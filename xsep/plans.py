@@ -1,0 +1,347 @@
+"""How long each way of running a problem on a GPU should take: pure functions of the problem and the device's figures.
+
+Nothing here asks a device anything, so any card's choice can be shown on any machine. Whether a backend would run fused
+or staged is asked of the backend's own planner, the one its launcher asks.
+
+The model is a roofline: a kernel takes the longer of moving its bytes and of computing, kernels follow one another at
+a launch's cost, and the host must be able to enqueue them. Its constants are assumptions with their source beside
+them; a measurement (a shipped table, or xsep.autotune) always comes before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Optional
+
+import torch
+
+from . import extension
+from .backends import cuda as cuda_backend
+from .backends import triton_plans
+from .problem import Problem
+from .tuning.device import DeviceProperties
+
+#: What a copy and a large matrix product reach of the data sheet: 4.3 of 4.8 TB/s and 790 of 989 TFLOP/s on an H200.
+COPY_SHARE, PRODUCT_SHARE = 0.90, 0.80
+#: ``mma.sync`` against ``wgmma`` on Hopper: 62.9 % of the peak on average (arXiv 2402.13499, section on tensor cores).
+#: The fused CUDA kernel multiplies with it; PyTorch's GEMM and Triton use wgmma.
+MMA_SYNC_SHARE = {(9, 0): 0.63}
+#: The part of the float32 lanes' rate that a depthwise kernel's inner loop keeps: beside each multiply-add it converts
+#: and moves operands.
+LANE_SHARE = 0.5
+#: L2 delivers about twice what memory does (arXiv 2402.13499 has 2.0 to 2.6 for A100, RTX 4090 and H100).
+L2_RATE = 2.0
+#: PyTorch's depthwise kernels, as a share of a copy's speed. cuDNN on channels_last: plain 16-byte-vector kernels are
+#: reported 2 to 4.7 times as fast (haowen-han/tma-depthwise-conv, B200) and FCM's 3.7 times (arXiv 2404.19331), so a
+#: third. PyTorch's own NCHW kernel loads single elements: a quarter with 16-bit types, half with float32. The weight
+#: gradient is the slowest everywhere (arXiv 2604.25422, pytorch#18631): a third of that again.
+CUDNN_DEPTHWISE = 0.33
+NATIVE_DEPTHWISE = {2: 0.25, 4: 0.5}
+WGRAD_SHARE = 0.33
+#: Microseconds that the host needs to enqueue a call in eager mode; a CUDA graph has none of it. Measured on a CPU: 25
+#: for the op's own way in, about 10 for each convolution of PyTorch's; a Triton launch is Python.
+HOST_US = {"aten": 20.0, "cuda": 45.0, "triton": 70.0}
+#: What must be gained before the model, whose constants are guesses, prefers a kernel to PyTorch's.
+MARGIN = 1.1
+
+#: Pixels of one CTA of the fused CUDA kernel (kFusedPixels in csrc/common/cuda_plan.h).
+FUSED_PIXELS = 128
+
+
+class Prediction(NamedTuple):
+    """One way of running a problem, in microseconds; ``problem`` where it cannot run there."""
+
+    way: str  # "aten, channels_last", "cuda, fused", ...
+    backend: str
+    forward: float
+    backward: float
+    chosen_way: bool  # whether this is how the backend would run it
+    note: str
+    refused: str = ""
+
+    def time(self, direction: str) -> float:
+        return self.forward if direction == "forward" else self.backward
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of each tensor, and FLOPs."""
+
+    x: float
+    z: float
+    y: float
+    weights: float
+    depthwise: float
+    pointwise: float
+
+    @property
+    def bytes(self) -> float:
+        """What must pass through memory if z never does."""
+        return self.x + self.y + self.weights
+
+
+def work_of(problem: Problem) -> Work:
+    p, q = problem.output_size
+    size, pixels = problem.dtype.itemsize, problem.n * p * q
+    taps = problem.r * problem.s
+    separable = problem.op == "separable"
+    weights = problem.c_mid * taps + (problem.c_mid * problem.c_out if separable else 0)
+    return Work(
+        x=size * problem.n * problem.c_in * problem.h * problem.w,
+        z=size * pixels * problem.c_mid if separable else 0.0,
+        y=size * pixels * problem.c_out,
+        weights=size * weights,
+        depthwise=2.0 * pixels * problem.c_mid * taps,
+        pointwise=2.0 * pixels * problem.c_mid * problem.c_out if separable else 0.0,
+    )
+
+
+def triton_device(device: DeviceProperties) -> triton_plans.Device:
+    """The device as the Triton planner sees it."""
+    rates = triton_plans.CUDA_RATES.get(device.capability[0], triton_plans.CUDA_RATES[9])
+    return triton_plans.Device("cuda", device.multiprocessors, 32, device.l2_bytes, *rates)
+
+
+def cuda_facts(device: DeviceProperties) -> cuda_backend.DeviceFacts:
+    """The device as the CUDA planner sees it."""
+    return cuda_backend.DeviceFacts(device.multiprocessors, device.shared_bytes)
+
+
+def refusal(backend: str, problem: Problem, device: DeviceProperties) -> str:
+    """Why a backend could not run the problem on such a device even if everything were installed; "" where it could."""
+    if backend == "aten":
+        return ""
+    if problem.dtype not in cuda_backend.DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
+    if device.vendor != "nvidia":
+        return "its kernels run on NVIDIA GPUs" if backend == "cuda" else ""
+    if device.capability < cuda_backend.LOWEST_CAPABILITY:
+        return "its kernels need compute capability 8.0, and this card has {}.{}".format(*device.capability)
+    return ""
+
+
+class _Clock:
+    """Microseconds on one device and problem."""
+
+    def __init__(self, problem: Problem, device: DeviceProperties, tf32: bool) -> None:
+        self.problem, self.device, self.work = problem, device, work_of(problem)
+        self.copy = device.bandwidth * COPY_SHARE / 1e6
+        self.product = device.matrix_flops(problem.dtype, tf32) * PRODUCT_SHARE / 1e6
+        self.lane = device.float32_flops * LANE_SHARE / 1e6
+        # Beside R * S multiply-adds a value: loading and widening what a sliding window meets anew, two rows of taps.
+        taps = problem.r * problem.s
+        self.lanes = self.work.depthwise * (taps + 2 * problem.s) / taps / self.lane
+
+    def move(self, memory: float, cached: float = 0.0) -> float:
+        return memory / self.copy + cached / (self.copy * L2_RATE)
+
+    def depthwise(self, moved: float, share: float = 1.0, cached: float = 0.0) -> float:
+        return max(self.move(moved, cached) / share, self.lanes)
+
+    def gemm(self, moved: float, cached: float = 0.0) -> float:
+        return max(self.move(moved, cached), self.work.pointwise / self.product)
+
+    def launches(self, count: int) -> float:
+        return count * self.device.launch_us
+
+    def floor(self, direction: str) -> float:
+        """The least possible: each tensor once, z never; the backward reads dy and x and writes dx and the weights'."""
+        w = self.work
+        if direction == "forward":
+            return max(self.move(w.bytes), w.pointwise / self.product)
+        return max(self.move(2 * w.x + w.y + 2 * w.weights), 2 * w.pointwise / self.product)
+
+
+def floor(problem: Problem, device: DeviceProperties, direction: str = "forward", tf32: bool = False) -> float:
+    """Microseconds that no way of running the problem can go below: the larger of bytes and matrix FLOPs."""
+    return _Clock(problem, device, tf32).floor(direction)
+
+
+def _aten(clock: _Clock, channels_last: bool) -> Prediction:
+    w, separable = clock.work, clock.problem.op == "separable"
+    share = CUDNN_DEPTHWISE if channels_last else NATIVE_DEPTHWISE.get(clock.problem.dtype.itemsize, 0.5)
+    z = w.z if separable else w.y
+    # Prologue, middle and epilogue are passes of their own over x, z and y.
+    activations = clock.problem.activations
+    tensors = (w.x, z, w.y) if separable else (w.x, w.y)
+    passes = sum(2 * t for t, code in zip(tensors, activations) if code)
+    count = sum(1 for code in activations if code)
+    gemm = clock.gemm(z + w.y) if separable else 0.0
+    forward = clock.depthwise(w.x + z, share) + gemm + clock.move(passes) + clock.launches(1 + separable + count)
+    gradients = 2 * clock.gemm(z + w.y) if separable else 0.0
+    backward = (
+        clock.depthwise(w.x + z, share) + clock.depthwise(w.x + z, share * WGRAD_SHARE) + gradients
+        + clock.move(1.5 * passes) + clock.launches(2 + 2 * separable + count)
+    )  # fmt: skip
+    layout = "channels_last" if channels_last else "NCHW"
+    mine = channels_last == clock.problem.channels_last
+    note = f"its depthwise kernel is taken to reach {share:.0%} of a copy's speed, z goes through memory"
+    return Prediction(f"aten, {layout}", "aten", forward, backward, mine, note)
+
+
+def _staged(clock: _Clock, slice_n: Optional[int]) -> tuple[float, str]:
+    """The forward in two kernels, z in L2 where a slice of the batch keeps it there."""
+    w, problem = clock.work, clock.problem
+    slices = 1 if slice_n is None else math.ceil(problem.n / max(slice_n, 1))
+    kept = 2 * w.z / slices <= clock.device.l2_bytes
+    z_memory, z_cached = (0.0, w.z) if kept else (w.z, 0.0)
+    time = clock.depthwise(w.x + z_memory, cached=z_cached) + clock.gemm(w.y + w.weights + z_memory, cached=z_cached)
+    where = "z stays in L2" if kept else "z goes through memory once each way"
+    how = f", {slice_n} pictures at a time" if slice_n is not None and slices > 1 else ""
+    return time + clock.launches(2 * slices), where + how
+
+
+def _fused(clock: _Clock, again: int, waste: float, rate: float) -> tuple[float, str]:
+    """The forward in one kernel that makes z ``again`` times and computes ``waste`` times the pixels there are."""
+    matrix = waste * clock.work.pointwise / (clock.product * rate)
+    lanes = waste * again * clock.lanes
+    time = max(clock.move(clock.work.bytes), matrix + lanes) + clock.launches(1)
+    note = "z never leaves the chip" if again == 1 else f"z is made {again} times, once for each block of C_out"
+    return time, note
+
+
+def _own_backward(clock: _Clock, fast: bool) -> float:
+    """z again, two GEMMs, and one pass for dx and dw_dw with the small kernel that adds up its sums."""
+    w = clock.work
+    if clock.problem.op == "depthwise":
+        time = clock.depthwise(2 * w.x + w.y) + clock.launches(2)
+    else:
+        gemms = 2 * clock.gemm(w.z + w.y)
+        time = clock.depthwise(w.x + w.z) + gemms + clock.depthwise(2 * w.x + w.z) + clock.launches(5)
+    return time if fast else 4 * time
+
+
+def _conversions(clock: _Clock, time: float) -> float:
+    """NCHW tensors are copied to NHWC and back around kernels that know NHWC only."""
+    if clock.problem.channels_last:
+        return time
+    return time + clock.move(2 * (clock.work.x + clock.work.y)) + clock.launches(2)
+
+
+def _separable(clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, fast: bool) -> Prediction:
+    time, note = forward
+    backward = _conversions(clock, _own_backward(clock, fast))
+    return Prediction(way, way.partition(",")[0], _conversions(clock, time), backward, chosen, note)
+
+
+def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
+    problem, device = clock.problem, triton_device(clock.device)
+    fast = triton_plans.unrolled(problem)
+    if problem.op == "depthwise":
+        time = clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1)
+        return [_depthwise(clock, "triton", time, fast)]
+    plan = triton_plans.separable_plan(problem._replace(channels_last=True), device, tf32)
+    staged = _staged(clock, plan.slice_n)
+    found = []
+    if fast:
+        again = math.ceil(problem.c_out / plan.tile.outputs)
+        fused = _fused(clock, again, 1.0, 1.0)
+        found.append(_separable(clock, "triton, fused", fused, plan.fused, fast))
+    return [*found, _separable(clock, "triton, staged", staged, not plan.fused, fast)]
+
+
+def _depthwise(clock: _Clock, backend: str, time: float, fast: bool) -> Prediction:
+    note = "memory-speed kernel" if fast else "the general kernel, a quarter of memory speed at most"
+    forward = _conversions(clock, time if fast else 4 * time)
+    return Prediction(backend, backend, forward, _conversions(clock, _own_backward(clock, fast)), True, note)
+
+
+def _fused_tiles(problem: Problem, facts: cuda_backend.DeviceFacts) -> int:
+    """CTAs of the fused CUDA kernel, 0 where its planner goes staged."""
+    module = extension.binding()
+    if module is None or problem.op == "depthwise" or not cuda_backend.is_fused(problem, facts):
+        return 0
+    plan = module.plan_cuda_separable_fprop(
+        cuda_backend.shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **facts._asdict()
+    )
+    return int(plan.tiles)
+
+
+def _sliding_window(problem: Problem, facts: cuda_backend.DeviceFacts) -> bool:
+    """Whether the CUDA depthwise kernel is the fast one; so taken to be where the planner is not built."""
+    module = extension.binding()
+    if module is None:
+        return True
+    shape = cuda_backend.shape_of(problem)
+    plan = module.plan_cuda_depthwise_fprop(shape, element_bytes=problem.dtype.itemsize, **facts._asdict())
+    return bool(plan.sliding_window)
+
+
+def _cuda(clock: _Clock) -> list[Prediction]:
+    problem, facts = clock.problem, cuda_facts(clock.device)
+    fast, tiles = _sliding_window(problem, facts), _fused_tiles(problem, facts)
+    if problem.op == "depthwise":
+        return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), fast)]
+    staged = _staged(clock, None)
+    if not fast:
+        staged = (4 * staged[0], f"the general depthwise kernel; {staged[1]}")
+    found = []
+    if tiles:
+        p, q = problem.output_size
+        waste = tiles * FUSED_PIXELS / max(problem.n * p * q, 1)
+        rate = MMA_SYNC_SHARE.get(clock.device.capability, 1.0)
+        found.append(_separable(clock, "cuda, fused", _fused(clock, 1, waste, rate), True, fast))
+    return [*found, _separable(clock, "cuda, staged", staged, not found, fast)]
+
+
+@lru_cache(maxsize=4096)
+def predictions(problem: Problem, device: DeviceProperties, tf32: bool = False) -> tuple[Prediction, ...]:
+    """Every way of running the problem on the device, PyTorch's two layouts first; refused ones at infinite times.
+
+    A time is the larger of what the device needs and of what the host needs to enqueue it (``HOST_US``).
+    """
+    clock = _Clock(problem, device, tf32)
+    found = [_aten(clock, True), _aten(clock, False)]
+    for backend in ("cuda", "triton"):
+        why = refusal(backend, problem, device)
+        if why:
+            found.append(Prediction(backend, backend, math.inf, math.inf, True, "", why))
+        else:
+            found += _triton(clock, tf32) if backend == "triton" else _cuda(clock)
+
+    def no_faster_than_the_host(p: Prediction) -> Prediction:
+        host = HOST_US[p.backend]
+        note = p.note if p.forward >= host else f"the host's {host:.0f} us to enqueue it outlast the kernels"
+        return p._replace(forward=max(p.forward, host), backward=max(p.backward, 2 * host), note=note)
+
+    return tuple(p if p.refused else no_faster_than_the_host(p) for p in found)
+
+
+def choose(
+    problem: Problem,
+    device: DeviceProperties,
+    eligible: tuple[str, ...],
+    direction: str = "forward",
+    tf32: bool = False,
+) -> tuple[str, str]:
+    """The backend to take among those that may run, and why, in words. ``aten`` may always run.
+
+    Another one is taken only where the model has it faster by MARGIN than PyTorch in the problem's own layout.
+    """
+    runnable = [
+        p for p in predictions(problem, device, tf32)
+        if p.chosen_way and not p.refused and p.backend in (*eligible, "aten")
+    ]  # fmt: skip
+    baseline = next(p for p in runnable if p.backend == "aten")
+    best = min(runnable, key=lambda p: p.time(direction))
+    if best.backend == "aten" or best.time(direction) * MARGIN > baseline.time(direction):
+        others = [p for p in runnable if p.backend != "aten"]
+        if not others:
+            return "aten", "no other backend may run it"
+        second = min(others, key=lambda p: p.time(direction))
+        return "aten", (
+            f"the cost model has {second.way} at {second.time(direction):.0f} us and PyTorch at "
+            f"{baseline.time(direction):.0f}: not {MARGIN:.1f} times as fast, which is what it takes"
+        )
+    note = best.note if direction == "forward" else "z is made anew, then two GEMMs and one pass for dx and dw_dw"
+    return best.backend, (
+        f"the cost model has {best.way} at {best.time(direction):.0f} us and PyTorch at "
+        f"{baseline.time(direction):.0f}: {note}"
+    )
+
+
+def tf32_allowed(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own float32 convolutions may use TF32, which xsep's then do too."""
+    return dtype is torch.float32 and bool(torch.backends.cudnn.allow_tf32)
