@@ -85,7 +85,8 @@ def test_gate_opens_for_what_is_right_and_closes_for_what_is_not(
         bench_sepconv, "one_op", lambda backend: lambda x, a, b: bench_sepconv.two_convolutions(x, a, b * 1.2)
     )
     found = bench_sepconv.gate(layer, dtype, ["aten"])["aten"]
-    assert [sentence.split(":")[0] for sentence in found] == ["y", "dx", "dw_dw", "dw_pw"]
+    # Largest error and 2-norm have a sentence each.
+    assert list(dict.fromkeys(sentence.split(":")[0] for sentence in found)) == ["y", "dx", "dw_dw", "dw_pw"]
 
 
 def test_program_writes_a_whole_record(small: Callable[..., int], tmp_path: Path, capsys: Any) -> None:

@@ -106,6 +106,31 @@ def depthwise_conv2d(
     return affine(v, epilogue, observe=observe)
 
 
+class _Depthwise(torch.autograd.Function):
+    """PyTorch's depthwise convolution, for bfloat16 on a CPU with the weight gradient computed in float32.
+
+    PyTorch 2.13's own reads outside its buffers there: NaN, or now and then a segmentation fault (seen at dilation 12 in
+    oneDNN's jit_avx512_core_bf16_convolution_bwd_weights).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.options = ([*stride], [0, 0], [*dilation], False, [0, 0], x.shape[1])
+        return F.conv2d(x, w, None, stride, 0, dilation, x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Optional[Tensor], ...]:
+        (dz,), (x, w) = grads, ctx.saved_tensors
+        backward = torch.ops.aten.convolution_backward
+        dx = backward(dz, x, w, None, *ctx.options, [True, False, False])[0] if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            wide = (t.float() for t in (dz, x, w))
+            dw = backward(*wide, None, *ctx.options, [False, True, False])[1].to(w.dtype)
+        return dx, dw, None, None
+
+
 def two_convolutions(
     x: Tensor,
     w_dw: Tensor,
@@ -122,7 +147,10 @@ def two_convolutions(
 ) -> Tensor:
     """The same by PyTorch's conv2d, in x's type at every stage; without ``w_pw`` the depthwise op alone."""
     padded = F.pad(affine(x, prologue), padding)
-    z = F.conv2d(padded, w_dw, None, stride, 0, dilation, x.shape[1])
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        z = _Depthwise.apply(padded, w_dw, stride, dilation)
+    else:
+        z = F.conv2d(padded, w_dw, None, stride, 0, dilation, x.shape[1])
     v = z if w_pw is None else F.conv2d(affine(z, middle), w_pw)
     v = v if bias is None else v + _beside_pixels(bias.to(v.dtype))
     return affine(v, epilogue, residual)

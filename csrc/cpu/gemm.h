@@ -39,7 +39,7 @@ XSEP_INLINE Vec dot_pairs(Vec sum, VecBits a, VecBits b) {
 }
 #endif
 
-/// sum += a * b for a block in registers.
+/// sum += a * b for a block in registers, one product after the other.
 template <bool kPairs, int kRows, int kVectors>
 XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {
   typedef VecBits BitsUnaligned __attribute__((aligned(4), may_alias));
@@ -65,6 +65,36 @@ XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {
   }
 }
 
+/// Products added to one sum of float in a row: an error grows with the length of its sum.
+constexpr int64_t kSumDepth = 256;
+
+/// sum = a * b as a sum of shorter sums. On its own, so that it takes no registers from accumulate's loop.
+template <bool kPairs, int kRows, int kVectors>
+__attribute__((noinline)) void accumulate_in_parts(Product p, Vec (&sum)[kRows][kVectors]) {
+  for (int64_t left = p.depth; left > 0; left -= kSumDepth) {
+    p.depth = std::min(left, kSumDepth);
+    Vec part[kRows][kVectors] = {};
+    accumulate<kPairs>(p, part);
+    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
+      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = sum[i][j] + part[i][j]; });
+    });
+    p.a = static_cast<const uint32_t*>(p.a) + p.depth * p.a_step;
+    p.b = static_cast<const uint32_t*>(p.b) + p.depth * p.b_step;
+  }
+}
+
+/// sum = a * b for a block in registers.
+template <bool kPairs, int kRows, int kVectors>
+XSEP_INLINE void multiply_in_registers(const Product& p, Vec (&sum)[kRows][kVectors]) {
+  // Rounding to BFloat16 outweighs what a long sum of float loses.
+  if (kPairs || p.depth <= kSumDepth) return accumulate<kPairs>(p, sum);
+  Vec whole[kRows][kVectors] = {};
+  accumulate_in_parts<kPairs>(p, whole);
+  unroll<kRows>([&](auto i) __attribute__((always_inline)) {
+    unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = whole[i][j]; });
+  });
+}
+
 template <bool kPairs, int kRows, int kVectors>
 void multiply_block(const Product& p) {
   Vec sum[kRows][kVectors] = {};
@@ -74,7 +104,7 @@ void multiply_block(const Product& p) {
           [&](auto j) __attribute__((always_inline)) { __builtin_prefetch(p.c + i * p.c_row + j * kLanes, 1, 2); });
     });
   }
-  accumulate<kPairs>(p, sum);
+  multiply_in_registers<kPairs>(p, sum);
   unroll<kRows>([&](auto i) __attribute__((always_inline)) {
     unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
       float* c = p.c + i * p.c_row + j * kLanes;

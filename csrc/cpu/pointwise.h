@@ -83,7 +83,7 @@ template <class T, bool kPairs, int kVectors>
 void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, PanelOutput<T> y) {
   constexpr int kRows = kProductRows;
   Vec sum[kRows][kVectors] = {};
-  accumulate<kPairs>(product, sum);
+  multiply_in_registers<kPairs>(product, sum);
   const ChannelAffine& e = p.epilogue;
   const bool rectified = e.activation == Activation::kRelu;
   unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
