@@ -8,19 +8,22 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real bench bench-full bench-xception bench-memory gpu-check report lint format \
-	clean help
+.PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-xception \
+	bench-memory gpu-check report lint format clean help
 
 help:
 	@echo "make test          build, then run the tests"
 	@echo "make bench         build, then Xception's separable convolutions on a photograph, against PyTorch"
 	@echo "make bench-full    the same with a larger batch, more repetitions and torch.compile on every shape (minutes)"
 	@echo "make bench-xception training steps and pictures a second of Xception and Inception V3"
+	@echo "make bench-cpu     each stage of the CPU kernels beside this machine's limits"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
 	@echo "make gpu-check     on a machine with a GPU: build, verify and measure with PYTHON as it is, within ten minutes"
 	@echo "make report        one HTML page and the README's tables from benchmarks/results"
 	@echo "make test-real     MobileNetV2's published weights on ImageNet pictures, before and after the swap (downloads)"
 	@echo "make test-nightly  the tests with their full matrices"
+	@echo "make sanitize      the CPU kernels under the address, undefined-behaviour and thread sanitizers (in make test too)"
+	@echo "make sanitize-full the same, and the whole library through Python (minutes)"
 	@echo "make lint          ruff, mypy and clang-format, changing nothing"
 	@echo "make format        let ruff and clang-format rewrite"
 	@echo "make build         the virtual environment and the extension alone"
@@ -61,6 +64,12 @@ test: build
 test-nightly: build
 	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest $(ARGS)
 
+sanitize: build
+	$(PY) -m pytest tests/sanitizers $(ARGS)
+
+sanitize-full: build
+	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests/sanitizers $(ARGS)
+
 # Real weights and pictures from the package index, kept out of the environment; what cannot be fetched skips its tests.
 test-real: build
 	@test -d $(VENV)/real/foolbox || $(PIP) --no-deps --target $(VENV)/real -r requirements/real.txt || \
@@ -72,6 +81,9 @@ bench: build
 
 bench-full: build
 	$(PY) benchmarks/bench_sepconv.py $(ARGS)
+
+bench-cpu: build
+	$(PY) benchmarks/bench_cpu.py $(ARGS)
 
 bench-xception: build
 	$(PY) benchmarks/bench_xception.py $(ARGS)
