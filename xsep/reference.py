@@ -109,8 +109,8 @@ def depthwise_conv2d(
 class _Depthwise(torch.autograd.Function):
     """PyTorch's depthwise convolution, for bfloat16 on a CPU with the weight gradient computed in float32.
 
-    PyTorch 2.13's own reads outside its buffers there: NaN, or now and then a segmentation fault (seen at dilation 12 in
-    oneDNN's jit_avx512_core_bf16_convolution_bwd_weights).
+    PyTorch 2.13's own reads outside its buffers there: NaN, or now and then a segmentation fault (seen at dilation 12
+    in oneDNN's jit_avx512_core_bf16_convolution_bwd_weights).
     """
 
     @staticmethod

@@ -146,61 +146,84 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_depthwise_bprop(Tensor dz, Tenso
   return {dx, dw_dw, dscale, dshift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw,
-                                                       const OptionalTensor& bias, const OptionalTensor& residual,
-                                                       const OptionalTensor& scale_p, const OptionalTensor& shift_p,
-                                                       const OptionalTensor& scale_m, const OptionalTensor& shift_m,
-                                                       const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                                                       const Ints& geometry, const Ints& activations,
-                                                       const Doubles& alphas, bool allow_tf32, bool with_statistics) {
-  STD_TORCH_CHECK(activations.size() == 3 && alphas.size() == 3,
-                  "three activations and alphas: prologue, middle, epilogue");
-  SeparableFpropParams p{};
-  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
-  STD_TORCH_CHECK(s.c_mid == s.c_in, "the fused kernel has no depth multiplier");
-  STD_TORCH_CHECK(w_pw.dim() == 4 && w_pw.size(0) > 0, "w_pw must be [C_out, C_mid, 1, 1]");
+struct SeparableOutputs {
+  Tensor y;
+  Tensor statistics, counts;  // without elements where not asked for
+};
+
+// What of p is neither x, the filters nor an output has been filled in before.
+SeparableOutputs run_separable_fprop(SeparableFpropParams p, const Tensor& x, const Tensor& w_dw, const Tensor& w_pw,
+                                     bool with_statistics) {
+  const ConvShape& s = p.shape;
   p.type = type_of(x, "x");
-  p.c_out = narrow(w_pw.size(0), "C_out");
-  p.allow_tf32 = allow_tf32 ? 1 : 0;
   p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
   p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
   p.w_pw = contiguous(w_pw, x, "w_pw", static_cast<int64_t>(p.c_out) * s.c_mid);
-  if (residual.has_value()) p.residual = nhwc(*residual, x, "residual", s.n, p.c_out, s.p, s.q);
-  p.bias = channel_vector(bias, x, "bias", p.c_out);
-  p.prologue = channel_affine(scale_p, shift_p, activations[0], alphas[0], x, {"scale_p", "shift_p"}, s.c_in);
-  p.middle = channel_affine(scale_m, shift_m, activations[1], alphas[1], x, {"scale_m", "shift_m"}, s.c_mid);
-  p.epilogue = channel_affine(scale_e, shift_e, activations[2], alphas[2], x, {"scale_e", "shift_e"}, p.c_out);
   Tensor y = new_nhwc(x, s.n, p.c_out, s.p, s.q);
   p.y = y.mutable_data_ptr();
 
   const DeviceScope device(x, s);
-  const bool aligned = is_aligned(p.x) && is_aligned(p.w_pw) && is_aligned(p.y) && is_aligned(p.residual);
+  const bool aligned = is_aligned(p.x) && is_aligned(p.w_pw) && is_aligned(p.y) && is_aligned(p.residual) &&
+                       is_aligned(p.addend) && is_aligned(p.x_pre);
   p.plan = plan_separable_fprop(s, p.c_out, element_bytes(p.type), aligned, device.properties(s));
   const int tiles = with_statistics ? p.plan.tiles : 0;
   Tensor statistics = new_flat(x, {tiles, 3, p.c_out}, ScalarType::Float);
-  Tensor counts = new_flat(x, {tiles}, ScalarType::Float);
+  Tensor counts = new_flat(x, {tiles}, ScalarType::Int);
   if (with_statistics) {
     p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-    p.counts = static_cast<float*>(counts.mutable_data_ptr());
+    p.counts = static_cast<int*>(counts.mutable_data_ptr());
   }
   separable_fprop(p, device.stream());
   return {y, statistics, counts};
+}
+
+SeparableFpropParams separable_params(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const Ints& geometry,
+                                      bool allow_tf32) {
+  SeparableFpropParams p{};
+  p.shape = conv_shape(x, w_dw, geometry);
+  STD_TORCH_CHECK(p.shape.c_mid == p.shape.c_in, "the fused kernel has no depth multiplier");
+  STD_TORCH_CHECK(w_pw.dim() == 4 && w_pw.size(0) > 0, "w_pw must be [C_out, C_mid, 1, 1]");
+  p.c_out = narrow(w_pw.size(0), "C_out");
+  p.allow_tf32 = allow_tf32 ? 1 : 0;
+  return p;
 }
 
 Tensor cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor bias, OptionalTensor residual,
                             OptionalTensor scale_p, OptionalTensor shift_p, OptionalTensor scale_m,
                             OptionalTensor shift_m, OptionalTensor scale_e, OptionalTensor shift_e, Ints geometry,
                             Ints activations, Doubles alphas, bool allow_tf32) {
-  return std::get<0>(run_separable_fprop(x, w_dw, w_pw, bias, residual, scale_p, shift_p, scale_m, shift_m, scale_e,
-                                         shift_e, geometry, activations, alphas, allow_tf32, false));
+  STD_TORCH_CHECK(activations.size() == 3 && alphas.size() == 3,
+                  "three activations and alphas: prologue, middle, epilogue");
+  SeparableFpropParams p = separable_params(x, w_dw, w_pw, geometry, allow_tf32);
+  const ConvShape& s = p.shape;
+  if (residual.has_value()) p.residual = nhwc(*residual, x, "residual", s.n, p.c_out, s.p, s.q);
+  p.bias = channel_vector(bias, x, "bias", p.c_out);
+  p.prologue = channel_affine(scale_p, shift_p, activations[0], alphas[0], x, {"scale_p", "shift_p"}, s.c_in);
+  p.middle = channel_affine(scale_m, shift_m, activations[1], alphas[1], x, {"scale_m", "shift_m"}, s.c_mid);
+  p.epilogue = channel_affine(scale_e, shift_e, activations[2], alphas[2], x, {"scale_e", "shift_e"}, p.c_out);
+  return run_separable_fprop(p, x, w_dw, w_pw, false).y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_separable_fprop_statistics(
-    Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale_p,
-    OptionalTensor shift_p, OptionalTensor scale_m, OptionalTensor shift_m, OptionalTensor scale_e,
-    OptionalTensor shift_e, Ints geometry, Ints activations, Doubles alphas, bool allow_tf32) {
-  return run_separable_fprop(x, w_dw, w_pw, bias, residual, scale_p, shift_p, scale_m, shift_m, scale_e, shift_e,
-                             geometry, activations, alphas, allow_tf32, true);
+// A layer of the training chain: (r, statistics [tiles, 3, C_out], counts [tiles], x_pre). The last three have no
+// elements where there are no statistics or no addend.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_separable_fprop_chain(Tensor x, OptionalTensor addend, Tensor w_dw,
+                                                                      Tensor w_pw, OptionalTensor scale_p,
+                                                                      OptionalTensor shift_p, Ints geometry,
+                                                                      int64_t activation, double alpha, bool allow_tf32,
+                                                                      bool with_statistics) {
+  SeparableFpropParams p = separable_params(x, w_dw, w_pw, geometry, allow_tf32);
+  const ConvShape& s = p.shape;
+  p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
+  Tensor x_pre = addend.has_value() ? new_nhwc(x, s.n, s.c_in, s.h, s.w) : new_flat(x, {0}, x.scalar_type());
+  if (addend.has_value()) {
+    STD_TORCH_CHECK(
+        s.stride_h == 1 && s.stride_w == 1 && s.pad_top == s.r / 2 && s.pad_left == s.s / 2 && s.p == s.h && s.q == s.w,
+        "an addend needs stride 1 and padding that keeps the size");
+    p.addend = nhwc(*addend, x, "addend", s.n, s.c_in, s.h, s.w);
+    p.x_pre = x_pre.mutable_data_ptr();
+  }
+  auto out = run_separable_fprop(p, x, w_dw, w_pw, with_statistics);
+  return {out.y, out.statistics, out.counts, x_pre};
 }
 
 __global__ void probe_kernel() {}
@@ -242,9 +265,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "Tensor? shift_p, Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, int[] geometry, "
       "int[] activations, float[] alphas, bool allow_tf32) -> Tensor");
   m.def(
-      "cuda_separable_fprop_statistics(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? bias, Tensor? residual, "
-      "Tensor? scale_p, Tensor? shift_p, Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, "
-      "int[] geometry, int[] activations, float[] alphas, bool allow_tf32) -> (Tensor, Tensor, Tensor)");
+      "cuda_separable_fprop_chain(Tensor x, Tensor? addend, Tensor w_dw, Tensor w_pw, Tensor? scale_p, Tensor? "
+      "shift_p, "
+      "int[] geometry, int activation, float alpha, bool allow_tf32, bool statistics) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cuda_probe() -> int");
   m.def("cuda_architectures() -> int[]");
   m.def("cuda_device_facts(int device) -> int[]");
@@ -255,7 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
   m.impl("cuda_depthwise_fprop_residual", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_residual));
   m.impl("cuda_depthwise_bprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_bprop));
   m.impl("cuda_separable_fprop", TORCH_BOX(&xsep::cuda::cuda_separable_fprop));
-  m.impl("cuda_separable_fprop_statistics", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_statistics));
+  m.impl("cuda_separable_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_chain));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xsep, CompositeExplicitAutograd, m) {

@@ -384,7 +384,7 @@ def test_what_is_not_chained_says_why() -> None:
     for change, words in (
         (middle, "a relu between"), (bias, "has a bias"), (norm, "is a InstanceNorm2d"), (own, "a forward of its own"),
         (half, "torch.float16 weight for a torch.float32 image"), (weight_norm, "parametrised"),
-        (cuda, "'cuda' has no kernels of the training chain"),
+        (cuda, "its kernels run on NVIDIA GPUs"),
     ):  # fmt: skip
         found = reasons(change)
         assert found and all(reason.startswith("0: ") for reason in found) and words in found[0], words
@@ -432,9 +432,8 @@ def test_a_layer_may_name_its_backend() -> None:
     assert h.backend == "aten"
     last_layer: Any = m[2]
     last_layer.conv.backend = "cuda"
-    assert m.not_chained_reasons(torch.randn(2, 5, 6, 6)) == [
-        "2: its convolution backend 'cuda' has no kernels of the training chain"
-    ]
+    found = m.not_chained_reasons(torch.randn(2, 5, 6, 6))
+    assert found and found[0].startswith("2: ") and "its kernels run on NVIDIA GPUs" in found[0]
 
 
 def test_kernel_size_must_be_odd() -> None:

@@ -167,7 +167,7 @@ class SeparableFprop(ctypes.Structure):
     _fields_ = [
         ("shape", ConvShape), ("plan", SeparablePlan), ("type", ctypes.c_int), ("c_out", ctypes.c_int),
         ("allow_tf32", ctypes.c_int), *((name, ctypes.c_void_p) for name in
-        ("x", "w_dw", "w_pw", "residual", "y", "statistics", "counts")), ("bias", ChannelVector),
+        ("x", "addend", "x_pre", "w_dw", "w_pw", "residual", "y", "statistics", "counts")), ("bias", ChannelVector),
         ("prologue", ChannelAffine), ("middle", ChannelAffine), ("epilogue", ChannelAffine),
         *_ints("has_prologue has_middle"),
     ]  # fmt: skip

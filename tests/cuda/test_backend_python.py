@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from xsep.backends import cuda
+from xsep.activations import scale_and_shift
+from xsep.backends import chain_cuda, cuda
 from xsep.backends.aten import ATEN
-from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs
+from xsep.backends.chain import Load, RawGradient
+from xsep.backends.chain_aten import ATEN_CHAIN
+from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs
 
 
 def check_nhwc(t: Tensor) -> None:
@@ -51,6 +54,31 @@ class Operators:
         dx, *rest = (x.new_empty(0) if t is None else t for t in found)
         return dx.contiguous(memory_format=torch.channels_last) if dx.dim() == 4 else dx, *rest
 
+    def cuda_depthwise_fprop_residual(
+        self, x: Tensor, w_dw: Tensor, residual: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor],
+        scale_e: Optional[Tensor], shift_e: Optional[Tensor], geometry: list[int], activations: list[int],
+        alphas: list[float],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self.called.append("depthwise, joined")
+        check_nhwc(x)
+        check_nhwc(residual)
+        x_pre = scale_and_shift(x, Affine(scale_p, shift_p)) + residual
+        epilogue = Affine(scale_e, shift_e, activations[1], alphas[1])
+        z = ATEN.depthwise(x_pre, w_dw, Affine(None, None, activations[0], alphas[0]), epilogue, Geometry(*geometry))
+        return z.contiguous(memory_format=torch.channels_last), x_pre
+
+    def cuda_separable_fprop_chain(
+        self, x: Tensor, addend: Optional[Tensor], w_dw: Tensor, w_pw: Tensor, scale_p: Optional[Tensor],
+        shift_p: Optional[Tensor], geometry: list[int], activation: int, alpha: float, tf32: bool, statistics: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self.called.append("fused chain")
+        for t in (x, addend):
+            if t is not None:
+                check_nhwc(t)
+        vec = None if scale_p is None or shift_p is None else torch.stack([scale_p, shift_p])
+        f = ATEN_CHAIN.sep_fprop(x, Load(vec, activation, alpha), addend, w_dw, w_pw, Geometry(*geometry), statistics)
+        return tuple(x.new_empty(0) if t is None else t for t in f)
+
     def cuda_separable_fprop(self, *arguments: Any) -> Tensor:
         self.called.append("fused")
         a = SeparableArgs(*arguments[:-1])
@@ -64,7 +92,8 @@ class Operators:
 def operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
     found = Operators()
     monkeypatch.setattr(torch.ops, "xsep", found)
-    monkeypatch.setattr(cuda, "device_facts", lambda index: cuda.DeviceFacts(132, 227 * 1024))
+    for module in (cuda, chain_cuda):
+        monkeypatch.setattr(module, "device_facts", lambda index: cuda.DeviceFacts(132, 227 * 1024))
     return found
 
 
@@ -123,3 +152,45 @@ def test_empty_batch_launches_nothing(operators: Operators) -> None:
     assert gradients.dw_dw is not None and gradients.dshift_p is not None
     assert float(gradients.dw_dw.abs().sum()) == 0 and gradients.dshift_p.shape == (5,)
     assert operators.called == []
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["staged", "fused"])
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "addend"])
+@pytest.mark.parametrize("statistics", [False, True], ids=["r", "statistics"])
+def test_chain_forward(
+    operators: Operators, monkeypatch: pytest.MonkeyPatch, fused: bool, joined: bool, statistics: bool
+) -> None:
+    monkeypatch.setattr(chain_cuda, "fused_plan", lambda *_: object() if fused else None)
+    a, load = draw(torch.contiguous_format, False), Load(torch.randn(2, 5), RELU, 0.0)
+    addend = torch.randn_like(a.x) if joined else None
+    arguments = (a.x, load, addend, a.w_dw, a.w_pw, Geometry(*a.geometry), statistics)
+    ours, theirs = chain_cuda.CUDA_CHAIN.sep_fprop(*arguments), ATEN_CHAIN.sep_fprop(*arguments)
+    for mine, exact in zip(ours, theirs):
+        assert (mine is None) == (exact is None)
+        if mine is not None and exact is not None:
+            torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
+    one = "depthwise, joined" if joined else "depthwise"
+    assert operators.called == (["fused chain"] if fused else [one])
+
+
+def test_chain_backward(operators: Operators) -> None:
+    a, load = draw(torch.channels_last, False), Load(torch.randn(2, 5), RELU, 0.0)
+    r = torch.randn(2, 7, 11, 13).contiguous(memory_format=torch.channels_last)
+    dr = RawGradient(torch.randn_like(r), r, torch.randn(3, 7))
+    operand, centres = torch.randn_like(a.x), torch.randn(2, 5)
+    arguments = (dr, a.w_pw, a.w_dw, a.x, load, Geometry(*a.geometry), None, [operand], centres, (True, True, True))
+    ours, theirs = chain_cuda.CUDA_CHAIN.sep_backward(*arguments), ATEN_CHAIN.sep_backward(*arguments)
+    for mine, exact in zip(ours, theirs):
+        assert mine is not None and exact is not None
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
+    assert "backward" in operators.called
+
+
+def test_chain_tiles_are_the_plans() -> None:
+    problem = Problem(
+        "separable", "cuda", torch.bfloat16, True, 2, 16, 9, 13, 1, 3, 3, 24, Geometry(*[1] * 8), (1, 0, 0)
+    )
+    facts = cuda.DeviceFacts(132, 227 * 1024)
+    plan = cuda.fused_plan(problem, facts)
+    assert plan is not None and cuda.is_fused(problem, facts) and plan.tiles >= 2 * 9 * 13 / 128
+    assert cuda.fused_plan(problem._replace(c_out=728), facts) is None

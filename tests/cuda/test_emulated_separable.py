@@ -113,10 +113,17 @@ def plan_of(library: emulated.Library, case: Case, dtype: torch.dtype) -> emulat
     return plan
 
 
+class Outputs(NamedTuple):
+    y: Tensor  # NCHW
+    statistics: Tensor  # [tiles, 3, C_out], empty where not asked for
+    counts: Tensor  # [tiles], likewise
+    x_pre: Optional[Tensor]  # NCHW, beside an addend
+
+
 def fprop(
-    library: emulated.Library, case: Case, kind: str, a: Inputs, statistics: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (NCHW), statistics [tiles, 3, C_out] and counts [tiles]; the last two empty where not asked for."""
+    library: emulated.Library, case: Case, kind: str, a: Inputs, statistics: bool = False,
+    addend: Optional[Tensor] = None,
+) -> Outputs:  # fmt: skip
     shape, plan = shape_of(case), plan_of(library, case, a.x.dtype)
     assert plan.fused, "the planner would not run this case fused"
     x, w_dw, w_pw = emulated.nhwc(a.x), emulated.Guarded.of(a.w_dw), emulated.Guarded.of(a.w_pw)
@@ -124,14 +131,18 @@ def fprop(
     y = emulated.Guarded((case.n, shape.p, shape.q, case.c_out), a.x.dtype)
     tiles = plan.tiles if statistics else 0
     partials = emulated.Guarded((tiles, 3, case.c_out), torch.float32)
-    counts = emulated.Guarded((tiles,), torch.float32)
+    counts = torch.empty(tiles, dtype=torch.int32)
+    other = None if addend is None else emulated.nhwc(addend)
+    x_pre = None if addend is None else emulated.Guarded((case.n, case.h, case.w, case.c_in), a.x.dtype)
     library.call("emulate_separable_fprop", emulated.SeparableFprop(
         shape, plan, emulated.TYPES[a.x.dtype], case.c_out, int(kind == "tf32"),
-        *(g.tensor.data_ptr() for g in (x, w_dw, w_pw)), None if residual is None else residual.tensor.data_ptr(),
-        y.tensor.data_ptr(), *((g.tensor.data_ptr() if statistics else None) for g in (partials, counts)),
+        x.tensor.data_ptr(), *(None if g is None else g.tensor.data_ptr() for g in (other, x_pre)),
+        *(g.tensor.data_ptr() for g in (w_dw, w_pw)), None if residual is None else residual.tensor.data_ptr(),
+        y.tensor.data_ptr(), *((t.data_ptr() if statistics else None) for t in (partials.tensor, counts)),
         emulated.vector(a.bias), a.prologue.raw(), a.middle.raw(), a.epilogue.raw(),
     ))  # fmt: skip
-    return y.check().permute(0, 3, 1, 2), partials.check(), counts.check()
+    written = None if x_pre is None else x_pre.check().permute(0, 3, 1, 2)
+    return Outputs(y.check().permute(0, 3, 1, 2), partials.check(), counts, written)
 
 
 def aten_args(case: Case, a: Inputs, dtype: torch.dtype) -> SeparableArgs:
@@ -173,7 +184,7 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None
 
 
 def check(library: emulated.Library, case: Case, kind: str, a: Inputs) -> None:
-    ours, _, _ = fprop(library, case, kind, a)
+    ours = fprop(library, case, kind, a).y
     truth = ATEN.separable_forward(aten_args(case, a, torch.float64))
     assert_close("y", ours, pytorch(case, kind, a), truth)
 
@@ -201,11 +212,11 @@ def test_short_chunks_where_shared_memory_is_scarce(library: emulated.Library) -
     assert plan_of(library, CASES[-1]._replace(shared=H100), torch.bfloat16).chunk_bytes == 128
 
 
-def check_statistics(case: Case, y: Tensor, partials: Tensor, counts: Tensor) -> None:
+def check_statistics(case: Case, found: Outputs) -> None:
     """Merged in float64, the partials are the statistics of y as stored; every pixel counted once."""
-    rows = y.permute(0, 2, 3, 1).reshape(-1, case.c_out).double()
-    mean_of_tile, s, q = partials.double().unbind(1)
-    n = counts.double()[:, None]
+    rows = found.y.permute(0, 2, 3, 1).reshape(-1, case.c_out).double()
+    mean_of_tile, s, q = found.statistics.double().unbind(1)
+    n = found.counts.double()[:, None]
     assert float(n.sum()) == rows.shape[0]
     tile_mean = mean_of_tile + s / n
     mean = (n * tile_mean).sum(0) / n.sum()
@@ -217,8 +228,7 @@ def check_statistics(case: Case, y: Tensor, partials: Tensor, counts: Tensor) ->
 @pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7], CASES[10]], ids=ids)
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_statistics(library: emulated.Library, case: Case, kind: str) -> None:
-    y, partials, counts = fprop(library, case, kind, draw(case, kind), statistics=True)
-    check_statistics(case, y, partials, counts)
+    check_statistics(case, fprop(library, case, kind, draw(case, kind), statistics=True))
 
 
 def test_statistics_where_squares_would_cancel(library: emulated.Library) -> None:
@@ -226,8 +236,35 @@ def test_statistics_where_squares_would_cancel(library: emulated.Library) -> Non
     case = CASES[7]
     epilogue = emulated.Affine(torch.full((case.c_out,), 0.1), torch.full((case.c_out,), 100.0))
     a = draw(case, "bf16")._replace(epilogue=epilogue)
-    y, partials, counts = fprop(library, case, "bf16", a, statistics=True)
-    check_statistics(case, y, partials, counts)
+    check_statistics(case, fprop(library, case, "bf16", a, statistics=True))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6], CASES[7], CASES[9], CASES[10]], ids=ids)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_vectors", [False, True], ids=["raw", "normalised"])
+def test_an_addend_joins_before_the_activation(
+    library: emulated.Library, case: Case, kind: str, with_vectors: bool
+) -> None:
+    """y = pw(dw(relu(x_pre))) with x_pre = scale x + shift + addend, every element of it written, by one tile."""
+    a = draw(case, kind)
+    scale, shift = torch.randn(2, case.c_in)
+    addend = torch.randn_like(a.x)
+    prologue = emulated.Affine(scale, shift, 1) if with_vectors else emulated.Affine(activation=1)
+    a = a._replace(prologue=prologue)
+    found = fprop(library, case, kind, a, statistics=True, addend=addend)
+    assert found.x_pre is not None and not found.x_pre.isnan().any()
+
+    def joined(dtype: torch.dtype) -> Tensor:
+        u = a.x.to(dtype)
+        if with_vectors:
+            u = u * scale.to(dtype)[:, None, None] + shift.to(dtype)[:, None, None]
+        return u + addend.to(dtype)
+
+    assert_close("x_pre", found.x_pre, joined(a.x.dtype), joined(torch.float64))
+    again = a._replace(x=found.x_pre, prologue=emulated.Affine(activation=1))
+    truth = ATEN.separable_forward(aten_args(case, again, torch.float64))
+    assert_close("y", found.y, pytorch(case, kind, again), truth)
+    check_statistics(case, found)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=ids)
@@ -237,7 +274,7 @@ def test_same_bits_for_any_order_of_threads(case: Case) -> None:
     path = emulated.build("separable")
     results = [fprop(emulated.Library(path, seed), case, "bf16", a, statistics=True) for seed in (1, 2, 3)]
     for other in results[1:]:
-        assert all(torch.equal(mine, first) for mine, first in zip(other, results[0]))
+        assert all(torch.equal(mine, first) for mine, first in zip(other[:3], results[0][:3]))
 
 
 def test_nan_of_a_pixel_stays_in_its_window(library: emulated.Library) -> None:
@@ -245,7 +282,7 @@ def test_nan_of_a_pixel_stays_in_its_window(library: emulated.Library) -> None:
     case = CASES[7]
     a = draw(case, "bf16")
     a.x[1, 3, 2, 4] = float("nan")
-    y, _, _ = fprop(library, case, "bf16", a)
+    y = fprop(library, case, "bf16", a).y
     expected = torch.zeros(case.n, case.h, case.w, dtype=torch.bool)
     expected[1, 1:4, 3:6] = True
     assert torch.equal(y.isnan().any(1), expected)

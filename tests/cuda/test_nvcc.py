@@ -28,7 +28,7 @@ ARCHITECTURES = ["80", "90a", *(["86", "89"] if NIGHTLY else [])]
 KERNELS = sorted(p for p in CUDA_SOURCES.rglob("*.cu") if p.name != "torch_library.cu")
 OPS = {
     "cuda_depthwise_fprop", "cuda_depthwise_fprop_residual", "cuda_depthwise_bprop", "cuda_separable_fprop",
-    "cuda_separable_fprop_statistics",
+    "cuda_separable_fprop_chain",
 }  # fmt: skip
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from xsep.backends.aten import ATEN
+from xsep.backends.chain import Load
+from xsep.backends.chain_aten import ATEN_CHAIN
+from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.cuda import CUDA
 from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs, separable_problem
 
@@ -114,15 +117,41 @@ def test_depthwise_backward(size: tuple[int, ...], kind: str, prologue: bool) ->
         assert first is None or second is None or torch.equal(first, second), "not the same bits twice"
 
 
-def test_statistics_of_every_pixel() -> None:
-    a = draw(SIZES[0], torch.bfloat16)
-    y, partials, counts = torch.ops.xsep.cuda_separable_fprop_statistics(*a, False)
-    k, s, q = partials.double().unbind(1)
-    n = counts.double()[:, None]
-    mean = (n * k + s).sum(0) / n.sum()
-    m2 = (q - s.square() / n + n * (k + s / n - mean).square()).sum(0)
-    torch.testing.assert_close(mean, y.double().mean((0, 2, 3)), rtol=0, atol=1e-6 * float(y.abs().max()))
-    torch.testing.assert_close(m2 / n.sum(), y.double().var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "addend"])
+def test_chain_forward(size: tuple[int, ...], kind: str, joined: bool) -> None:
+    """A layer of the training chain, fused or staged: r, the sum before the activation, statistics of every pixel."""
+    a = draw(size, DTYPES[kind], False)
+    geometry = Geometry(*a.geometry)
+    _, c, h, w = a.x.shape
+    if joined and (geometry.stride != (1, 1) or geometry.output_size(h, w, *a.w_dw.shape[2:]) != (h, w)):
+        pytest.skip("an addend needs a layer that keeps the size")
+    load = Load(torch.stack([torch.randn(c), torch.randn(c)]).cuda(), RELU, 0.0)
+    addend = torch.randn_like(a.x) if joined else None
+    ours = CUDA_CHAIN.sep_fprop(a.x, load, addend, a.w_dw, a.w_pw, geometry, True)
+    source = a.x if ours.x_pre is None else ours.x_pre
+    reading = load if ours.x_pre is None else load._replace(vec=None)
+    theirs = ATEN_CHAIN.sep_fprop(source, reading, None, a.w_dw, a.w_pw, geometry, False)
+    vec = None if reading.vec is None else reading.vec.double()
+    exact = ATEN_CHAIN.sep_fprop(
+        source.double(), reading._replace(vec=vec), None, a.w_dw.double(), a.w_pw.double(), geometry, False
+    )
+    assert_close("r", ours.r, theirs.r, exact.r)
+    if joined:
+        assert ours.x_pre is not None and addend is not None and load.vec is not None
+        scale, shift = load.vec[:, None, :, None, None]
+        rounded = (a.x.float() * scale + shift + addend.float()).to(a.x.dtype)
+        truth = a.x.double() * scale.double() + shift.double() + addend.double()
+        assert_close("x_pre", ours.x_pre, rounded, truth)
+    assert ours.partials is not None and ours.counts is not None
+    k, s, q = ours.partials.double().unbind(1)
+    count = ours.counts.double()[:, None]
+    y = ours.r.double()
+    mean = (count * k + s).sum(0) / count.sum()
+    m2 = (q - s.square() / count + count * (k + s / count - mean).square()).sum(0)
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=0, atol=1e-6 * float(y.abs().max()))
+    torch.testing.assert_close(m2 / count.sum(), y.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
 
 
 def test_current_stream_is_used() -> None:

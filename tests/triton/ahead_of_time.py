@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from tests.triton.chain_launches import LAUNCHES, ChainLaunches
 from xsep.backends import triton_launch as launch
 from xsep.backends.triton_plans import (
     CUDA_RATES,
@@ -42,7 +43,8 @@ DEVICES = {
 }
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTEES = {
-    torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", **{kind: name for name, kind in TYPES.items()},
+    torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    **{kind: name for name, kind in TYPES.items()},
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ POINTEES = {
 class Job:
     """One kernel at one configuration for one card. ``tile`` overrides the planner's choice."""
 
-    kernel: str  # fprop, backward, separable, pointwise, or a kernel of a general or second stage by its name
+    kernel: str  # fprop, backward, separable, pointwise, one of LAUNCHES, or a general or second stage by its name
     target: str
     dtype: str
     k: int = 3
@@ -66,14 +68,18 @@ class Job:
     statistics: bool = False
     tf32: bool = False
     tile: Optional[tuple[int, ...]] = None
+    pooled: bool = False
+    operands: int = 1
+    shortcut: str = ""  # "full", "half"
 
     @property
     def id(self) -> str:
-        flags = "".join(name for name in ("residual", "statistics", "tf32") if getattr(self, name))
+        flags = "".join(name for name in ("residual", "statistics", "tf32", "pooled") if getattr(self, name))
         tile = "" if self.tile is None else "-tile" + "x".join(map(str, self.tile))
         plain = "" if self.vectors else "plain"
         shape = f"k{self.k}s{self.stride}d{self.dilation}-c{self.channels}o{self.outputs}a{self.activation}{plain}"
-        return f"{self.kernel}-{self.target}-{self.dtype}-{shape}{flags}{tile}"
+        ends = f"{self.shortcut}{'' if self.operands == 1 else self.operands}"
+        return f"{self.kernel}-{self.target}-{self.dtype}-{shape}{flags}{ends}{tile}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
 def launch_of(job: Job) -> launch.Launch:
     """The launch as the backend would make it, of meta tensors."""
     device, dtype = DEVICES[job.target], TYPES[job.dtype]
+    if job.kernel in LAUNCHES:
+        return LAUNCHES[job.kernel](ChainLaunches(job, device, dtype))
     n, c, h, k = job.n, job.channels, job.size, job.k
     pad = job.dilation * (k // 2)
     geometry = Geometry(job.stride, job.stride, pad, pad, pad, pad, job.dilation, job.dilation)

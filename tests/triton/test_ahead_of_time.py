@@ -20,13 +20,19 @@ import pytest
 
 from tests.conftest import NIGHTLY
 from tests.triton.ahead_of_time import DEVICES, SHARED_LIMIT, TYPES, Job, Report, launch_of
+from tests.triton.chain_launches import LAUNCHES
 from xsep.backends import triton_plans as plans
+from xsep.backends.triton_chain_plans import COMPARISONS
 from xsep.problem import ELU, GELU, GELU_TANH, HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, SILU
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
 SECOND_STAGES = ("sum_partials", "merge_statistics", "finalize_statistics")
 GENERAL = ("fprop_general", "dgrad_general", "wgrad_general")
+#: Of the training chain: what multiplies, and what is elementwise or a second stage.
+PRODUCTS = ("chain_wgrad", "chain_wgrad_apart", "chain_wgrad_skip", "chain_dgrad", "chain_fprop")
+STREAMS = ("chain_apply", "chain_apply_backward", "chain_bn_dgrad", "chain_pool", "chain_gap_backward")
+SMALL = ("chain_gap", "chain_gap_sums", "chain_statistics", "chain_finalize_backward", "chain_sum_groups")
 
 
 def chosen_jobs() -> Iterator[Job]:
@@ -63,9 +69,59 @@ def chosen_jobs() -> Iterator[Job]:
     yield Job("finalize_statistics", "sm_90", "fp32", vectors=False)
 
 
+def chosen_chain_jobs() -> Iterator[Job]:
+    """What multiplies, on every card at what its commonest layer has; the rest somewhere."""
+    for target in DEVICES:
+        for kernel in (*PRODUCTS, *(STREAMS if target != "sm_80" else ()), *(SMALL if target == "sm_90" else ())):
+            yield Job(kernel, target, "bf16")
+        yield Job("chain_backward", target, "bf16", operands=2, shortcut="half")
+    for kernel in PRODUCTS:
+        yield Job(kernel, "sm_90", "fp32", tf32=True)
+    for kernel in ("chain_wgrad", "chain_dgrad"):
+        yield Job(kernel, "sm_80", "fp32")
+        yield Job(kernel, "gfx942", "fp16")
+    for kernel in ("chain_apply_backward", "chain_pool"):
+        yield Job(kernel, "sm_90", "fp32")
+    for kernel, target in (("chain_wgrad", "sm_80"), ("chain_dgrad", "sm_90"), ("chain_dgrad", "gfx942")):
+        yield Job(kernel, target, "bf16", pooled=True)
+    yield Job("chain_backward", "sm_80", "fp32", shortcut="full")
+    yield Job("chain_backward", "sm_90", "fp16", stride=2)
+    yield Job("chain_apply_backward", "sm_90", "bf16", operands=2)
+    yield Job("chain_wgrad", "sm_90", "bf16", channels=728, outputs=728, size=19)
+    yield Job("chain_wgrad", "sm_80", "bf16", k=5)
+
+
+def all_chain_jobs() -> Iterator[Job]:
+    """Every configuration of the chain for every card and type."""
+    yield from chosen_chain_jobs()
+    for target in DEVICES:
+        for dtype in TYPES:
+            for tf32 in (False, True) if dtype == "fp32" and target != "gfx942" else (False,):
+                for kernel in PRODUCTS:
+                    for activation in (IDENTITY, RELU, SILU, GELU, ELU):
+                        yield Job(kernel, target, dtype, tf32=tf32, activation=activation)
+                    yield Job(kernel, target, dtype, tf32=tf32, channels=64, outputs=128)
+                    yield Job(kernel, target, dtype, tf32=tf32, channels=1536, outputs=2048, size=10)
+                for k in (3, 5, 7):
+                    for stride in (1, 2):
+                        yield Job("chain_wgrad", target, dtype, k, stride, tf32=tf32)
+                for kernel in ("chain_wgrad", "chain_wgrad_apart", "chain_wgrad_skip", "chain_dgrad"):
+                    yield Job(kernel, target, dtype, tf32=tf32, pooled=True)
+            for kernel in (*STREAMS, *SMALL):
+                yield Job(kernel, target, dtype)
+                yield Job(kernel, target, dtype, vectors=False)
+            yield Job("chain_bn_dgrad", target, dtype, pooled=True)
+            for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)):
+                for operands, shortcut in ((0, ""), (2, "half")):
+                    for activation in (RELU, SILU, GELU_TANH) if k == 3 else (RELU,):
+                        yield Job("chain_backward", target, dtype, k, stride, operands=operands, shortcut=shortcut,
+                                  activation=activation)  # fmt: skip
+
+
 def all_jobs() -> Iterator[Job]:
     """Every shipped configuration for every card and type."""
     yield from chosen_jobs()
+    yield from all_chain_jobs()
     for target in DEVICES:
         hip = target == "gfx942"
         warps = 128 // DEVICES[target].warp
@@ -93,13 +149,14 @@ def all_jobs() -> Iterator[Job]:
                 yield Job(kernel, target, dtype, k=9)
 
 
-JOBS = list({job.id: job for job in (all_jobs() if NIGHTLY else chosen_jobs())}.values())
+CHOSEN = (*chosen_jobs(), *chosen_chain_jobs())
+JOBS = list({job.id: job for job in (all_jobs() if NIGHTLY else CHOSEN)}.values())
 
 
 def compile_all(jobs: list[Job], cache: Path) -> dict[str, Report]:
     """Deals the jobs out to WORKERS processes, the costliest first."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    cost = {"backward": 3, "separable": 2, "fprop": 1}
+    cost = {"backward": 3, "chain_backward": 3, "separable": 2, "fprop": 1, "chain_wgrad": 1}
     ordered = sorted(jobs, key=lambda job: -cost.get(job.kernel, 0) * job.k**2)
 
     def work(index: int) -> list[Report]:
@@ -130,20 +187,33 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_compiles_within_the_card(job: Job, reports: dict[str, Report]) -> None:
     report = reports[job.id]
     assert not report.error, report.error
-    assert report.shared <= SHARED_LIMIT[job.target], f"{report.shared} bytes of shared memory"
+    # The chain's tiles are the same on cards of capability 8.6, 8.9 and 12.0, which have 99 KB.
+    limit = min(SHARED_LIMIT[job.target], 99 << 10) if job.kernel in LAUNCHES else SHARED_LIMIT[job.target]
+    assert report.shared <= limit, f"{report.shared} bytes of shared memory"
     assert report.spilled == 0, f"{report.spilled} spilled, {report.registers} registers"
     assert report.loads + report.stores > 0
     exact = job.dtype == "fp32" and not job.tf32
-    if job.kernel in ("separable", "pointwise") and (job.target == "gfx942" or not exact):
+    if job.kernel in ("separable", "pointwise", *PRODUCTS) and (job.target == "gfx942" or not exact):
         assert report.matrix > 0, "no instruction of the matrix units"
-    if job.kernel == "fprop" or (job.kernel == "backward" and job.k == 3):
+    if all_loads_are_wide(job):
         assert report.wide_loads == report.loads, f"{report.loads - report.wide_loads} loads of less than 16 bytes"
-    if job.kernel == "fprop":
+    if job.kernel in ("fprop", "chain_apply", "chain_bn_dgrad", "chain_gap_backward"):
         assert report.wide_stores == report.stores, f"{report.stores - report.wide_stores} narrow stores"
     if job.kernel == "fprop" and job.target != "gfx942":
         # AMD's compiler unrolls the loop over filter columns.
         taken_once = loaded_rows(job)
         assert report.loads <= taken_once, f"{report.loads} loads where {taken_once} bring every tap of a column once"
+
+
+def all_loads_are_wide(job: Job) -> bool:
+    """Whether no load of the job may be of less than 16 bytes: a tap of the pool is one byte."""
+    if job.kernel in STREAMS:
+        return not job.pooled
+    if job.kernel == "chain_backward":
+        return job.k == 3 and job.activation in COMPARISONS
+    if job.kernel == "chain_wgrad":
+        return job.k == 3 and not job.pooled and job.dtype != "fp32"
+    return job.kernel == "fprop" or (job.kernel == "backward" and job.k == 3)
 
 
 def loaded_rows(job: Job) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import xsep
+from tests.chain import test_backward_ops as backward
+from tests.chain import test_forward_ops as forward
+from tests.chain.support import hold
 from xsep import testing
+from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.triton import TRITON
-from xsep.ops.training import batch_norm_finalize, separable_fprop_statistics
+from xsep.ops.training import batch_norm_finalize, sep_backward, sep_dgrad, separable_fprop_statistics
 from xsep.problem import RELU, Affine, Geometry, Problem
 from xsep.testing import VECTORS, Case
 
@@ -19,6 +24,8 @@ pytestmark = pytest.mark.gpu
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
 CHAIN = ("relu", None, None)
+#: Pictures, C_in, C_out, height and width: z on chip once and twice, z apart, several slices, wide and small maps.
+CHAIN_LAYERS = [(8, 64, 128, 147), (8, 128, 256, 74), (6, 728, 728, 37), (80, 728, 728, 19), (16, 1536, 2048, 10)]
 CASES = [
     Case(n=8, c_in=64, h=147, w=147, c_out=128, activations=CHAIN),
     Case(n=4, c_in=128, h=74, w=74, c_out=256, activations=CHAIN, vectors=("scale_p", "shift_p")),
@@ -131,3 +138,111 @@ def test_statistics_at_real_sizes(size: tuple[int, int, int]) -> None:
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
     exact = x.double().var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(invstd.double().square().reciprocal(), exact, rtol=1e-5, atol=0)
+
+
+def chain_layer(n: int, c: int, c_out: int, size: int, dtype: torch.dtype, pooled: bool = False) -> dict[str, Any]:
+    """Arguments of a layer's backward at a size of Xception's, drawn on the card."""
+
+    def drawn(*shape: int) -> torch.Tensor:
+        t = torch.randn(shape[0], *shape[2:], shape[1], device="cuda").to(dtype)
+        return t.permute(0, 3, 1, 2)
+
+    half = (size + 1) // 2
+    x, r = drawn(n, c, size, size), drawn(n, c_out, size, size)
+    du = drawn(n, c_out, half, half) if pooled else drawn(n, c_out, size, size)
+    # u of an open ReLU or a shut one, and nothing between: no rounding may decide.
+    x = torch.where(x < 0, x - 0.5, x + 0.5)
+    vec = torch.stack([0.5 + torch.rand(c, device="cuda"), torch.zeros(c, device="cuda")])
+    taps = torch.randint(0, 9, (n, half, half, c_out), device="cuda", dtype=torch.uint8).permute(0, 3, 1, 2)
+    coef = torch.randn(3, c_out, device="cuda") * torch.tensor([[1.0], [0.1], [0.1]], device="cuda")
+    return dict(
+        dr=RawGradient(du, r, coef, taps if pooled else None, (1, 1) if pooled else (0, 0)),
+        w_pw=torch.randn(c_out, c, 1, 1, device="cuda").to(dtype) / c**0.5,
+        w_dw=torch.randn(c, 1, 3, 3, device="cuda").to(dtype) / 3, x=x, load=Load(vec, RELU), geometry=SAME,
+        shortcut=Shortcut(drawn(n, c, half, half), False), operands=[x], centres=torch.zeros(2, c, device="cuda"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("layer", CHAIN_LAYERS, ids=str)
+@pytest.mark.parametrize("pooled", [False, True], ids=["plain", "pooled"])
+def test_chain_backward_at_real_sizes(
+    layer: tuple[int, int, int, int], kind: str, pooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the plain chain in float64 on the same inputs, held to twice its error at the type; and run twice."""
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
+    dtype = DTYPES[kind]
+    arguments = chain_layer(*layer, dtype, pooled)
+    found, again, own = (sep_backward(**arguments, backend=b) for b in ("triton", "triton", "aten"))
+    truth = sep_backward(**{k: in_float64(v) for k, v in arguments.items()}, backend="aten")
+    assert truth.dx is not None
+    terms = (truth.dx * arguments["x"].double()).abs().sum((0, 2, 3))
+    for what, got, same, expected, theirs in zip(found._fields, found, again, truth, own):
+        assert got is not None and same is not None and expected is not None and torch.equal(got, same), what
+        size = float(terms.max()) if what == "sums" else 0.0
+        hold(what, got, expected, theirs, dtype if what == "dx" else torch.float32, size)
+
+
+def in_float64(v: Any) -> Any:
+    if isinstance(v, torch.Tensor):
+        return v.double() if v.is_floating_point() else v
+    if isinstance(v, (Load, RawGradient, Shortcut)):
+        return type(v)(*(in_float64(field) for field in v))
+    return [in_float64(o) for o in v] if isinstance(v, list) else v
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", backward.CASES)
+def test_chain_layer(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/chain holds every backend to, on this one."""
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
+    with torch.device("cuda"):
+        backward.test_layer("triton", kind, name)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_chain_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools, averages, the skip convolution and the ways in and out."""
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
+    with torch.device("cuda"):
+        for code in (0, RELU):
+            forward.test_pw_fprop_of_every_second_pixel("triton", kind, code)
+            forward.test_apply("triton", kind, code)
+            for joined in (False, True):
+                backward.test_apply_backward("triton", kind, code, joined)
+        for padding in ("torch", "same"):
+            for size in forward.SIZES:
+                forward.test_pool_and_add("triton", kind, padding, size)
+            backward.test_ties_in_the_pool_go_where_pytorch_sends_them("triton", padding, (9, 10))
+        forward.test_global_average("triton", kind)
+        backward.test_global_average_backward("triton", kind)
+        backward.test_pw_backward("triton", kind)
+        for batch in (True, False):
+            backward.test_batch_norm_backward("triton", kind, batch)
+
+
+def test_chain_masks_of_forward_and_backward_are_one() -> None:
+    """On a card the multiply and the add of a load are one instruction or two; it must be the same in every kernel."""
+    with torch.device("cuda"):
+        backward.test_the_masks_of_forward_and_backward_are_one("triton")
+
+
+def test_chain_backward_of_more_than_two_to_the_31_elements() -> None:
+    """The gradient of the last picture of 2.3e9 elements is what it is alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs 60 GB of GPU memory")
+    n, c, size = 2200, 64, 128
+    x = torch.empty((n, size, size, c), device="cuda", dtype=torch.bfloat16).normal_().permute(0, 3, 1, 2)
+    coef = torch.randn(3, c, device="cuda")
+    w_dw, w_pw = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((c, 1, 3, 3), (c, c, 1, 1)))
+
+    def dx_of(part: torch.Tensor) -> torch.Tensor:
+        dr = RawGradient(part, part, coef)
+        return sep_dgrad(dr, w_pw, w_dw, part, Load(None, RELU), SAME, backend="triton")[0]
+
+    everything = dx_of(x)
+    for pictures in (slice(0, 1), slice(n - 1, n)):
+        assert torch.equal(everything[pictures], dx_of(x[pictures]))

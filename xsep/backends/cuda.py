@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -75,15 +75,21 @@ def shape_of(problem: Problem) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def is_fused(problem: Problem, device: DeviceFacts, aligned: bool = True) -> bool:
-    """Whether the planner runs a separable problem in one kernel."""
+def fused_plan(problem: Problem, device: DeviceFacts, aligned: bool = True) -> Any:
+    """The planner's plan of a separable problem in one kernel; None where it takes more than one."""
     module = extension.binding()
     if module is None or problem.multiplier != 1:
-        return False
-    return bool(module.plan_cuda_separable_fprop(
+        return None
+    plan = module.plan_cuda_separable_fprop(
         shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, aligned=aligned,
         multiprocessors=device.multiprocessors, shared_bytes=device.shared_bytes,
-    ).fused)  # fmt: skip
+    )  # fmt: skip
+    return plan if plan.fused else None
+
+
+def is_fused(problem: Problem, device: DeviceFacts, aligned: bool = True) -> bool:
+    """Whether the planner runs a separable problem in one kernel."""
+    return fused_plan(problem, device, aligned) is not None
 
 
 def describe(problem: Problem, device: DeviceFacts) -> str:
@@ -115,16 +121,16 @@ def describe(problem: Problem, device: DeviceFacts) -> str:
     return f"staged, depthwise by {depthwise}, then a GEMM{layout}"
 
 
-def _nhwc(t: Tensor) -> Tensor:
+def nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _vectors(affine: Affine) -> tuple[Optional[Tensor], Optional[Tensor]]:
+def vectors_of(affine: Affine) -> tuple[Optional[Tensor], Optional[Tensor]]:
     scale, shift = affine.scale, affine.shift
     return None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous()
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     """Whether PyTorch's own float32 convolutions may use TF32."""
     conv = getattr(torch.backends.cudnn, "conv", None)
     if conv is not None:
@@ -132,7 +138,7 @@ def _tf32_allowed() -> bool:
     return bool(torch.backends.cudnn.allow_tf32)
 
 
-def _is_aligned(*tensors: Optional[Tensor]) -> bool:
+def is_aligned(*tensors: Optional[Tensor]) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
@@ -163,7 +169,7 @@ class CudaBackend(Backend):
             p, q = geometry.output_size(h, w, *w_dw.shape[2:])
             return torch.empty((n, w_dw.shape[0], p, q), dtype=x.dtype, device=x.device)
         return torch.ops.xsep.cuda_depthwise_fprop(
-            _nhwc(x), w_dw.contiguous(), *_vectors(prologue), *_vectors(epilogue), list(geometry),
+            nhwc(x), w_dw.contiguous(), *vectors_of(prologue), *vectors_of(epilogue), list(geometry),
             [prologue.activation, epilogue.activation], [prologue.alpha, epilogue.alpha],
         )  # fmt: skip
 
@@ -178,7 +184,7 @@ class CudaBackend(Backend):
                 zeros if w_scale else None, zeros.clone() if w_shift else None,
             )  # fmt: skip
         dx, dw_dw, dscale, dshift = torch.ops.xsep.cuda_depthwise_bprop(
-            _nhwc(dz), _nhwc(x), w_dw.contiguous(), *_vectors(prologue), None, list(geometry), prologue.activation,
+            nhwc(dz), nhwc(x), w_dw.contiguous(), *vectors_of(prologue), None, list(geometry), prologue.activation,
             prologue.alpha, [int(f) for f in wanted],
         )  # fmt: skip
         return DepthwiseGradients(
@@ -192,15 +198,15 @@ class CudaBackend(Backend):
         problem = separable_problem(a)
         if a.x.numel() == 0 or a.w_pw.numel() == 0:
             return self._staged(a)
-        x, w_pw = _nhwc(a.x), a.w_pw.contiguous()
-        residual = None if a.residual is None else _nhwc(a.residual)
-        aligned = _is_aligned(x, w_pw, residual)
+        x, w_pw = nhwc(a.x), a.w_pw.contiguous()
+        residual = None if a.residual is None else nhwc(a.residual)
+        aligned = is_aligned(x, w_pw, residual)
         if not is_fused(problem._replace(device="cuda"), device_facts(a.x.get_device()), aligned):
             return self._staged(a._replace(x=x, residual=residual))
         return torch.ops.xsep.cuda_separable_fprop(
             x, a.w_dw.contiguous(), w_pw, None if a.bias is None else a.bias.contiguous(), residual,
-            *_vectors(a.prologue), *_vectors(a.middle), *_vectors(a.epilogue), a.geometry, a.activations, a.alphas,
-            _tf32_allowed(),
+            *vectors_of(a.prologue), *vectors_of(a.middle), *vectors_of(a.epilogue), a.geometry, a.activations,
+            a.alphas, tf32_allowed(),
         )  # fmt: skip
 
     def _staged(self, a: SeparableArgs) -> Tensor:

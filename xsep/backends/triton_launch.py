@@ -62,7 +62,7 @@ def wide(*tensors: Tensor) -> bool:
     )
 
 
-def _geometry(g: Geometry) -> dict[str, int]:
+def geometry_of(g: Geometry) -> dict[str, int]:
     return {
         "STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "DILATION_H": g.dilation_h, "DILATION_W": g.dilation_w,
     }  # fmt: skip
@@ -75,7 +75,7 @@ def _run_time_geometry(g: Geometry) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _strides(prefix: str, t: Tensor, vec: int) -> dict[str, int]:
+def strides_of(prefix: str, t: Tensor, vec: int) -> dict[str, int]:
     return dict(zip((f"{prefix}_n", f"{prefix}_h", f"{prefix}_w"), (s // vec for s in pixel_strides(t))))
 
 
@@ -100,11 +100,11 @@ def depthwise_fprop(
     args = {
         "x": x, "weight": weight, "y": y, "scale_p": prologue.scale, "shift_p": prologue.shift,
         "scale_e": epilogue.scale, "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_e": epilogue.alpha,
-        "n": n, "h": h, "w": w, "channel_vecs": c_mid // vec, "p": p, "q": q, **_strides("sx", x, vec),
+        "n": n, "h": h, "w": w, "channel_vecs": c_mid // vec, "p": p, "q": q, **strides_of("sx", x, vec),
         "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "tiles": tiles,
     }  # fmt: skip
     constants = {
-        "R": filter_size[0], "S": filter_size[1], **_geometry(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
+        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
         "MULTIPLIER": multiplier, "ACT_P": prologue.activation, "ACT_E": epilogue.activation, "ROWS": tile.rows,
         "COLS": tile.cols, "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, y),
     }  # fmt: skip
@@ -134,34 +134,53 @@ def backward_split(x: Tensor, geometry: Geometry, tile: DepthwiseTile) -> Backwa
     return BackwardSplit(rows, groups, rows * ceil(n * groups / tile.cols), ceil(c / tile.channels))
 
 
+@dataclass(frozen=True)
+class ChainEpilogue:
+    """What the training chain adds to the one-pass backward, whose partials are [programs, R * S + sums, C]; dense."""
+
+    sums: int  # 1, and one for each operand
+    centres: Optional[Tensor] = None  # [sums, C] float32, where there are operands
+    operands: tuple[Optional[Tensor], Optional[Tensor]] = (None, None)  # [N, C, H, W]; None: x itself, or none
+    shortcut: Optional[Tensor] = None  # [N, C, H, W], or every second row and column
+    activated: bool = False
+
+
 def depthwise_backward(
     x: Tensor, dz: Tensor, weight: Tensor, dx: Optional[Tensor], partials: Optional[Tensor],
     filter_size: tuple[int, int], prologue: Affine, geometry: Geometry, want_dw: bool, want_affine: bool,
-    tile: DepthwiseTile, split: BackwardSplit, share: int,
+    tile: DepthwiseTile, split: BackwardSplit, share: int, chain: Optional[ChainEpilogue] = None,
 ) -> Launch:  # fmt: skip
     """x, dx [N, C, H, W] and dz [N, C, P, Q] with channels of stride 1; partials [programs, R * S + 2, C]."""
     n, c, h, w = x.shape
     p, q = dz.shape[2:]
+    extra = chain or ChainEpilogue(0)
+    short_h, short_w = (h, w) if extra.shortcut is None else extra.shortcut.shape[2:]
     vec = vector_width(x.element_size(), c, *pixel_strides(x), *pixel_strides(dz))
     grid = split.channel_blocks * split.programs(share)
     args = {
         "x": x, "dz": dz, "weight": weight, "dx": dx, "partials": partials, "scale_p": prologue.scale,
         "shift_p": prologue.shift, "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channel_vecs": c // vec,
-        "p": p, "q": q, **_strides("sx", x, vec), **_strides("sd", dz, vec), "pad_top": geometry.pad_top,
+        "p": p, "q": q, **strides_of("sx", x, vec), **strides_of("sd", dz, vec), "pad_top": geometry.pad_top,
         "pad_left": geometry.pad_left, "row_tiles": split.row_tiles, "groups": split.groups, "share": share,
+        "shortcut": extra.shortcut, "operand_1": extra.operands[0], "operand_2": extra.operands[1],
+        "centres": extra.centres, "short_h": short_h, "short_w": short_w,
     }  # fmt: skip
     constants = {
-        "R": filter_size[0], "S": filter_size[1], **_geometry(geometry), "ACT_P": prologue.activation,
+        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ACT_P": prologue.activation,
         "WANT_DX": dx is not None, "WANT_DW": want_dw, "WANT_AFFINE": want_affine, "ROWS": tile.rows,
         "COLS": tile.cols, "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, dz),
+        "SHORT_STEP": 1 if (short_h, short_w) == (h, w) else 2, "ACTIVATED": extra.activated, "SUMS": extra.sums,
     }  # fmt: skip
     return Launch("depthwise_backward", "depthwise_backward", (grid,), args, constants, tile.warps)
 
 
-def sum_partials(partials: Tensor, dw: Optional[Tensor], dvectors: Optional[Tensor]) -> Launch:
-    """partials [rows, taps + 2, C] -> dw [C, ..., taps in all], dvectors [2, C]."""
+def sum_partials(partials: Tensor, dw: Optional[Tensor], dvectors: Optional[Tensor], vectors: int = 2) -> Launch:
+    """partials [rows, taps + vectors, C] -> dw [C, ..., taps in all], dvectors [vectors, C]."""
     rows, entries, c = partials.shape
-    args = {"partials": partials, "dw": dw, "dvectors": dvectors, "rows": rows, "taps": entries - 2, "channels": c}
+    args = {
+        "partials": partials, "dw": dw, "dvectors": dvectors, "rows": rows, "entries": entries,
+        "taps": entries - vectors, "channels": c,
+    }  # fmt: skip
     return Launch("reductions", "sum_partials", (entries, ceil(c / 32)), args, {"ROWS": 32, "CHANNELS": 32}, warps=4)
 
 
@@ -202,7 +221,7 @@ def fprop_general(
     args = {
         "x": x, "weight": weight, "y": y, "scale_p": prologue.scale, "shift_p": prologue.shift,
         "scale_e": epilogue.scale, "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_e": epilogue.alpha,
-        "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **_strides("sx", x, 1),
+        "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **strides_of("sx", x, 1),
         "r_size": filter_size[0], "s_size": filter_size[1], **_run_time_geometry(geometry),
         "multiplier": c_mid // c_in,
     }  # fmt: skip
@@ -223,7 +242,7 @@ def dgrad_general(
     args = {
         "x": x, "dz": dz, "weight": weight, "dx": dx, "partials": partials, "scale_p": prologue.scale,
         "shift_p": prologue.shift, "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channels": c_in, "p": p, "q": q,
-        **_strides("sx", x, 1), **_strides("sd", dz, 1), "r_size": filter_size[0], "s_size": filter_size[1],
+        **strides_of("sx", x, 1), **strides_of("sd", dz, 1), "r_size": filter_size[0], "s_size": filter_size[1],
         **_run_time_geometry(geometry), "multiplier": c_mid // c_in,
     }  # fmt: skip
     constants = {
@@ -242,8 +261,8 @@ def wgrad_general(
     grid = (ceil(c_mid / GENERAL[1]) * rows, filter_size[0] * filter_size[1])
     args = {
         "x": x, "dz": dz, "partials": partials, "scale_p": prologue.scale, "shift_p": prologue.shift,
-        "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **_strides("sx", x, 1),
-        **_strides("sd", dz, 1), "s_size": filter_size[1], **_run_time_geometry(geometry),
+        "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **strides_of("sx", x, 1),
+        **strides_of("sd", dz, 1), "s_size": filter_size[1], **_run_time_geometry(geometry),
         "multiplier": c_mid // c_in, "share": ceil(ceil(n * p * q / GENERAL[0]) / rows),
     }  # fmt: skip
     constants = {"ACT_P": prologue.activation, "PIXELS": GENERAL[0], "CHANNELS": GENERAL[1]}
@@ -290,10 +309,10 @@ def separable_fprop(
         "shift_p": prologue.shift, "scale_m": middle.scale, "shift_m": middle.shift, "scale_e": epilogue.scale,
         "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_m": middle.alpha, "alpha_e": epilogue.alpha,
         "n": n, "h": h, "w": w, "mid_vecs": c_mid // vec, "out_vecs": c_out // out_vec, "p": p, "q": q,
-        **_strides("sx", t.x, vec), "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "tiles": tiles,
+        **strides_of("sx", t.x, vec), "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "tiles": tiles,
     }  # fmt: skip
     constants = {
-        "R": filter_size[0], "S": filter_size[1], **_geometry(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
+        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
         "MULTIPLIER": multiplier, "CENTRE_R": geometry.pad_top // geometry.dilation_h,
         "CENTRE_S": geometry.pad_left // geometry.dilation_w, "ACT_P": prologue.activation, "ACT_M": middle.activation,
         "ACT_E": epilogue.activation, "PRECISION": "tf32" if tf32 else "ieee", "ROWS": tile.rows, "COLS": tile.cols,

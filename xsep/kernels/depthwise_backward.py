@@ -6,6 +6,10 @@ dz is used twice, dx is written once, and the R * S sums of dw_dw stay in regist
 are added over the program's columns and written as one row of ``partials``; ``reductions.sum_partials`` adds the
 rows in a fixed order. Which tiles a program has is the plan's choice, so the result is the same run after run.
 
+In the training chain (``SUMS`` above 0) a shortcut's gradient joins dx before or behind the activation's derivative,
+and in place of the prologue's gradients stand the sums of dx, as it is stored, and of dx * (operand - centre): what
+BatchNorm's backward in the layer before asks for.
+
 For stride st only every st-th tap meets a position. Rows start so that which ones is known at compile time; columns
 are taken in st interleaved sets for the same reason, so no lane idles.
 
@@ -17,12 +21,13 @@ import triton
 import triton.language as tl
 
 from .activations import activate, activation_gradient, affine
+from .raw_gradients import masked_gradient
 
 
 @triton.jit(
     do_not_specialize=[
         "n", "h", "w", "channel_vecs", "p", "q", "sx_n", "sx_h", "sx_w", "sd_n", "sd_h", "sd_w", "pad_top", "pad_left",
-        "row_tiles", "groups", "share",
+        "row_tiles", "groups", "share", "short_h", "short_w",
     ]
 )  # fmt: skip
 def depthwise_backward(
@@ -30,9 +35,13 @@ def depthwise_backward(
     dz,  # [N, P, Q, C], strides sd_n, sd_h, sd_w in units of VEC
     weight,  # [R * S, C]
     dx,  # [N, H, W, C], contiguous; written if WANT_DX
-    partials,  # [programs / channel blocks, R * S + 2, C] float32: sums for dw_dw, dscale_p, dshift_p
+    partials,  # [programs / channel blocks, R * S + 2 or SUMS, C] float32: sums for dw_dw, dscale_p, dshift_p, or SUMS
     scale_p,  # [C], may be None
     shift_p,  # [C], may be None
+    shortcut,  # [N, SHORT_H, SHORT_W, C], contiguous; may be None
+    operand_1,  # [N, H, W, C], contiguous; None where there is none or it is x
+    operand_2,  # likewise
+    centres,  # [SUMS, C] float32, its first row unused; may be None where SUMS is up to 1
     alpha_p,
     n,
     h,
@@ -51,6 +60,8 @@ def depthwise_backward(
     row_tiles,
     groups,  # sets of STRIDE_W neighbouring columns in a row of x
     share,  # tiles a program has
+    short_h,  # H, or half of it where the shortcut is that of every second row and column
+    short_w,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -61,6 +72,9 @@ def depthwise_backward(
     WANT_DX: tl.constexpr,
     WANT_DW: tl.constexpr,
     WANT_AFFINE: tl.constexpr,
+    SHORT_STEP: tl.constexpr,  # 1 or 2: rows and columns of x between two of the shortcut's
+    ACTIVATED: tl.constexpr,  # whether the shortcut is added before the activation's derivative is applied
+    SUMS: tl.constexpr,  # 0, or 1 and one more for each operand
     ROWS: tl.constexpr,  # a multiple of STRIDE_H
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -69,6 +83,7 @@ def depthwise_backward(
 ):
     tl.static_assert(STRIDE_H == 1 or DILATION_H == 1)
     tl.static_assert(ROWS % STRIDE_H == 0)
+    tl.static_assert(SUMS == 0 or not WANT_AFFINE)
     ROW_STEP: tl.constexpr = DILATION_H if STRIDE_H == 1 else 1
     LEAD: tl.constexpr = (R - 1) // STRIDE_H
     PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
@@ -87,6 +102,12 @@ def depthwise_backward(
         dw = dw + (tl.zeros([COLS, CHANNELS], tl.float32),)
     dscale = tl.zeros([COLS, CHANNELS], tl.float32)
     dshift = tl.zeros([COLS, CHANNELS], tl.float32)
+    sums = ()
+    middles = ()
+    for k in tl.static_range(SUMS):
+        sums = sums + (tl.zeros([COLS, CHANNELS], tl.float32),)
+        if k > 0:
+            middles = middles + (tl.load(centres + k * channels + c, mask=c_ok, other=0.0)[None, :],)
 
     # A loop of one turn that the compiler does not see through: without it, the loads of all S columns would be moved
     # to the front and crowd the sums out of the registers.
@@ -166,21 +187,54 @@ def depthwise_backward(
                     h_i = h0 + i * ROW_STEP
                     mask = (w_ok & (h_i >= 0) & (h_i < h))[:, None] & c_ok[None, :]
                     d = ds[i]
+                    if shortcut is not None:
+                        there = mask
+                        if SHORT_STEP == 2:
+                            there = mask & ((h_i % 2 == 0) & (w_b % 2 == 0))[:, None]
+                        place = (picture * short_h + h_i // SHORT_STEP) * short_w + w_b // SHORT_STEP
+                        at = place[:, None] * channels + c[None, :]
+                        joined = tl.load(shortcut + at, mask=there, other=0.0).to(tl.float32)
+                    if shortcut is not None and ACTIVATED:
+                        d += joined
                     if PROLOGUE:
-                        d = activation_gradient(d, us[i], alpha_p, ACT_P)
+                        if SUMS > 0:
+                            d = masked_gradient(d, us[i], alpha_p, ACT_P)
+                        else:
+                            d = activation_gradient(d, us[i], alpha_p, ACT_P)
+                    if shortcut is not None and not ACTIVATED:
+                        d += joined
                     if WANT_AFFINE:
                         # The tile may reach past the picture, where the taps of dz still are.
                         d = tl.where(mask, d, 0.0)
                         dscale += d * xs[i]
                         dshift += d
-                    if scale_p is not None:
+                    if SUMS > 0:
+                        # As whoever reads dx will see it: rounded.
+                        kept = tl.where(mask, d.to(dx.dtype.element_ty).to(tl.float32), 0.0)
+                        new_sums = (sums[0] + kept,)
+                        if SUMS > 1:
+                            other = xs[i]
+                            if operand_1 is not None:
+                                row = operand_1 + h_i.to(tl.int64) * (w * channels)
+                                other = tl.load(row + out, mask=mask, other=0.0).to(tl.float32)
+                            new_sums = new_sums + (sums[1] + kept * (other - middles[0]),)
+                        if SUMS > 2:
+                            other = xs[i]
+                            if operand_2 is not None:
+                                row = operand_2 + h_i.to(tl.int64) * (w * channels)
+                                other = tl.load(row + out, mask=mask, other=0.0).to(tl.float32)
+                            new_sums = new_sums + (sums[2] + kept * (other - middles[1]),)
+                        sums = new_sums
+                    elif scale_p is not None:
                         d = affine(d, scale_p, None, c, c_ok)
                     tl.store((dx + h_i.to(tl.int64) * (w * channels)) + out, d.to(dx.dtype.element_ty), mask=mask)
 
-    row = partials + pid.to(tl.int64) * (R * S + 2) * channels
+    row = partials + pid.to(tl.int64) * (R * S + (SUMS if SUMS > 0 else 2)) * channels
     if WANT_DW:
         for j in tl.static_range(R * S):
             tl.store(row + (j % R * S + j // R) * channels + c, tl.sum(dw[j], axis=0), mask=c_ok)
     if WANT_AFFINE:
         tl.store(row + R * S * channels + c, tl.sum(dscale, axis=0), mask=c_ok)
         tl.store(row + (R * S + 1) * channels + c, tl.sum(dshift, axis=0), mask=c_ok)
+    for k in tl.static_range(SUMS):
+        tl.store(row + (R * S + k) * channels + c, tl.sum(sums[k], axis=0), mask=c_ok)

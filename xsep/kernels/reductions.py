@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "taps", "channels"])
+@triton.jit(do_not_specialize=["rows", "entries", "taps", "channels"])
 def sum_partials(
-    partials,  # [rows, taps + 2, C] float32
+    partials,  # [rows, entries, C] float32
     dw,  # [C, taps], may be None
-    dvectors,  # [2, C] float32, may be None
+    dvectors,  # [entries - taps, C] float32, may be None
     rows,
+    entries,
     taps,
     channels,
     ROWS: tl.constexpr,
@@ -23,7 +24,7 @@ def sum_partials(
     acc = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(0, rows, ROWS):
         t = (start + row).to(tl.int64)
-        offsets = (t * (taps + 2) + k)[:, None] * channels + c[None, :]
+        offsets = (t * entries + k)[:, None] * channels + c[None, :]
         acc += tl.load(partials + offsets, mask=(t < rows)[:, None] & c_ok[None, :], other=0.0)
     total = tl.sum(acc, axis=0)
     if dw is not None:

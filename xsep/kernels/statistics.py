@@ -8,6 +8,35 @@ import triton
 import triton.language as tl
 
 
+@triton.jit(do_not_specialize=["pixels", "channel_vecs"])
+def tile_statistics(
+    r,  # [pixels, C]
+    partials,  # [T, 3, C] float32
+    counts,  # [T] int32
+    pixels,
+    channel_vecs,  # C / VEC
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Of a tensor that another kernel wrote. Program (tile, block) has a block of channels of one tile."""
+    tile = tl.program_id(0).to(tl.int64)
+    channels = channel_vecs * VEC
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    c_ok = c < channels
+    m = tile * PIXELS + tl.arange(0, PIXELS)
+    mask = (m < pixels)[:, None] & c_ok[None, :]
+    v = tl.load(r + (m[:, None] * channels + c[None, :]), mask=mask, other=0.0).to(tl.float32)
+    count = tl.sum((m < pixels).to(tl.int32), axis=0)
+    centre = tl.sum(v, axis=0) / count.to(tl.float32)
+    d = tl.where(mask, v - centre[None, :], 0.0)
+    out = partials + tile * 3 * channels + c
+    tl.store(out, centre, mask=c_ok)
+    tl.store(out + channels, tl.sum(d, axis=0), mask=c_ok)
+    tl.store(out + 2 * channels, tl.sum(d * d, axis=0), mask=c_ok)
+    tl.store(counts + tile, count, mask=tl.program_id(1) == 0)
+
+
 @triton.jit(do_not_specialize=["rows", "channels", "share"])
 def merge_statistics(
     partials,  # [T, 3, C] float32
@@ -108,3 +137,39 @@ def finalize_statistics(
         new_var = old_var + weight * (unbiased - old_var)
         tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=c_ok)
         tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=c_ok)
+
+
+@triton.jit(do_not_specialize=["channels"])
+def finalize_backward(
+    sums,  # [2, C] float32: of du and of du * (r - mean)
+    mean,  # [C] float32
+    invstd,  # [C] float32
+    gamma,  # [C], may be None
+    count,  # [] float64
+    coef,  # [3, C] float32: dr = coef[0] * du + coef[1] * r + coef[2]
+    dgamma,  # [C] float32
+    dbeta,  # [C] float32
+    channels,
+    BATCH: tl.constexpr,  # whether mean and variance were the batch's own; fixed ones have no gradient
+    CHANNELS: tl.constexpr,
+):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    c_ok = c < channels
+    first = tl.load(sums + c, mask=c_ok, other=0.0).to(tl.float64)
+    second = tl.load(sums + channels + c, mask=c_ok, other=0.0).to(tl.float64)
+    i = tl.load(invstd + c, mask=c_ok, other=0.0).to(tl.float64)
+    a = i
+    if gamma is not None:
+        a = a * tl.load(gamma + c, mask=c_ok, other=0.0).to(tl.float64)
+    b = tl.zeros([CHANNELS], tl.float64)
+    d = tl.zeros([CHANNELS], tl.float64)
+    if BATCH:
+        number = tl.zeros([CHANNELS], tl.float64) + tl.load(count)
+        slope = i * i * second / number
+        b = -a * slope
+        d = a * (slope * tl.load(mean + c, mask=c_ok, other=0.0).to(tl.float64) - first / number)
+    tl.store(coef + c, a.to(tl.float32), mask=c_ok)
+    tl.store(coef + channels + c, b.to(tl.float32), mask=c_ok)
+    tl.store(coef + 2 * channels + c, d.to(tl.float32), mask=c_ok)
+    tl.store(dgamma + c, (i * second).to(tl.float32), mask=c_ok)
+    tl.store(dbeta + c, first.to(tl.float32), mask=c_ok)

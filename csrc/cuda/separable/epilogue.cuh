@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_statistics(const SeparableFpropParams& p, 
   sum_over_tile(y, inside, channel, memory, centre, channels, square, [&](int n, float total) {
     if (n < p.c_out) out[2 * p.c_out + n] = total;
   });
-  if (threadIdx.x == 0) p.counts[blockIdx.x] = count;
+  if (threadIdx.x == 0) p.counts[blockIdx.x] = tile.pixels();
 }
 
 // The two neighbouring channels of fragment j at pixel i of four.

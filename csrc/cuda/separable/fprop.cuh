@@ -39,7 +39,7 @@ struct Halo {
     const int w = tile.first_column * p.shape.stride_w - p.shape.pad_left + column;
     source = memory.halo_source[row];
     if (source < 0 || w < 0 || w >= p.shape.w || c >= p.shape.c_in) return false;
-    source += static_cast<int64_t>(w) * p.shape.c_in + c;
+    source = source / 2 + static_cast<int64_t>(w) * p.shape.c_in + c;
     return true;
   }
 
@@ -51,6 +51,12 @@ struct Halo {
       const bool valid = inside(row, column, first + c, source);
       cp_async_16(buffer + at, static_cast<const T*>(p.x) + (valid ? source : 0), valid);
     });
+  }
+
+  // Whether the tile writes x_pre of a pixel: each is in the middle of one tile's window.
+  __device__ bool owns(int row, int column) const {
+    const int middle = column - p.shape.s / 2;
+    return middle >= 0 && middle < tile.columns && memory.halo_source[row] % 2 != 0;
   }
 
   // Applies the prologue where there is a pixel; padding stays zero.
@@ -73,6 +79,16 @@ struct Halo {
         const auto b = Pack<float, kHalf>::load(shift + first + c + half);
 #pragma unroll
         for (int v = 0; v < kHalf; ++v) u[v] = fmaf(a.v[v], u[v], b.v[v]);
+        if (p.addend != nullptr) {
+          float other[kHalf];
+          Pack<T, kHalf>::load(static_cast<const T*>(p.addend) + source + half).widen(other);
+#pragma unroll
+          for (int v = 0; v < kHalf; ++v) u[v] += other[v];
+          // The activation sees the sum as it is stored, so that a backward that reads it finds the same signs.
+          const auto sum = Pack<T, kHalf>::round(u);
+          if (owns(row, column)) sum.store(static_cast<T*>(p.x_pre) + source + half);
+          sum.widen(u);
+        }
         activate(u, {p.prologue.activation, p.prologue.alpha});
         Pack<T, kHalf>::round(u).store(piece);
       }
@@ -214,7 +230,7 @@ void launch_separable_fprop(const SeparableFpropParams& p, cudaStream_t stream) 
       no_such_kernel("separable_fprop_kernel", p.shape);
   }
   SeparableFpropParams completed = p;
-  completed.has_prologue = p.prologue.is_identity() ? 0 : 1;
+  completed.has_prologue = p.prologue.is_identity() && p.addend == nullptr ? 0 : 1;
   completed.has_middle = p.middle.is_identity() ? 0 : 1;
   launch(kernel, "separable_fprop_kernel", shape, stream, completed);
 }

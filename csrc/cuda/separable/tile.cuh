@@ -44,14 +44,16 @@ struct BufferPair {
 };
 
 struct FusedMemory {
-  BufferPair halo;                    // [halo_rows, halo_pitch] pixels of one chunk
-  BufferPair w_pw;                    // [output channels] rows of one chunk, swizzled
-  BufferPair z;                       // [kFusedPixels] rows of one chunk, swizzled
-  SharedBuffer<float> taps;           // [R S, table_channels], then 4 rows: prologue's and middle's scale and shift
-  SharedBuffer<int64_t> halo_source;  // [halo_rows] first element of the row of x, -1 for a row of zeros
-  SharedBuffer<int> slot;             // [tile_rows] the halo row of a tile row's first tap
-  SharedBuffer<float> affine;         // [2, output channels] the epilogue's scale, and its shift with the bias in it
-  SharedBuffer<float> sums;           // [kRowWarps, output channels]
+  BufferPair halo;           // [halo_rows, halo_pitch] pixels of one chunk
+  BufferPair w_pw;           // [output channels] rows of one chunk, swizzled
+  BufferPair z;              // [kFusedPixels] rows of one chunk, swizzled
+  SharedBuffer<float> taps;  // [R S, table_channels], then 4 rows: prologue's and middle's scale and shift
+  // [halo_rows] first element of the row of x, times 2, and 1 added where its pixels are in the middle of the tile's
+  // own windows; -1 for a row of zeros
+  SharedBuffer<int64_t> halo_source;
+  SharedBuffer<int> slot;      // [tile_rows] the halo row of a tile row's first tap
+  SharedBuffer<float> affine;  // [2, output channels] the epilogue's scale, and its shift with the bias in it
+  SharedBuffer<float> sums;    // [kRowWarps, output channels]
 
   __device__ __forceinline__ explicit FusedMemory(const SeparableFpropParams& p) {
     const SeparablePlan& plan = p.plan;
@@ -84,7 +86,10 @@ __device__ void map_halo(const SeparableFpropParams& p, const FusedTile& tile, c
     int64_t source = -1;
     for (int i = 0; i < tile.rows; ++i) {
       const int h = row * STRIDE - s.pad_top + slot - base;
-      if (slot >= base && slot < base + K && h >= 0 && h < s.h) source = (picture * s.h + h) * s.w * s.c_in;
+      if (slot >= base && slot < base + K && h >= 0 && h < s.h) {
+        const int64_t own = slot == base + K / 2 || (source >= 0 && source % 2 != 0) ? 1 : 0;
+        source = (picture * s.h + h) * s.w * s.c_in * 2 + own;
+      }
       base += STRIDE;
       if (++row == s.p) row = 0, ++picture, base += K - STRIDE;
     }

@@ -1,4 +1,4 @@
-"""The ops of the training chain in Triton's interpreter: statistics, their merge, and the prologue with a residual."""
+"""The forward ops of the training chain in Triton's interpreter: layers, statistics and their merge, and pools."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.chain import test_forward_ops as forward
+from tests.chain.support import DTYPES
+from tests.chain.support import last as image_of
 from xsep.activations import activate
 from xsep.backends import triton_launch as launch
+from xsep.backends.chain import Load
 from xsep.chain import SeparableChain, SeparableConvBN
 from xsep.ops import training
+from xsep.ops.training import calls
 from xsep.problem import IDENTITY, RELU, SILU, Geometry
 from xsep.reference import depthwise
 
 sep_fprop = functools.partial(training.sep_fprop, backend="triton")
 bn_finalize = functools.partial(training.bn_finalize, backend="triton")
 
+each_kind = pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
 HALF = Geometry(2, 2, 0, 1, 0, 1, 1, 1)
 
@@ -196,8 +202,8 @@ def test_filters_that_the_kernels_do_not_take() -> None:
         sep_fprop(x.double(), None, None, RELU, 0.0, w_dw.double(), w_pw.double(), SAME)
 
 
-def test_a_chain_trains_on_what_there_is() -> None:
-    """Forward kernels of Triton's, backward in plain PyTorch: against the plain backend."""
+def test_a_chain_trains() -> None:
+    """Against the plain backend."""
     layers = [SeparableConvBN(a, b, backend="triton") for a, b in ((5, 7), (7, 6))]
     plain = copy.deepcopy(layers)
     for layer in plain:
@@ -217,3 +223,75 @@ def test_a_chain_trains_on_what_there_is() -> None:
 
 def test_groups_of_the_merge_are_a_power_of_two() -> None:
     assert launch.STATISTICS_GROUPS & (launch.STATISTICS_GROUPS - 1) == 0
+
+
+@each_kind
+@pytest.mark.parametrize("code", [IDENTITY, RELU], ids=["identity", "relu"])
+def test_pw_fprop_of_every_second_pixel(kind: str, code: int) -> None:
+    forward.test_pw_fprop_of_every_second_pixel("triton", kind, code)
+
+
+@each_kind
+@pytest.mark.parametrize("padding", ["torch", "same"])
+@pytest.mark.parametrize("size", forward.SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_pool_and_add(kind: str, padding: str, size: tuple[int, int]) -> None:
+    forward.test_pool_and_add("triton", kind, padding, size)
+
+
+def test_pool_spreads_a_nan_as_pytorch_does() -> None:
+    forward.test_pool_spreads_a_nan_as_pytorch_does("triton")
+
+
+def test_pool_takes_the_tap_that_pytorch_takes() -> None:
+    """Windows of ties, of NaN and of -inf alone: taps and values are those of the plain backend, bit for bit."""
+    r = torch.randint(-1, 2, (2, 20, 9, 10)).float().contiguous(memory_format=torch.channels_last)
+    r[0, :5] = -torch.inf
+    r[1, :5, 2:5, 3:6] = torch.nan
+    vec = torch.stack([torch.ones(20), torch.zeros(20)])
+    s = torch.randn(2, 20, 5, 5)
+    ours, plain = (calls.bn_pool_add(r, vec, s, vec, (1, 0), b) for b in ("triton", "aten"))
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@each_kind
+def test_global_average(kind: str) -> None:
+    forward.test_global_average("triton", kind)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_global_average_shows_what_is_no_number(value: float) -> None:
+    r = torch.randn(2, 70, 9, 9).contiguous(memory_format=torch.channels_last)
+    r[1, 3, 4, 4] = value
+    vec = torch.stack([torch.ones(70), torch.zeros(70)])
+    for a, b in zip(*(calls.bn_relu_gap(r, vec, b) for b in ("triton", "aten"))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@each_kind
+@pytest.mark.parametrize("code", [IDENTITY, RELU], ids=["identity", "relu"])
+def test_apply(kind: str, code: int) -> None:
+    forward.test_apply("triton", kind, code)
+
+
+@each_kind
+def test_statistics_of_a_tensor(kind: str) -> None:
+    """Two whole tiles and a short one, of more channels than a program has, mean 100 and deviation 0.1."""
+    r = (100 + 0.1 * image_of(3, 70, 10, 9)).to(DTYPES[kind])
+    partials, counts = calls.statistics(r, "triton")
+    assert counts.tolist() == [128, 128, 14]
+    check_partials(partials, counts, r)
+
+
+def test_empty_batches() -> None:
+    none, vec = torch.zeros(0, 4, 5, 5), torch.ones(2, 4)
+    partials, counts = calls.statistics(none, "triton")
+    assert partials.shape == (0, 3, 4) and counts.shape == (0,)
+    half = torch.zeros(0, 4, 3, 3)
+    assert [t.shape[0] for t in calls.bn_pool_add(none, vec, half, vec, (1, 1), "triton")] == [0, 0, 0]
+    assert [t.shape for t in calls.bn_relu_gap(none, vec, "triton")] == [(0, 4)] * 3
+    assert calls.apply(none, Load(vec, RELU), None, "triton").shape == none.shape
+    r, p, n, _ = training.pw_fprop(none, Load(vec, RELU), torch.randn(6, 4, 1, 1), backend="triton")
+    assert r.shape == (0, 6, 5, 5) and p is not None and n is not None and p.shape == (0, 3, 6) and n.shape == (0,)
+    du, sums = calls.bn_relu_gap_backward(vec[:0], none, vec, vec[0], vec[:0], vec[:0], "triton")
+    assert du.shape == none.shape and not bool(sums.any())

@@ -13,8 +13,8 @@ from ...problem import Geometry, Problem
 
 #: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what a card of its
 #: architecture has verified.
-AUTO = {"cpu": ("cpu", "aten"), "cuda": ("triton", "aten")}
-NAMES = ("triton", "cpu", "aten")
+AUTO = {"cpu": ("cpu", "aten"), "cuda": ("triton", "cuda", "aten")}
+NAMES = ("cuda", "triton", "cpu", "aten")
 POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
 
 
@@ -31,6 +31,10 @@ def chain_backend(name: str) -> ChainBackend:
         from ...backends.chain_triton import TRITON_CHAIN
 
         return TRITON_CHAIN
+    if name == "cuda":
+        from ...backends.chain_cuda import CUDA_CHAIN
+
+        return CUDA_CHAIN
     raise ValueError(f"no backend of the training chain is called {name!r}; there are {', '.join(NAMES)}")
 
 
@@ -39,8 +43,6 @@ def not_supported_reasons(problem: Problem, name: str = "auto") -> list[str]:
     name = requested(name)
     if name == "auto":
         return []
-    if name not in NAMES:
-        return [f"backend {name!r} has no kernels of the training chain"]
     return chain_backend(name).not_supported_reasons(problem)
 
 

@@ -1,0 +1,204 @@
+"""How the triton backend runs the training chain's backward: tiles, groups and slices, and why.
+
+Pure functions of the layer and the device, like :mod:`.triton_plans`. Tiles name every shipped configuration, so that
+the tests can compile each ahead of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+from typing import Optional
+
+import torch
+
+from ..problem import IDENTITY, LEAKY_RELU, RELU, RELU6, Problem
+from .triton_plans import DepthwiseTile, Device, backward_tile
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """pixels x columns of a product by one program, ``depth`` of the summed channels at a time."""
+
+    pixels: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class WgradTile:
+    """outputs x inputs weights by one program, rows x cols pixels at a time."""
+
+    rows: int
+    cols: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How a layer's two weight and input gradients are made, ``slice_n`` pictures at a time where something is kept."""
+
+    wgrad_fused: bool  # z made in the product's own program; else by the depthwise kernel, left in L2
+    wgrad_slice: int
+    wgrad_tile: WgradTile
+    dgrad_slice: int
+    dgrad_tile: ProductTile
+    depthwise_tile: Optional[DepthwiseTile]  # None: the general kernels, then the epilogue in plain PyTorch
+    reason: str
+
+
+#: Products over flat pixels, within the 99 KB of shared memory that cards of capability 8.6, 8.9 and 12.0 have. The
+#: statistics' tiles of ``pointwise_fprop`` are 128 pixels on every card.
+PRODUCT = ProductTile(128, 128, 64, 8, 3)
+PRODUCT_TF32 = ProductTile(128, 128, 32, 8, 3)
+#: Those that form dr on load, by the widest of their columns. Two tensors are read for one, from L2 once for every
+#: block of columns: 256 of them bring 1.5 times the multiplications a byte that 128 do.
+GRADIENTS = {
+    64: ProductTile(128, 64, 32, 8, 3),
+    128: ProductTile(128, 128, 32, 8, 4),
+    256: ProductTile(128, 256, 32, 8, 3),
+}
+GRADIENTS_TF32 = {64: ProductTile(128, 64, 32, 8, 2), 128: ProductTile(128, 128, 32, 8, 2)}
+PRODUCT_HIP = ProductTile(128, 128, 32, 8, 1)
+PRODUCT_IEEE = ProductTile(128, 32, 16, 8, 1)
+#: Un-pooled on load, every left operand is nine loads: too many buffers for a pipeline.
+GRADIENT_POOLED = ProductTile(128, 128, 32, 8, 1)
+
+#: The weight gradient. What else wants registers (filters of more than FUSED_TAPS, un-pooling on load, 32-bit values,
+#: an activation that is no comparison, narrow accesses) leaves room for half as many sums: at 128 inputs ptxas spilled
+#: up to 624 bytes.
+WGRAD = WgradTile(2, 32, 128, 128, 8, 1)
+WGRAD_NARROW = WgradTile(2, 32, 128, 64, 8, 1)
+WGRAD_LARGE_FILTER = WgradTile(1, 64, 128, 64, 8, 1)
+#: With no filter there are three loads a turn, which a pipeline can run ahead of.
+WGRAD_PLAIN = WgradTile(1, 64, 128, 128, 8, 2)
+WGRAD_PLAIN_TF32 = WgradTile(1, 32, 128, 128, 8, 2)
+WGRAD_HIP = WgradTile(2, 32, 128, 64, 4, 1)
+FUSED_TAPS = 9
+COMPARISONS = (IDENTITY, RELU, RELU6, LEAKY_RELU)
+WGRAD_IEEE = WgradTile(1, 16, 64, 32, 4, 1)
+#: Programs a multiprocessor gets: two even out, and more would be more rows of partial sums. Eight, where those are
+#: small.
+WGRAD_WAVES = 2
+SUM_WAVES = 8
+
+
+def product_tile(dtype: torch.dtype, device: Device, tf32: bool) -> ProductTile:
+    """Of ``pointwise_fprop``."""
+    if dtype is torch.float32 and not tf32:
+        return PRODUCT_IEEE
+    return PRODUCT_HIP if device.kind == "hip" else PRODUCT_TF32 if dtype is torch.float32 else PRODUCT
+
+
+def gradient_tile(dtype: torch.dtype, c_in: int, device: Device, tf32: bool, pooled: bool = False) -> ProductTile:
+    """Of ``pointwise_dgrad``, whose columns are the input channels."""
+    if dtype is torch.float32 and not tf32:
+        return PRODUCT_IEEE
+    if device.kind == "hip":
+        return PRODUCT_HIP
+    if pooled:
+        return GRADIENT_POOLED
+    tiles = GRADIENTS_TF32 if dtype is torch.float32 else GRADIENTS
+    return next((tile for columns, tile in tiles.items() if c_in <= columns), tiles[max(tiles)])
+
+
+def wgrad_tile(
+    dtype: torch.dtype, c_in: int, taps: int, activation: int, device: Device, tf32: bool, pooled: bool = False
+) -> WgradTile:
+    """``taps``: R * S of the depthwise filter, 0 where there is none; ``activation`` on load."""
+    if dtype is torch.float32 and not tf32:
+        return WGRAD_IEEE
+    if device.kind == "hip":
+        return WGRAD_HIP
+    if taps == 0 and c_in > 64 and not pooled:
+        return WGRAD_PLAIN_TF32 if dtype is torch.float32 else WGRAD_PLAIN
+    if taps > 25:
+        return WGRAD_LARGE_FILTER
+    crowded = taps > FUSED_TAPS or pooled or dtype is torch.float32 or activation not in COMPARISONS or c_in % 8 > 0
+    return WGRAD_NARROW if crowded or c_in <= 64 else WGRAD
+
+
+def wgrad_groups(tiles: int, blocks: int, device: Device) -> int:
+    """Groups of pixel tiles that fill the card, and no more, when there are ``blocks`` blocks of weights."""
+    groups = min(tiles, max(1, WGRAD_WAVES * device.multiprocessors // blocks))
+    return ceil(tiles / ceil(tiles / groups))
+
+
+def sum_share(tiles: int, blocks: int, launches: int, device: Device) -> int:
+    """Tiles of a program that adds up as it goes, where so many launches each leave their programs' sums."""
+    waves = max(SUM_WAVES // launches, WGRAD_WAVES)
+    return max(1, ceil(tiles * blocks / (waves * device.multiprocessors)))
+
+
+def elementwise_tile(itemsize: int, channels: int, device: Device) -> DepthwiseTile:
+    """One row of pixels: 16 bytes a thread of 128, twice."""
+    block = min(64, 1 << max(channels - 1, 0).bit_length())
+    return DepthwiseTile(1, max(128 * (16 // itemsize) * 2 // block, 1), block, 128 // device.warp)
+
+
+def _slices(problem: Problem, picture: int, device: Device) -> int:
+    """Pictures of which ``picture`` bytes each stay in half of L2, but enough to fill the card."""
+    p, q = problem.output_size
+    programs = max(ceil(p * q / 128), 1) * ceil(problem.c_in / 128)
+    most = max(device.l2_bytes // (2 * max(picture, 1)), ceil(2 * device.multiprocessors / programs))
+    return max(1, min(problem.n, most))
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = False) -> BackwardPlan:
+    """The weight gradient by the clocks of one multiprocessor that each way would take, as ``separable_plan`` counts.
+
+    Fused, z is made again for every block of output channels; apart, it is written and read once, by L2. The input
+    gradient is always a product and one depthwise pass: on chip, dz would be made again for every tile's halo of rows,
+    or the weights read again for every row, and both cost more than dz costs in L2.
+    """
+    p, q = problem.output_size
+    pixels, size = problem.n * p * q, problem.dtype.itemsize
+    picture = p * q * problem.c_in * size
+    taps = problem.r * problem.s
+    tile = wgrad_tile(problem.dtype, problem.c_in, taps, problem.activations[0], device, tf32, pooled)
+    x_bytes = problem.n * problem.h * problem.w * problem.c_in * size
+    z_bytes, r_bytes = pixels * problem.c_in * size, pixels * problem.c_out * size
+    exact = problem.dtype is torch.float32 and not tf32
+    rate = 0.7 * device.lane_rate if exact else device.matrix_rate / (1 if size == 2 else 2)
+    matrix = pixels * problem.c_in * problem.c_out / rate
+    again = ceil(problem.c_out / tile.outputs)
+    lanes = pixels * problem.c_in * (taps + 2 * problem.s) / device.lane_rate
+    fused = max((x_bytes + 2 * r_bytes) / device.memory_rate, matrix + again * lanes)
+    wgrad_slice = _slices(problem, picture, device)
+    z_rate = device.memory_rate * (2 if wgrad_slice * picture <= device.l2_bytes else 1)
+    apart = max(x_bytes / device.memory_rate + z_bytes / z_rate, lanes)
+    apart += max(2 * r_bytes / device.memory_rate + z_bytes / z_rate, matrix)
+    if fused <= apart:
+        why = f"dw_pw: z made on chip, {again} time{'s' if again > 1 else ''}"
+    else:
+        tile = wgrad_tile(problem.dtype, problem.c_in, 0, IDENTITY, device, tf32, pooled)
+        why = f"dw_pw: z of {wgrad_slice} pictures in L2, as making it {again} times on chip would take longer"
+    dgrad_slice = wgrad_slice
+    depthwise = chain_backward_tile(problem, device)
+    if depthwise is None:
+        why += "; dx: dz in memory for the general kernels"
+        dgrad_slice = max(problem.n, 1)
+    else:
+        why += f"; dx: dz of {dgrad_slice} pictures in L2 between a product and one depthwise pass"
+    product = gradient_tile(problem.dtype, problem.c_in, device, tf32, pooled)
+    return BackwardPlan(fused <= apart, wgrad_slice, tile, dgrad_slice, product, depthwise, why)
+
+
+def chain_backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
+    """The one-pass backward's tile where a shortcut and the sums of dx want registers beside the sums of dw_dw."""
+    tile, taps = backward_tile(problem, device), problem.r * problem.s
+    if tile is None:
+        return None
+    if taps > 25:
+        return replace(tile, rows=min(tile.rows, 2))
+    crowded = max(problem.geometry.stride) > 1 if taps > 9 else problem.activations[0] not in COMPARISONS
+    if crowded and problem.dtype.itemsize == 2:
+        return replace(tile, cols=max(tile.cols // 2, 1))
+    return tile
