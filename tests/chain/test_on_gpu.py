@@ -1,0 +1,130 @@
+"""The chain on a real card: ``pytest -m gpu tests/chain``. Whole networks; each kernel has its own test elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.chain.support import hold_norm, scatter
+from xsep.models import xception
+from xsep.models.blocks import Block, Design, MaxPool
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = ("aten", "cuda", "triton")
+
+
+class Part(nn.Module):
+    """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        design = Design(backend=backend)
+        self.stem = nn.Conv2d(3, 128, 3, bias=False)
+        self.blocks = nn.Sequential(
+            Block(128, 256, 2, design, pool=MaxPool("torch"), start_with_relu=False),
+            Block(256, 728, 2, design, pool=MaxPool("same")),
+            Block(728, 728, 3, design), Block(728, 728, 3, design),
+        )  # fmt: skip
+        self.fc = nn.Linear(728, 10)
+
+    def chained(self, chain: bool) -> Part:
+        for block in self.blocks:
+            block.chain = chain  # type: ignore[assignment]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture(params=BACKENDS)
+def network(request: pytest.FixtureRequest) -> Iterator[Part]:
+    torch.manual_seed(5)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield scatter(Part(request.param)).cuda().to(memory_format=torch.channels_last).train()
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def pictures(n: int = 4) -> Tensor:
+    return torch.randn(n, 3, 63, 58, device="cuda").contiguous(memory_format=torch.channels_last)
+
+
+def step(m: Any, x: Tensor) -> dict[str, Tensor]:
+    m.zero_grad(set_to_none=True)
+    y = m(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
+    found = {"y": y.detach()} | {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
+    return found | {name: b.clone().float() for name, b in m.named_buffers() if b.is_floating_point()}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_one_step_is_that_of_the_plain_network(network: Part, kind: torch.dtype) -> None:
+    m, x = network.to(kind), pictures().to(kind)
+    double = copy.deepcopy(m).double().chained(False)
+    for block in double.blocks:
+        for conv, _ in block.pairs():  # type: ignore[operator]
+            conv.backend = "aten"
+    plain, chained = copy.deepcopy(m).chained(False), copy.deepcopy(m).chained(True)
+    for block in plain.blocks:
+        for conv, _ in block.pairs():  # type: ignore[operator]
+            conv.backend = "aten"
+    truth, own, ours = step(double, x.double()), step(plain, x), step(chained, x)
+    assert ours.keys() == truth.keys()
+    for what, exact in truth.items():
+        hold_norm(what, ours[what], exact, own[what], kind)
+    again = step(copy.deepcopy(m).chained(True), x)
+    assert all(torch.equal(again[what], ours[what]) for what in ours), "not the same bits twice"
+
+
+def test_a_graph_of_the_step(network: Part) -> None:
+    m, x = network.chained(True), pictures()
+    start = copy.deepcopy(m.state_dict())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            m.zero_grad(set_to_none=True)
+            m(x).square().sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    m.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = m(x)
+        y.square().sum().backward()
+    m.load_state_dict(start)
+    x.copy_(pictures())
+    graph.replay()
+    torch.cuda.synchronize()
+    found = {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
+    statistics = {name: b.clone() for name, b in m.named_buffers()}
+    m.load_state_dict(start)
+    m.zero_grad(set_to_none=True)
+    m(x).square().sum().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and torch.equal(found[name], p.grad), name
+    for name, b in m.named_buffers():
+        assert torch.equal(statistics[name], b), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_xception_compiled_under_autocast(backend: str) -> None:
+    torch.manual_seed(0)
+    m: Any = xception(num_classes=10, backend=backend, chain=True)
+    m = m.cuda().to(memory_format=torch.channels_last).train()
+    x = torch.randn(4, 3, 139, 139, device="cuda").contiguous(memory_format=torch.channels_last)
+    target = torch.arange(4, device="cuda")
+    losses = []
+    compiled: Any = torch.compile(copy.deepcopy(m), fullgraph=True)
+    for network in (m, compiled):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(network(x).float(), target)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
