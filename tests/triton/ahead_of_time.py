@@ -78,7 +78,7 @@ class Job:
         tile = "" if self.tile is None else "-tile" + "x".join(map(str, self.tile))
         plain = "" if self.vectors else "plain"
         shape = f"k{self.k}s{self.stride}d{self.dilation}-c{self.channels}o{self.outputs}a{self.activation}{plain}"
-        ends = f"{self.shortcut}{'' if self.operands == 1 else self.operands}"
+        ends = f"{self.shortcut}{'' if self.operands == 1 else self.operands}{'' if self.n == 64 else f'n{self.n}'}"
         return f"{self.kernel}-{self.target}-{self.dtype}-{shape}{flags}{ends}{tile}"
 
 

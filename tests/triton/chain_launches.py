@@ -60,7 +60,7 @@ class ChainLaunches:
     def _wgrad(self, weight: Optional[Tensor], x: Tensor, geometry: Geometry, k: int, load: Affine) -> launch.Launch:
         tile = plans.wgrad_tile(
             self.dtype, self.c, 0 if weight is None else k * k, load.activation, self.device, self.tf32,
-            self.job.pooled,
+            self.job.pooled, 1 if weight is None else self.job.stride,
         )  # fmt: skip
         tiles = chain.wgrad_tiles(self.r, geometry, tile)
         groups = plans.wgrad_groups(tiles, 1, self.device)
@@ -93,7 +93,7 @@ class ChainLaunches:
         partials, counts = floats(tiles, 3, self.job.outputs), torch.empty(tiles, dtype=torch.int32, device="meta")
         return chain.pointwise_fprop(
             self.x, self.w_pw, y, partials, counts, self.load,
-            plans.product_tile(self.dtype, self.device, self.tf32), self.tf32,
+            plans.product_tile(self.dtype, self.job.activation, self.device, self.tf32), self.tf32,
         )  # fmt: skip
 
     def chain_backward(self) -> launch.Launch:

@@ -89,6 +89,8 @@ def chosen_chain_jobs() -> Iterator[Job]:
     yield Job("chain_apply_backward", "sm_90", "bf16", operands=2)
     yield Job("chain_wgrad", "sm_90", "bf16", channels=728, outputs=728, size=19)
     yield Job("chain_wgrad", "sm_80", "bf16", k=5)
+    for kernel in ("chain_wgrad_apart", "chain_dgrad", "chain_apply_backward"):
+        yield Job(kernel, "sm_90", "bf16", n=1024)  # 2.8e9 elements: offsets of 64 bits
 
 
 def all_chain_jobs() -> Iterator[Job]:
@@ -101,15 +103,17 @@ def all_chain_jobs() -> Iterator[Job]:
                     for activation in (IDENTITY, RELU, SILU, GELU, ELU):
                         yield Job(kernel, target, dtype, tf32=tf32, activation=activation)
                     yield Job(kernel, target, dtype, tf32=tf32, channels=64, outputs=128)
+                    yield Job(kernel, target, dtype, tf32=tf32, n=1024)
                     yield Job(kernel, target, dtype, tf32=tf32, channels=1536, outputs=2048, size=10)
                 for k in (3, 5, 7):
                     for stride in (1, 2):
                         yield Job("chain_wgrad", target, dtype, k, stride, tf32=tf32)
-                for kernel in ("chain_wgrad", "chain_wgrad_apart", "chain_wgrad_skip", "chain_dgrad"):
+                for kernel in ("chain_wgrad", "chain_wgrad_apart", "chain_dgrad"):
                     yield Job(kernel, target, dtype, tf32=tf32, pooled=True)
             for kernel in (*STREAMS, *SMALL):
                 yield Job(kernel, target, dtype)
                 yield Job(kernel, target, dtype, vectors=False)
+                yield Job(kernel, target, dtype, n=1024)
             yield Job("chain_bn_dgrad", target, dtype, pooled=True)
             for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)):
                 for operands, shortcut in ((0, ""), (2, "half")):

@@ -11,6 +11,7 @@ from tests.triton.test_plans import H200, LAYERS, problem
 from xsep.backends import triton_chain_launch as chain
 from xsep.backends import triton_chain_plans as plans
 from xsep.backends.chain import TILE
+from xsep.backends.chain_triton import TRITON_CHAIN
 from xsep.backends.triton_chain_layers import even_slices
 from xsep.problem import RELU, SILU, Geometry
 
@@ -49,6 +50,11 @@ def test_slices_are_alike(n: int, step: int) -> None:
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
 
 
+def test_the_backend_says_how_it_would_run_a_layer() -> None:
+    reason = TRITON_CHAIN.backward_plan(problem(16, 16, 8, device="cpu", dtype=torch.float32)).reason
+    assert "z made on chip" in reason and "one depthwise pass" in reason
+
+
 def test_an_empty_batch_has_a_plan() -> None:
     assert plans.backward_plan(problem(8, 8, 32, n=0), H200, False).dgrad_slice == 1
 
@@ -81,7 +87,8 @@ def test_what_wants_registers_gets_narrower_tiles() -> None:
 def test_tiles_of_the_statistics_have_the_pixels_that_traced_code_expects(
     target: str, tf32: bool, dtype: torch.dtype
 ) -> None:
-    assert plans.product_tile(dtype, DEVICES[target], tf32).pixels == TILE
+    for activation in (RELU, SILU):
+        assert plans.product_tile(dtype, activation, DEVICES[target], tf32).pixels == TILE
 
 
 @pytest.mark.parametrize("kernel", [name for name in LAUNCHES if name not in ("chain_gap", "chain_statistics")])

@@ -116,7 +116,7 @@ class TritonChain(AtenChain):
         if n > 0:
             chain_launch.pointwise_fprop(
                 backend.nhwc(x), w.reshape(c_out, -1).contiguous(), y, partials, counts, affine_of(load),
-                product_tile(x.dtype, device, tf32), tf32,
+                product_tile(x.dtype, load.activation, device, tf32), tf32,
             ).run(x.device)  # fmt: skip
         return Forward(y, partials, counts)
 

@@ -56,7 +56,8 @@ class BackwardPlan:
 #: Products over flat pixels, within the 99 KB of shared memory that cards of capability 8.6, 8.9 and 12.0 have. The
 #: statistics' tiles of ``pointwise_fprop`` are 128 pixels on every card.
 PRODUCT = ProductTile(128, 128, 64, 8, 3)
-PRODUCT_TF32 = ProductTile(128, 128, 32, 8, 3)
+#: For 32-bit values, and for an activation that is no comparison: at 64 channels ptxas spilled up to 836 bytes.
+PRODUCT_SHALLOW = ProductTile(128, 128, 32, 8, 3)
 #: Those that form dr on load, by the widest of their columns. Two tensors are read for one, from L2 once for every
 #: block of columns: 256 of them bring 1.5 times the multiplications a byte that 128 do.
 GRADIENTS = {
@@ -70,9 +71,9 @@ PRODUCT_IEEE = ProductTile(128, 32, 16, 8, 1)
 #: Un-pooled on load, every left operand is nine loads: too many buffers for a pipeline.
 GRADIENT_POOLED = ProductTile(128, 128, 32, 8, 1)
 
-#: The weight gradient. What else wants registers (filters of more than FUSED_TAPS, un-pooling on load, 32-bit values,
-#: an activation that is no comparison, narrow accesses) leaves room for half as many sums: at 128 inputs ptxas spilled
-#: up to 624 bytes.
+#: The weight gradient. What else wants registers (filters of more than FUSED_TAPS, a stride, un-pooling on load, 32-bit
+#: values, an activation that is no comparison, narrow accesses) leaves room for half as many sums: at 128 inputs ptxas
+#: spilled up to 624 bytes.
 WGRAD = WgradTile(2, 32, 128, 128, 8, 1)
 WGRAD_NARROW = WgradTile(2, 32, 128, 64, 8, 1)
 WGRAD_LARGE_FILTER = WgradTile(1, 64, 128, 64, 8, 1)
@@ -83,17 +84,20 @@ WGRAD_HIP = WgradTile(2, 32, 128, 64, 4, 1)
 FUSED_TAPS = 9
 COMPARISONS = (IDENTITY, RELU, RELU6, LEAKY_RELU)
 WGRAD_IEEE = WgradTile(1, 16, 64, 32, 4, 1)
+WGRAD_PLAIN_IEEE = WgradTile(1, 16, 64, 32, 4, 2)
 #: Programs a multiprocessor gets: two even out, and more would be more rows of partial sums. Eight, where those are
 #: small.
 WGRAD_WAVES = 2
 SUM_WAVES = 8
 
 
-def product_tile(dtype: torch.dtype, device: Device, tf32: bool) -> ProductTile:
-    """Of ``pointwise_fprop``."""
+def product_tile(dtype: torch.dtype, activation: int, device: Device, tf32: bool) -> ProductTile:
+    """Of ``pointwise_fprop``; ``activation`` on load."""
     if dtype is torch.float32 and not tf32:
         return PRODUCT_IEEE
-    return PRODUCT_HIP if device.kind == "hip" else PRODUCT_TF32 if dtype is torch.float32 else PRODUCT
+    if device.kind == "hip":
+        return PRODUCT_HIP
+    return PRODUCT if dtype is not torch.float32 and activation in COMPARISONS else PRODUCT_SHALLOW
 
 
 def gradient_tile(dtype: torch.dtype, c_in: int, device: Device, tf32: bool, pooled: bool = False) -> ProductTile:
@@ -109,18 +113,20 @@ def gradient_tile(dtype: torch.dtype, c_in: int, device: Device, tf32: bool, poo
 
 
 def wgrad_tile(
-    dtype: torch.dtype, c_in: int, taps: int, activation: int, device: Device, tf32: bool, pooled: bool = False
-) -> WgradTile:
+    dtype: torch.dtype, c_in: int, taps: int, activation: int, device: Device, tf32: bool, pooled: bool = False,
+    stride: int = 1,
+) -> WgradTile:  # fmt: skip
     """``taps``: R * S of the depthwise filter, 0 where there is none; ``activation`` on load."""
     if dtype is torch.float32 and not tf32:
-        return WGRAD_IEEE
+        return WGRAD_IEEE if taps > 0 or pooled or device.kind == "hip" else WGRAD_PLAIN_IEEE
     if device.kind == "hip":
         return WGRAD_HIP
     if taps == 0 and c_in > 64 and not pooled:
         return WGRAD_PLAIN_TF32 if dtype is torch.float32 else WGRAD_PLAIN
     if taps > 25:
         return WGRAD_LARGE_FILTER
-    crowded = taps > FUSED_TAPS or pooled or dtype is torch.float32 or activation not in COMPARISONS or c_in % 8 > 0
+    crowded = taps > FUSED_TAPS or stride > 1 or pooled or dtype is torch.float32
+    crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0
     return WGRAD_NARROW if crowded or c_in <= 64 else WGRAD
 
 
@@ -155,14 +161,16 @@ def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = F
     """The weight gradient by the clocks of one multiprocessor that each way would take, as ``separable_plan`` counts.
 
     Fused, z is made again for every block of output channels; apart, it is written and read once, by L2. The input
-    gradient is always a product and one depthwise pass: on chip, dz would be made again for every tile's halo of rows,
-    or the weights read again for every row, and both cost more than dz costs in L2.
+    gradient is always a product and one depthwise pass, dz between them in L2. On chip, the R * S sums of dw_dw leave
+    registers for 64 channels a program: du and r would be read again for every 64 instead of every 256, and the weights
+    for every row of pixels, by count of bytes more than dz costs.
     """
     p, q = problem.output_size
     pixels, size = problem.n * p * q, problem.dtype.itemsize
     picture = p * q * problem.c_in * size
     taps = problem.r * problem.s
-    tile = wgrad_tile(problem.dtype, problem.c_in, taps, problem.activations[0], device, tf32, pooled)
+    stride = max(problem.geometry.stride)
+    tile = wgrad_tile(problem.dtype, problem.c_in, taps, problem.activations[0], device, tf32, pooled, stride)
     x_bytes = problem.n * problem.h * problem.w * problem.c_in * size
     z_bytes, r_bytes = pixels * problem.c_in * size, pixels * problem.c_out * size
     exact = problem.dtype is torch.float32 and not tf32

@@ -84,7 +84,7 @@ def apply_load_backward(
     for t in range(group * share, tl.minimum(group * share + share, tl.cdiv(pixels, PIXELS))):
         m = t * PIXELS + tl.arange(0, PIXELS)
         if WIDE:
-            m = t.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+            m = m.to(tl.int64)
         at = m[:, None] * channels + c[None, :]
         mask = (m < pixels)[:, None] & c_ok[None, :]
         d = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)

@@ -135,7 +135,7 @@ def separable_wgrad_pw(
             ok = f_ok & (p_i < p)
             pixel = (picture * p + p_i) * q + column
             dr = raw_gradient(du, taps, r, coef, pixel, ok, o, o_ok, outs, p, q, pooled_p, pooled_q, top, left)
-            # The tile may reach past the picture, where a tap of x may be no number.
+            # The tile may reach past the picture, where taps still meet pixels of x, which may be no numbers.
             z = tl.where(ok[:, None], zs[i], 0.0).to(x.dtype.element_ty)
             acc = tl.dot(tl.trans(dr), z, acc, input_precision=PRECISION)
     at = partials + group.to(tl.int64) * outs * ins + (o.to(tl.int64)[:, None] * ins + c[None, :])

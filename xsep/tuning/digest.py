@@ -16,8 +16,8 @@ _SHARED = ("problem.py", "activations.py", "backends/base.py")
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "aten": (("backends/aten.py",), ()),
     "cpu": (("backends/cpu.py",), ("common", "cpu")),
-    "triton": (("backends/triton*.py", "kernels/*.py"), ()),
-    "cuda": (("backends/cuda.py",), ("common", "cuda")),
+    "triton": (("backends/triton*.py", "backends/chain*.py", "kernels/*.py"), ()),
+    "cuda": (("backends/cuda.py", "backends/chain*.py"), ("common", "cuda")),
 }
 _SOURCES = (".cpp", ".cu", ".cuh", ".h")
 

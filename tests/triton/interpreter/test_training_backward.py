@@ -135,51 +135,6 @@ def test_only_what_is_wanted(wanted: tuple[bool, bool, bool]) -> None:
     backward.test_only_what_is_wanted("triton", wanted)
 
 
-def test_layouts_of_any_kind() -> None:
-    """NCHW, sliced and expanded inputs are what their dense copies are."""
-    case = backward.Case(torch.float32, *backward.CASES["half-shortcut"])
-    expected = sep_backward(**case.arguments(), backend="triton")
-    case.du, case.r = case.du.contiguous(), case.r.contiguous()
-    case.x = torch.cat([case.x, case.x], 1)[:, :11]
-    case.operands = [o.contiguous() for o in case.operands]
-    assert case.shortcut is not None
-    case.shortcut = case.shortcut._replace(g=case.shortcut.g.contiguous())
-    for a, b in zip(sep_backward(**case.arguments(), backend="triton"), expected):
-        assert a is not None and b is not None and torch.equal(a, b)
-
-
-def test_an_empty_batch_has_no_gradients() -> None:
-    case = backward.Case(torch.float32, *backward.CASES["shortcut"])
-    case.x, case.r, case.du, case.operands = case.x[:0], case.r[:0], case.du[:0], [case.x[:0]]
-    case.shortcut = None
-    with poisoned_memory():
-        found = sep_backward(**case.arguments(), backend="triton")
-        du, sums = calls.apply_backward(
-            case.x, case.x, case.arguments()["load"], None, [case.x], case.centres, "triton"
-        )
-        dw, dy = backward.pw_backward(
-            RawGradient(case.du, case.r, case.coef), case.w_pw, case.r.new_empty((0, 11, 9, 7)),
-            case.arguments()["load"], "triton",
-        )  # fmt: skip
-    assert found.dx is not None and found.dx.shape == case.x.shape and du.shape == case.x.shape and dy.shape[0] == 0
-    for t in (found.dw_dw, found.dw_pw, found.sums, sums, dw):
-        assert t is not None and t.numel() > 0 and not bool(t.any())
-
-
-@pytest.mark.parametrize("what", ["du", "x", "r"])
-def test_what_is_no_number_shows_where_the_plain_chain_shows_it(what: str) -> None:
-    case = backward.Case(torch.float32, *backward.CASES["relu"])
-    getattr(case, what)[1, 3, 4, 2] = torch.nan if what != "du" else torch.inf
-    case.operands = [case.x]
-    ours, plain = (sep_backward(**case.arguments(), backend=b) for b in ("triton", "aten"))
-    seen = 0
-    for a, b, name in zip(ours, plain, ours._fields):
-        assert a is not None and b is not None
-        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()), name
-        seen += int((~a.isfinite()).sum())
-    assert seen > 0
-
-
 def test_the_masks_of_forward_and_backward_are_one() -> None:
     """u within rounding of zero: the shift of a channel is the negated product of one of its pixels, rounded."""
     c = 16
@@ -285,7 +240,7 @@ def test_opcheck() -> None:
     x, r, du, coef, load = case.x, case.r, case.du, case.coef, case.arguments()["load"]
     short: Optional[Shortcut] = case.shortcut
     assert short is not None
-    raw = (du, None, r, coef, [])
+    raw: tuple[Any, ...] = (du, None, r, coef, [])
     layer_of = (
         *raw, case.w_pw, case.w_dw, x, *load, list(case.geometry), short.g, short.activated, case.operands,
         case.centres,
