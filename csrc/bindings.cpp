@@ -55,12 +55,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_levels_built") = XSEP_CPU_LEVELS;
   m.def("cpu_levels_here", &cpu_levels_here, "CPU levels that this chip can run, worst first.");
 
-  py::class_<xsep::CpuSeparablePlan>(m, "CpuSeparablePlan")
-      .def_readonly("tile_pixels", &xsep::CpuSeparablePlan::tile_pixels)
-      .def_readonly("tiles", &xsep::CpuSeparablePlan::tiles)
-      .def_readonly("panels", &xsep::CpuSeparablePlan::panels)
-      .def_readonly("panel_groups", &xsep::CpuSeparablePlan::panel_groups)
-      .def_property_readonly("tasks", &xsep::CpuSeparablePlan::tasks);
+  py::class_<xsep::CpuTilePlan>(m, "CpuTilePlan")
+      .def_readonly("tile_pixels", &xsep::CpuTilePlan::tile_pixels)
+      .def_readonly("tiles", &xsep::CpuTilePlan::tiles)
+      .def_readonly("panels", &xsep::CpuTilePlan::panels)
+      .def_readonly("panel_groups", &xsep::CpuTilePlan::panel_groups)
+      .def_property_readonly("tasks", &xsep::CpuTilePlan::tasks)
+      .def("tile", [](const xsep::CpuTilePlan& plan, int64_t i) {
+        const xsep::Range range = plan.tile(i);
+        return std::pair(range.begin, range.end);
+      });
   py::class_<xsep::CpuDepthwisePlan>(m, "CpuDepthwisePlan")
       .def_readonly("run_pixels", &xsep::CpuDepthwisePlan::run_pixels)
       .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks);
@@ -78,12 +82,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("group_columns", &xsep::CpuWgradPlan::group_columns)
       .def_readonly("column_groups", &xsep::CpuWgradPlan::column_groups)
       .def_property_readonly("tasks", &xsep::CpuWgradPlan::tasks);
-  py::class_<xsep::CpuDgradPlan>(m, "CpuDgradPlan")
-      .def_readonly("tile_pixels", &xsep::CpuDgradPlan::tile_pixels)
-      .def_readonly("tiles", &xsep::CpuDgradPlan::tiles)
-      .def_readonly("panels", &xsep::CpuDgradPlan::panels)
-      .def_readonly("panel_groups", &xsep::CpuDgradPlan::panel_groups)
-      .def_property_readonly("tasks", &xsep::CpuDgradPlan::tasks);
 
   m.def(
       "plan_cpu_separable",

@@ -5,6 +5,7 @@ A process loads one level, so each level's cases run in a process of their own: 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -235,12 +236,36 @@ def _plan(x: tuple[int, ...], c_out: int, threads: int, z_bytes: int = 4, l2_byt
     )
 
 
+def check_tiles(plan: Any, pixels: int) -> None:
+    """They follow each other from the first pixel to the last, and are of one size but for a block of the product."""
+    tiles = [plan.tile(i) for i in range(plan.tiles)]
+    assert tiles[0][0] == 0 and tiles[-1][1] == pixels
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(tiles))
+    sizes = [end - begin for begin, end in tiles]
+    assert min(sizes) > 0 and max(sizes) <= plan.tile_pixels and plan.tile_pixels - min(sizes[:-1], default=6) <= 6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("pixels", [361, 722, 2738, 43218])
+def test_threads_have_as_many_pixels_each(threads: int, pixels: int) -> None:
+    plan = _plan((1, 728, 1, pixels), 728, threads)
+    check_tiles(plan, pixels)
+    if plan.panel_groups == 1:
+        share = -(-plan.tasks // threads)
+        shares = [
+            sum(end - begin for begin, end in map(plan.tile, range(first, min(first + share, plan.tiles))))
+            for first in range(0, plan.tiles, share)
+        ]
+        assert len(shares) == threads and max(shares) - min(shares) <= 6 * -(-plan.tiles // threads)
+        assert max(shares) <= 1.05 * pixels / threads + 12
+
+
 @pytest.mark.parametrize("threads", [1, 2, 8, 32, 64])
 @pytest.mark.parametrize("z_bytes", [2, 4])
 def test_every_thread_gets_work_at_batch_one(threads: int, z_bytes: int) -> None:
     plan = _plan((1, 728, 19, 19), 728, threads, z_bytes)
     assert plan.tasks >= 0.9 * threads
-    assert plan.tiles * plan.tile_pixels >= 361 > (plan.tiles - 1) * plan.tile_pixels
+    check_tiles(plan, 361)
     assert plan.panels == 12 and 1 <= plan.panel_groups <= plan.panels
 
 
@@ -291,7 +316,7 @@ def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) ->
     module = extension.binding()
     assert module is not None, "the extension is not built"
     plan = module.plan_cpu_dgrad(pixels, depth, 12, threads=threads, bytes=4)
-    assert plan.tiles * plan.tile_pixels >= pixels > (plan.tiles - 1) * plan.tile_pixels
+    check_tiles(plan, pixels)
     assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
 
 
@@ -316,6 +341,7 @@ def test_turning_a_layout_round_moves_every_value(shape: tuple[int, ...], dtype:
 def test_pointwise_dgrad_is_the_product_by_the_weights(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     from xsep.backends.cpu import CPU
 
+    assert extension.load_cpu().reason is None
     n, c_out, c_mid, size = shape
     dv, w = torch.randn(n, c_out, size, size).to(dtype), (torch.randn(c_out, c_mid, 1, 1) / c_out**0.5).to(dtype)
     truth = torch.einsum("nopq,oc->ncpq", dv.double(), w.double()[..., 0, 0])

@@ -17,29 +17,34 @@ constexpr int64_t kPanelColumns = 64;
 /// packed weights, so few large ones read least.
 constexpr int64_t kMaxTileBytes = 512 * 1024;
 
-struct CpuSeparablePlan {
-  int64_t tile_pixels;  // output pixels of one task
+/// A matrix product of NHWC pixels by panels of output channels: tiles of pixels that stay in the second-level cache
+/// for all the panels of a group. No tile is larger than another by more than a block of the product.
+struct CpuTilePlan {
+  int64_t pixels;
+  int64_t tile_pixels;  // of the largest tile
   int64_t tiles;
-  int64_t panels;        // of kPanelColumns output channels
-  int64_t panel_groups;  // tasks that share a tile, each with its own z; 1 unless tiles are few
+  int64_t panels;  // of kPanelColumns output channels
+  int64_t
+      panel_groups;  // tasks that share a tile, in the separable forward each with its own z; 1 unless tiles are few
   int64_t tasks() const { return tiles * panel_groups; }
   Range group_panels(int64_t group) const {
     return {panels * group / panel_groups, panels * (group + 1) / panel_groups};
   }
+  Range tile(int64_t i) const {
+    const int64_t rows = block(tile_pixels), blocks = ceil_div(pixels, rows);
+    return {blocks * i / tiles * rows, std::min(blocks * (i + 1) / tiles * rows, pixels)};
+  }
+  /// Pixels that a product's block takes at once, of a tile of so many.
+  static int64_t block(int64_t tile_pixels) { return tile_pixels % 6 == 0 ? 6 : 1; }
 };
 
-/// A matrix product of NHWC pixels by panels: tiles of pixels that stay in the second-level cache for all the panels of
-/// a group.
-struct CpuDgradPlan {
-  int64_t tile_pixels;
-  int64_t tiles;
-  int64_t panels;
-  int64_t panel_groups;
-  int64_t tasks() const { return tiles * panel_groups; }
-  Range group_panels(int64_t group) const {
-    return {panels * group / panel_groups, panels * (group + 1) / panel_groups};
-  }
-};
+/// Tiles of at most so many pixels; without groups of panels as many for one thread as for another.
+inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, int64_t groups, int threads) {
+  const int64_t rows = CpuTilePlan::block(most), blocks = ceil_div(pixels, rows);
+  int64_t tiles = std::max<int64_t>(ceil_div(pixels, most), 1);
+  if (groups == 1 && tiles > 1) tiles = std::min<int64_t>(round_up(tiles, threads), blocks);
+  return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups};
+}
 
 struct CpuDepthwisePlan {
   int64_t run_pixels;  // output pixels of one task
@@ -80,29 +85,30 @@ inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2
 /// Costs are in multiply-adds of the float32 GEMM: a depthwise multiply-add costs about 1.6 of them (it converts,
 /// loads more, and keeps fewer registers busy), one in bfloat16 half, and a byte of the packed weights, which every
 /// task streams once from beyond the second-level cache, about one.
-inline CpuSeparablePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
-                                           int64_t z_bytes) {
+inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
+                                      int64_t z_bytes) {
   constexpr int64_t kTilePixels[] = {126, 108, 96, 84, 72, 60, 48, 36, 24, 12, 6, 3, 1};
-  const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
+  const int64_t pixels = shape.pixels_out();
   const int64_t c_mid = shape.c * shape.multiplier;
   const int64_t panels = ceil_div(c_out, kPanelColumns);
   const double per_pixel_z = 1.6 * static_cast<double>(c_mid * shape.taps());
   const double per_pixel_panel = (z_bytes == 2 ? 0.5 : 1.0) * static_cast<double>(c_mid * kPanelColumns);
   const double per_panel = static_cast<double>(c_mid * kPanelColumns * z_bytes);
 
-  CpuSeparablePlan best{};
+  CpuTilePlan best{};
   double best_cost = 0;
   for (int64_t tile : kTilePixels) {
     if (tile > 1 && tile * c_mid * z_bytes > tile_budget(l2_bytes)) continue;
-    const int64_t tiles = ceil_div(pixels, tile);
-    const double rows = static_cast<double>(std::min(tile, pixels));
-    const int64_t most_groups = std::min<int64_t>(panels, tiles < 4 * threads ? ceil_div(4 * threads, tiles) : 1);
+    const int64_t fewest = std::max<int64_t>(ceil_div(pixels, tile), 1);
+    const int64_t most_groups = std::min<int64_t>(panels, fewest < 4 * threads ? ceil_div(4 * threads, fewest) : 1);
     for (int64_t groups = 1; groups <= most_groups; ++groups) {
+      const CpuTilePlan plan = cut_into_tiles(pixels, tile, panels, groups, threads);
+      const double rows = static_cast<double>(pixels) / static_cast<double>(plan.tiles);
       const double group_panels = static_cast<double>(ceil_div(panels, groups));
       const double task = rows * (per_pixel_z + per_pixel_panel * group_panels) + per_panel * group_panels;
-      const double cost = task * static_cast<double>(ceil_div(tiles * groups, threads));
+      const double cost = task * static_cast<double>(ceil_div(plan.tasks(), threads));
       if (best.tiles == 0 || cost < best_cost) {
-        best = {tile, tiles, panels, groups};
+        best = plan;
         best_cost = cost;
       }
     }
@@ -111,15 +117,15 @@ inline CpuSeparablePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t 
 }
 
 /// depth: values of one pixel that are read, each of `bytes`.
-inline CpuDgradPlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
+inline CpuTilePlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
   constexpr int64_t kRows = 6;  // pixels of one block of the product
   const int64_t fitting = kMaxTileBytes / (depth * bytes) / kRows * kRows;
   int64_t tile = std::clamp<int64_t>(fitting, kRows, 96);
   // Few pixels: tiles small enough that every thread has one, then groups of panels.
   tile = std::min(tile, std::max(round_up(ceil_div(pixels, threads), kRows), kRows));
-  const int64_t tiles = ceil_div(pixels, tile);
+  const int64_t tiles = std::max<int64_t>(ceil_div(pixels, tile), 1);
   const int64_t groups = std::clamp<int64_t>(ceil_div(4 * threads, tiles), 1, panels);
-  return {tile, tiles, panels, tiles >= 4 * threads ? 1 : groups};
+  return cut_into_tiles(pixels, tile, panels, tiles >= 4 * threads ? 1 : groups, threads);
 }
 
 /// Runs of output pixels: about four for each thread, none so short that starting it costs more than it does.

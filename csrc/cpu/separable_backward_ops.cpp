@@ -97,18 +97,17 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   p.w_packed = packed.const_data_ptr();
   p.y = dz.mutable_data_ptr();
   const int64_t pixels = dv.size(0) * dv.size(2) * dv.size(3);
-  const CpuDgradPlan plan = plan_cpu_dgrad(pixels, c_out, panels, at::get_num_threads(), pairs ? 2 : 4);
+  const CpuTilePlan plan = plan_cpu_dgrad(pixels, c_out, panels, at::get_num_threads(), pairs ? 2 : 4);
   at::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     alignas(64) float products[kProductRows * kPanelColumns];
     with_storage(dv.scalar_type(), [&](auto t) {
       using T = decltype(t);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task % plan.tiles * plan.tile_pixels;
-        const int64_t count = std::min(plan.tile_pixels, pixels - first);
-        const T* from = static_cast<const T*>(rows.const_data_ptr()) + first * c_out;
+        const Range tile = plan.tile(task % plan.tiles);
+        const T* from = static_cast<const T*>(rows.const_data_ptr()) + tile.begin * c_out;
         const Range group = plan.group_panels(task / plan.tiles);
         for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          multiply_panel<T>(p, from, panel, count, first, products);
+          multiply_panel<T>(p, from, panel, tile.end - tile.begin, tile.begin, products);
         }
       }
     });

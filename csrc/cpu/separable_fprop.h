@@ -18,7 +18,7 @@ using TileGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t 
 
 struct SeparableFprop {
   DepthwiseFprop depthwise;  // its output affine is the middle
-  CpuSeparablePlan plan;
+  CpuTilePlan plan;
   Pointwise pointwise;
   TileGemm gemm;  // multiplies whole tiles; null: our own kernel does, block by block
 
@@ -38,9 +38,8 @@ template <class X, class T>
 void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) {
   const DepthwiseShape& shape = p.depthwise.shape;
   const Pointwise& pw = p.pointwise;
-  const int64_t tile = task % p.plan.tiles;
   const Range panels = p.plan.group_panels(task / p.plan.tiles);
-  const Range pixels{tile * p.plan.tile_pixels, std::min((tile + 1) * p.plan.tile_pixels, shape.pixels_out())};
+  const Range pixels = p.plan.tile(task % p.plan.tiles);
   const int64_t m = pixels.end - pixels.begin;
   char* z = static_cast<char*>(scratch);
   float* products = reinterpret_cast<float*>(z + p.tile_bytes());
