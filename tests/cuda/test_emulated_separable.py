@@ -239,9 +239,15 @@ def test_statistics_where_squares_would_cancel(library: emulated.Library) -> Non
     check_statistics(case, fprop(library, case, "bf16", a, statistics=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6], CASES[7], CASES[9], CASES[10]], ids=ids)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_vectors", [False, True], ids=["raw", "normalised"])
+JOINED = [(case, "bf16", True) for case in (CASES[0], CASES[2], CASES[6], CASES[7], CASES[9], CASES[10])]
+JOINED += [(CASES[7], kind, with_vectors) for kind in KINDS for with_vectors in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "case, kind, with_vectors",
+    dict.fromkeys(JOINED),
+    ids=lambda v: v.name if isinstance(v, Case) else v if isinstance(v, str) else ("raw", "normalised")[v],
+)
 def test_an_addend_joins_before_the_activation(
     library: emulated.Library, case: Case, kind: str, with_vectors: bool
 ) -> None:

@@ -61,8 +61,8 @@ class CpuBackend(Backend):
         fused = module.plan_cpu_separable(*where, c_out=p.c_out, threads=threads, z_bytes=2 if paired else 4)
         groups = f" in {fused.panel_groups} groups, z made anew for each" if fused.panel_groups > 1 else ""
         return (
-            f"fused, {fused.tasks} tasks of {fused.tile_pixels} pixels, {fused.panels} panels of 64 channels{groups}, "
-            f"{'bfloat16' if paired else 'float32'} GEMM, {how}"
+            f"fused, {fused.tasks} tasks of at most {fused.tile_pixels} pixels, {fused.panels} panels of 64 channels"
+            f"{groups}, {'bfloat16' if paired else 'float32'} GEMM, {how}"
         )
 
     def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
