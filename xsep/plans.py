@@ -100,7 +100,7 @@ def work_of(problem: Problem) -> Work:
 
 def triton_device(device: DeviceProperties) -> triton_plans.Device:
     """The device as the Triton planner sees it."""
-    rates = triton_plans.CUDA_RATES.get(device.capability[0], triton_plans.CUDA_RATES[9])
+    rates = triton_plans.cuda_rates(device.capability)
     return triton_plans.Device("cuda", device.multiprocessors, 32, device.l2_bytes, *rates)
 
 

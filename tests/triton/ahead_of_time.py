@@ -37,8 +37,8 @@ from xsep.problem import Affine, Geometry, Problem
 #: 64 KB of local data share on CDNA3).
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 DEVICES = {
-    "sm_80": Device("cuda", 108, 32, 40 << 20, *CUDA_RATES[8]),
-    "sm_90": Device("cuda", 132, 32, 60 << 20, *CUDA_RATES[9]),
+    "sm_80": Device("cuda", 108, 32, 40 << 20, *CUDA_RATES[8, 0]),
+    "sm_90": Device("cuda", 132, 32, 60 << 20, *CUDA_RATES[9, 0]),
     "gfx942": Device("hip", 304, 64, 4 << 20, *HIP_RATES),
 }
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -33,13 +33,21 @@ class Device:
     lane_rate: int = 128  # float32 multiply-adds
 
 
-#: Rates for NVIDIA cards by major compute capability, from the vendor's data sheets of A100 (1,555 GB/s, 312 TFLOP/s,
-#: 108 multiprocessors at 1.41 GHz), H200 (4,800 GB/s, 989 TFLOP/s, 132 at 1.83 GHz) and RTX PRO / GB202 class, less the
-#: fifth that copies and matrix products leave on the table; and for AMD's MI300X (5,300 GB/s, 1,307 TFLOP/s, 304 at
-#: 2.1 GHz).
-CUDA_RATES = {8: (8.2, 820.0), 9: (16.0, 1640.0), 10: (23.0, 3280.0), 12: (3.4, 410.0)}
+#: Memory, matrix and lane rates of NVIDIA cards by compute capability, from the vendor's data sheets and white papers
+#: of A100 (1,555 GB/s, 312 TFLOP/s, 108 multiprocessors at 1.41 GHz), RTX 3090 (936, 71, 82, 1.70), RTX 4090 (1,008,
+#: 165, 128, 2.52), H200 (4,800, 989, 132, 1.83) and RTX PRO / GB202 class, less the fifth that copies and matrix
+#: products leave on the table; and of AMD's MI300X (5,300 GB/s, 1,307 TFLOP/s, 304 at 2.1 GHz).
+CUDA_RATES = {
+    (8, 0): (8.2, 820.0, 64), (8, 6): (5.4, 204.0, 128), (8, 9): (2.5, 205.0, 128), (9, 0): (16.0, 1640.0, 128),
+    (10, 0): (23.0, 3280.0, 128), (12, 0): (3.4, 410.0, 128),
+}  # fmt: skip
 HIP_RATES = (6.6, 820.0)
 INTERPRETER = Device("cpu", 4, 32, 1 << 20, 16.0, 1640.0)
+
+
+def cuda_rates(capability: tuple[int, int]) -> tuple[float, float, int]:
+    """Those of the nearest capability that is not higher."""
+    return CUDA_RATES[max((c for c in CUDA_RATES if c <= capability), default=(8, 0))]
 
 
 @cache
@@ -51,7 +59,7 @@ def device_of(kind: str, index: int) -> Device:
     l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 4 << 20
     if torch.version.hip is not None:
         return Device("hip", properties.multi_processor_count, 64, l2_bytes, *HIP_RATES)
-    rates = CUDA_RATES.get(properties.major, CUDA_RATES[9])
+    rates = cuda_rates((properties.major, properties.minor))
     return Device("cuda", properties.multi_processor_count, 32, l2_bytes, *rates)
 
 
