@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.chain.support import hold_norm, scatter
-from xsep.models import xception
 from xsep.models.blocks import Block, Design, MaxPool
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +21,7 @@ BACKENDS = ("aten", "cuda", "triton")
 class Part(nn.Module):
     """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: Optional[str]) -> None:
         super().__init__()
         design = Design(backend=backend)
         self.stem = nn.Conv2d(3, 128, 3, bias=False)
@@ -112,19 +111,17 @@ def test_a_graph_of_the_step(network: Part) -> None:
         assert torch.equal(statistics[name], b), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_xception_compiled_under_autocast(backend: str) -> None:
-    torch.manual_seed(0)
-    m: Any = xception(num_classes=10, backend=backend, chain=True)
-    m = m.cuda().to(memory_format=torch.channels_last).train()
-    x = torch.randn(4, 3, 139, 139, device="cuda").contiguous(memory_format=torch.channels_last)
-    target = torch.arange(4, device="cuda")
-    losses = []
-    compiled: Any = torch.compile(copy.deepcopy(m), fullgraph=True)
-    for network in (m, compiled):
+def test_compiled_under_autocast() -> None:
+    """One graph of the step. Without code generation, which takes minutes: bench_xception does it."""
+    torch.manual_seed(5)
+    x, losses = pictures(), []
+    m: Any = scatter(Part(None)).cuda().to(memory_format=torch.channels_last).train().chained(True)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(copy.deepcopy(m), fullgraph=True, backend="aot_eager")
+    for either in (m, compiled):
         with torch.autocast("cuda", torch.bfloat16):
-            loss = nn.functional.cross_entropy(network(x).float(), target)
+            loss = nn.functional.cross_entropy(either(x).float(), torch.arange(4, device="cuda"))
         loss.backward()
         losses.append(loss.item())
-        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in either.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -186,11 +186,15 @@ def test_chain_backward(operators: Operators) -> None:
     assert "backward" in operators.called
 
 
-def test_chain_tiles_are_the_plans() -> None:
+def test_chain_tiles_are_the_plans(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced code sizes the partials by them, so they have to be what the kernel's own plan says."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     problem = Problem(
-        "separable", "cuda", torch.bfloat16, True, 2, 16, 9, 13, 1, 3, 3, 24, Geometry(*[1] * 8), (1, 0, 0)
+        "separable", "cuda", torch.bfloat16, True, 3, 16, 23, 29, 1, 3, 3, 24, Geometry(*[1] * 8), (1, 0, 0)
     )
     facts = cuda.DeviceFacts(132, 227 * 1024)
     plan = cuda.fused_plan(problem, facts)
-    assert plan is not None and cuda.is_fused(problem, facts) and plan.tiles >= 2 * 9 * 13 / 128
-    assert cuda.fused_plan(problem._replace(c_out=728), facts) is None
+    assert plan is not None and chain_cuda.CUDA_CHAIN.tiles(problem) == plan.tiles
+    wide = problem._replace(c_out=728)
+    assert cuda.fused_plan(wide, facts) is None
+    assert chain_cuda.CUDA_CHAIN.tiles(wide) == -(-3 * 23 * 29 // 128) != plan.tiles

@@ -15,7 +15,7 @@ from tests.chain.support import hold
 from xsep import testing
 from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.triton import TRITON
-from xsep.ops.training import batch_norm_finalize, sep_backward, sep_dgrad, separable_fprop_statistics
+from xsep.ops.training import bn_finalize, sep_backward, sep_dgrad, sep_fprop
 from xsep.problem import RELU, Affine, Geometry, Problem
 from xsep.testing import VECTORS, Case
 
@@ -91,8 +91,8 @@ def test_more_than_two_to_the_31_elements() -> None:
         ).dx  # fmt: skip
         assert dx is not None and one is not None and torch.equal(dx[pictures], one)
         del dx
-        r = separable_fprop_statistics(x, None, None, RELU, 0.0, w_dw, w_pw, SAME)[0]
-        r_alone = separable_fprop_statistics(x[pictures], None, None, RELU, 0.0, w_dw, w_pw, SAME)[0]
+        r = sep_fprop(x, None, None, RELU, 0.0, w_dw, w_pw, SAME, backend="triton")[0]
+        r_alone = sep_fprop(x[pictures], None, None, RELU, 0.0, w_dw, w_pw, SAME, backend="triton")[0]
         assert torch.equal(r[pictures], r_alone)
 
 
@@ -130,10 +130,10 @@ def test_statistics_at_real_sizes(size: tuple[int, int, int]) -> None:
     w_dw = torch.zeros(c, 1, 3, 3, device="cuda", dtype=torch.bfloat16)
     w_dw[:, :, 1, 1] = 1
     w_pw = torch.eye(c, device="cuda", dtype=torch.bfloat16)[:, :, None, None]
-    r, partials, counts, _ = separable_fprop_statistics(x, None, None, 0, 0.0, w_dw, w_pw, SAME)
+    r, partials, counts, _ = sep_fprop(x, None, None, 0, 0.0, w_dw, w_pw, SAME, backend="triton")
     assert torch.equal(r, x) and partials is not None and counts is not None
     ones, zeros = torch.ones(c, device="cuda"), torch.zeros(c, device="cuda")
-    _, mean, invstd, count = batch_norm_finalize(partials, counts, ones, zeros, eps=1e-12)
+    _, mean, invstd, count = bn_finalize(partials, counts, ones, zeros, eps=1e-12, backend="triton")
     assert int(count) == n * h * h
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
     exact = x.double().var((0, 2, 3), unbiased=False)

@@ -2,7 +2,7 @@
 
 Throughout, ``vec`` [2, C] is the scale and shift of the BatchNorm before, or None; ``activation`` a code of
 ``xsep.problem.ACTIVATIONS`` and ``alpha`` its parameter; vectors, sums and weight gradients are float32, or float64
-beside float64 images. ``backend`` is auto, aten, cpu or triton.
+beside float64 images. ``backend`` is auto, aten, cpu, triton or cuda.
 
 Raises, all of them: ValueError where shapes or types do not fit, naming the argument; RuntimeError where a backend
 asked for by name cannot run it, with its reasons.
