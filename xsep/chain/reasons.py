@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..modules import FusedSeparableConv2d
 from ..ops.training.selection import not_supported_reasons
-from ..problem import Problem
+from ..problem import Geometry, Problem
 from .batchnorm import KINDS
 from .handle import autocasts, image_type
 from .layers import geometry_of
@@ -99,12 +99,20 @@ def convolution_reasons(conv: Any, dtype: Optional[torch.dtype] = None) -> list[
     if conv.backend is not None and not found:
         weight = conv_dw.weight
         geometry = geometry_of(conv, weight.new_empty((1, conv.in_channels, 71, 71), device="meta"))
-        problem = Problem(
-            "separable", weight.device.type, dtype, True, 1, conv.in_channels, 71, 71, 1, weight.shape[2],
-            weight.shape[3], conv.out_channels, geometry, (0, 0, 0),
+        found += _backend_reasons(
+            conv.backend, weight.device.type, dtype, conv.in_channels, conv.out_channels, weight.shape[2],
+            weight.shape[3], *geometry,
         )  # fmt: skip
-        found += not_supported_reasons(problem, conv.backend)
     return found
+
+
+@torch.compiler.assume_constant_result
+def _backend_reasons(
+    backend: str, device: str, dtype: torch.dtype, c_in: int, c_out: int, r: int, s: int, *geometry: int
+) -> list[str]:
+    """Asked, not traced, as the answer loads libraries; of plain numbers, which is all that a trace can hand on."""
+    problem = Problem("separable", device, dtype, True, 1, c_in, 71, 71, 1, r, s, c_out, Geometry(*geometry), (0, 0, 0))
+    return not_supported_reasons(problem, backend)
 
 
 def pair_reasons(conv: Any, bn: Any, dtype: Optional[torch.dtype] = None) -> list[str]:
