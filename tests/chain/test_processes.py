@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from tests import two_processes
 from tests.chain.support import relative, scatter
 from xsep.chain import SeparableChain, SeparableConvBN
 from xsep.models.blocks import Block, Design, MaxPool
@@ -50,10 +47,7 @@ def results(m: Any, x: Tensor) -> dict[str, Tensor]:
     return {**found, "dx": x.grad}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank: int, folder: str) -> None:
     m, x, g = network()
     synchronised: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(m))
     assert synchronised.down.not_chained_reasons(torch.float64) == []
@@ -77,16 +71,12 @@ def worker(rank: int, port: int, folder: str) -> None:
         parallel.zero_grad()
         parallel(share).backward(g[SHARES[rank]])
     torch.save(results(parallel, share), f"{folder}/parallel{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=2)
+    two_processes.run(worker, folder)
     return {
         k: [torch.load(Path(folder, f"{k}{rank}")) for rank in (0, 1)]
         for k in ("synchronised", "one_empty", "parallel")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
+
+from tests import two_processes
 
 from .models import network, pictures
 
@@ -24,27 +23,19 @@ def batches() -> list[torch.Tensor]:
 
 
 def work(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    try:
-        model = DistributedDataParallel(network().eval(), broadcast_buffers=False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        for batch in batches():
-            optimizer.zero_grad()
-            model(batch[2 * rank : 2 * rank + 2]).square().mean().backward()
-            optimizer.step()
-        result = {name: (p.grad, p.detach()) for name, p in model.module.named_parameters()}
-        torch.save(result, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    model = DistributedDataParallel(network().eval(), broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for batch in batches():
+        optimizer.zero_grad()
+        model(batch[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    result = {name: (p.grad, p.detach()) for name, p in model.module.named_parameters()}
+    torch.save(result, Path(folder) / f"rank{rank}.pt")
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=WORLD, join=True)
+    two_processes.run(work, tmp_path)
     model = network().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for batch in batches():
