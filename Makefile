@@ -6,6 +6,9 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
+# Processes that share the tests: each takes up to 6 GiB, and the kernels inside are threaded themselves.
+JOBS ?= 2
+
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-xception \
@@ -59,10 +62,10 @@ build: $(VENV)/build.done
 
 # Waiting threads give their core away: on a busy machine OpenMP's spinning makes small problems take ten times as long.
 test: build
-	OMP_WAIT_POLICY=passive $(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 test-nightly: build
-	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest $(ARGS)
+	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 sanitize: build
 	$(PY) -m pytest tests/sanitizers $(ARGS)
