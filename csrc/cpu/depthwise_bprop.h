@@ -154,8 +154,14 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
   const int64_t top = b.h + shape.geometry.pad_top;
   const int64_t r_begin = std::max<int64_t>(top - shape.p + 1, 0);
   const int64_t r_end = std::min<int64_t>(top + 1, shape.r);
+  const int64_t dz_below = ((top + 1) * shape.q + column + kS - 1) * dz_step;
+  const int64_t row = shape.w * shape.c;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
+    // What the next row of inputs reads and this one does not, and where its gradient is stored.
+    prefetch_pixels<kPixels>(b.dz, dz_below, dz_step, c);
+    if constexpr (kDw) prefetch_pixels<kPixels>(b.x, row, shape.c, c);
+    if (kDx && b.dx) prefetch_pixels<kPixels>(b.dx, row, shape.c, c);
     Vec x[kPixels];
     if constexpr (kDw) {
       load_prologue(p, b.x, c, lanes, x);

@@ -45,6 +45,7 @@ struct RunOutput {
   void* out;  // float, BFloat16 or Half, as storage says
   int64_t stride;
   Storage storage;
+  int64_t row;  // pixels of a row of outputs where out is the whole of it in memory, 0 where it is a tile in the caches
 };
 
 namespace detail {
@@ -57,6 +58,7 @@ struct Block {
   int64_t r_begin, r_end;
   int64_t column;  // input column of the first pixel's tap 0: may lie outside [0, w)
   int64_t width;   // input columns
+  int64_t below;   // elements from x's row to the one below the last row of taps
   const float* w;  // [r * s, c_pad], tap (0, 0)
   ChannelAffine output;
   int64_t c_begin, c_end;
@@ -120,8 +122,16 @@ void sliding_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
   const int64_t first = std::max<int64_t>(-b.column, 0);
   const int64_t last = std::min<int64_t>(b.width - b.column, kColumns);
   const T* columns = b.x + b.column * c_in;
+  const int64_t new_column = b.column + kColumns - kPixels * kStride;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
+    // What the next row of outputs reads and this one does not, and where it is stored.
+    for (int r = 0; r < kStride; ++r) {
+      prefetch_pixels<kPixels * kStride>(b.x, b.below + (r * b.width + new_column) * c_in, c_in, c);
+    }
+    if (to.row > 0 && to.storage == storage_of<T>()) {
+      prefetch_pixels<kPixels>(static_cast<const T*>(b.out), to.row * to.stride, to.stride, c);
+    }
     const Loader<T, kPrologue> prologue(p, c);
     Vec sum[kPixels] = {};
     const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
@@ -220,6 +230,7 @@ void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channel
     b.r_begin = taps.begin;
     b.r_end = taps.end;
     b.width = shape.w;
+    b.below = (taps.end - taps.begin - 1) * b.row_step + shape.w * shape.c;
     b.w = p.w + pass * shape.taps() * p.c_pad;
     b.output = output;
     b.c_begin = channels.begin;

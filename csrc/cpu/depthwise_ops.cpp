@@ -36,11 +36,11 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
         using T = decltype(t);
         if (shape.multiplier == 1) {
           return depthwise_fprop_run<T>(inputs.params, 0, pixels, {0, shape.c},
-                                        {to, c_mid, storage_of(y.scalar_type())});
+                                        {to, c_mid, storage_of(y.scalar_type()), shape.q});
         }
         for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
           depthwise_fprop_run<T>(inputs.params, pass, pixels, {0, shape.c},
-                                 {passes + pass * shape.c, c_mid, Storage::kFloat});
+                                 {passes + pass * shape.c, c_mid, Storage::kFloat, 0});
         }
       });
       if (shape.multiplier == 1) continue;

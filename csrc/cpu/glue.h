@@ -39,8 +39,11 @@ void with_storage(at::ScalarType dtype, F&& f) {
 Tensor to_nhwc(const Tensor& t);
 Tensor to_nchw(const Tensor& t);
 
+/// An image not yet written, in large pages where it is large: see images.cpp.
+Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format);
+
 inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
-  return at::empty({n, c, h, w}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return empty_image({n, c, h, w}, like, at::MemoryFormat::ChannelsLast);
 }
 
 inline Tensor zeros_float(at::IntArrayRef sizes) { return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat)); }

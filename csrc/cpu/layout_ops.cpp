@@ -35,14 +35,14 @@ Tensor to_nhwc(const Tensor& t) {
   if (t.is_contiguous(at::MemoryFormat::ChannelsLast) || !t.is_contiguous()) {
     return t.contiguous(at::MemoryFormat::ChannelsLast);
   }
-  Tensor out = at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
+  Tensor out = empty_image(t.sizes(), t, at::MemoryFormat::ChannelsLast);
   if (t.numel()) transpose_pictures(t, out, t.size(0), t.size(1), t.size(2) * t.size(3));
   return out;
 }
 
 Tensor to_nchw(const Tensor& t) {
   if (t.is_contiguous() || !t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t.contiguous();
-  Tensor out = at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty_image(t.sizes(), t, at::MemoryFormat::Contiguous);
   if (t.numel()) transpose_pictures(t, out, t.size(0), t.size(2) * t.size(3), t.size(1));
   return out;
 }

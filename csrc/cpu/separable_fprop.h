@@ -46,7 +46,7 @@ void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) 
 
   const Storage storage = pw.pairs ? Storage::kBFloat16 : Storage::kFloat;
   for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
-    const RunOutput to{z + pass * shape.c * pw.z_bytes(), pw.z_stride, storage};
+    const RunOutput to{z + pass * shape.c * pw.z_bytes(), pw.z_stride, storage, 0};
     depthwise_fprop_run<X>(p.depthwise, pass, pixels, {0, shape.c}, to);
   }
   if (pw.depth > shape.c * shape.multiplier) {

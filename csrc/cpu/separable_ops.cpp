@@ -60,9 +60,8 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
               c_mid, ", 1, 1], but is ", w_pw.sizes());
   // Planes of a few pixels would be stored a few values at a time: a y of them is turned round as a whole.
   const bool planes = nchw && shape.p * shape.q >= kLeastPlane;
-  Tensor y =
-      planes ? at::empty({shape.n, c_out, shape.p, shape.q}, x.options().memory_format(at::MemoryFormat::Contiguous))
-             : empty_nhwc(shape.n, c_out, shape.p, shape.q, x);
+  Tensor y = planes ? empty_image({shape.n, c_out, shape.p, shape.q}, x, at::MemoryFormat::Contiguous)
+                    : empty_nhwc(shape.n, c_out, shape.p, shape.q, x);
   Tensor residual_rows;
   if (residual) {
     check_input(*residual, x.scalar_type(), 4, "residual");

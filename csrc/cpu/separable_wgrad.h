@@ -57,7 +57,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) 
 
   for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += plan.tile_pixels) {
     const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
-    const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat};
+    const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, 0, {pixel, pixel + count}, channels, to);
     const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
     Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin};

@@ -214,6 +214,20 @@ XSEP_INLINE Vec load_first(const Half* p, int64_t n) { return half_to_float(load
 XSEP_INLINE void store_first(BFloat16* p, Vec v, int64_t n) { store_first_16(p, float_to_bfloat16(v), n); }
 XSEP_INLINE void store_first(Half* p, Vec v, int64_t n) { store_first_16(p, float_to_half(v), n); }
 
+/// Brings N pixels' channels [c, c + kLanes) towards the second-level cache, to be read or written a row of the picture
+/// later: the hardware follows a few streams of lines, not one for each pixel of a block. from + offset may lie outside
+/// of the tensor, which does no harm.
+template <int N, class T>
+XSEP_INLINE void prefetch_pixels(const T* from, int64_t offset, int64_t pixel_step, int64_t c) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  if (kLine > kLanes && c % kLine != 0) return;
+  const auto at = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset + c) * sizeof(T);
+  const auto step = static_cast<uintptr_t>(pixel_step) * sizeof(T);
+  unroll<N>([&](auto i) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + i * step), 0, 2);
+  });
+}
+
 /// One value to and from storage.
 template <class T>
 XSEP_INLINE float to_float(T v) {

@@ -1,0 +1,33 @@
+// Memory for images.
+#include <sys/mman.h>
+
+#include "glue.h"
+
+namespace xsep::cpu {
+namespace {
+
+constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+/// glibc gives blocks of this size and more back to the system when they are freed (its largest M_MMAP_THRESHOLD), so
+/// that each new one begins without pages.
+constexpr size_t kReturnedBytes = size_t{32} << 20;
+
+}  // namespace
+
+/// A block fresh from the system costs a fault for every page that is first written, more than the kernels that write
+/// it. Linux hands out 2 MiB at a fault where it is asked to ("madvise" is the usual setting of transparent huge
+/// pages).
+Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format) {
+  Tensor image = at::empty(sizes, like.options().memory_format(format));
+#ifdef MADV_HUGEPAGE
+  if (image.nbytes() >= kReturnedBytes) {
+    const auto address = reinterpret_cast<uintptr_t>(image.mutable_data_ptr());
+    const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
+    const uintptr_t end = (address + image.nbytes()) / kLargePage * kLargePage;
+    // Advice: where it is refused, pages are small.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return image;
+}
+
+}  // namespace xsep::cpu
