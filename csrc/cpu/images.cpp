@@ -7,9 +7,9 @@ namespace xsep::cpu {
 namespace {
 
 constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-/// glibc gives blocks of this size and more back to the system when they are freed (its largest M_MMAP_THRESHOLD), so
-/// that each new one begins without pages.
-constexpr size_t kReturnedBytes = size_t{32} << 20;
+/// Smaller blocks are seldom given back to the system when they are freed: glibc keeps a heap's free end of up to twice
+/// the largest block freed so far, and of a block of 32 MiB nothing.
+constexpr size_t kReturnedBytes = size_t{4} << 20;
 
 }  // namespace
 
