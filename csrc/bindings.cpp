@@ -60,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("tiles", &xsep::CpuTilePlan::tiles)
       .def_readonly("panels", &xsep::CpuTilePlan::panels)
       .def_readonly("panel_groups", &xsep::CpuTilePlan::panel_groups)
+      .def_readonly("z_first", &xsep::CpuTilePlan::z_first)
       .def_property_readonly("tasks", &xsep::CpuTilePlan::tasks)
       .def("tile", [](const xsep::CpuTilePlan& plan, int64_t i) {
         const xsep::Range range = plan.tile(i);
@@ -86,15 +87,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_cpu_separable",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int64_t c_out, int threads,
-         int64_t z_bytes, int64_t l2_bytes) {
+         int64_t z_bytes, bool weights_packed, int64_t l2_bytes) {
         const auto shape = make_shape(x, filter, multiplier, geometry);
-        return xsep::plan_cpu_separable(shape, c_out, threads, l2_bytes ? l2_bytes : xsep::l2_cache_bytes(), z_bytes);
+        return xsep::plan_cpu_separable(shape, c_out, threads, l2_bytes ? l2_bytes : xsep::l2_cache_bytes(), z_bytes,
+                                        weights_packed);
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("c_out"),
-      py::arg("threads"), py::arg("z_bytes"), py::arg("l2_bytes") = 0,
+      py::arg("threads"), py::arg("z_bytes"), py::arg("weights_packed") = false, py::arg("l2_bytes") = 0,
       "How the fused forward is cut into tasks. x [N, C, H, W]; filter [R, S]; geometry as in the operators; z_bytes "
-      "of "
-      "one value of z; l2_bytes of second-level cache, 0 for this machine's.");
+      "of one value of z; weights_packed, as in repeated inference; l2_bytes of second-level cache, 0 for this "
+      "machine's.");
   m.def(
       "plan_cpu_depthwise",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads) {

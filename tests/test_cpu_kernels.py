@@ -228,11 +228,13 @@ def test_without_the_extension_the_reason_says_how_to_build_it(monkeypatch: pyte
 SAME = (1, 1, 1, 1, 1, 1, 1, 1)
 
 
-def _plan(x: tuple[int, ...], c_out: int, threads: int, z_bytes: int = 4, l2_bytes: int = 1 << 20) -> Any:
+def _plan(
+    x: tuple[int, ...], c_out: int, threads: int, z_bytes: int = 4, l2_bytes: int = 1 << 20, packed: bool = True
+) -> Any:
     module = extension.binding()
     assert module is not None, "the extension is not built"
     return module.plan_cpu_separable(
-        x, (3, 3), 1, SAME, c_out=c_out, threads=threads, z_bytes=z_bytes, l2_bytes=l2_bytes
+        x, (3, 3), 1, SAME, c_out=c_out, threads=threads, z_bytes=z_bytes, weights_packed=packed, l2_bytes=l2_bytes
     )
 
 
@@ -275,6 +277,18 @@ def test_the_z_tile_stays_within_its_budget(channels: int, l2_bytes: int) -> Non
     plan = _plan((4, channels, 37, 37), 100, 2, l2_bytes=l2_bytes)
     fits = plan.tile_pixels * channels * 4 <= min(512 << 10, l2_bytes // 2)
     assert fits or plan.tile_pixels == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_all_of_z_comes_first_where_the_weights_outweigh_it(threads: int) -> None:
+    """Then no packed weights are written to memory; weights that are packed already have no such cost."""
+    x = (1, 1536, 10, 10)
+    plan = _plan(x, 2048, threads, packed=False)
+    assert plan.z_first and plan.tasks == plan.panels == 32
+    check_tiles(plan, 100)
+    assert not _plan(x, 2048, threads, packed=True).z_first
+    assert not _plan((2, 128, 147, 147), 128, threads, packed=False).z_first
+    assert not _plan((64, 1536, 10, 10), 2048, threads, packed=False).z_first  # z is larger than a cache
 
 
 def test_z_is_not_made_twice_where_tiles_are_plenty() -> None:

@@ -17,6 +17,11 @@ constexpr int64_t kPanelColumns = 64;
 /// packed weights, so few large ones read least.
 constexpr int64_t kMaxTileBytes = 512 * 1024;
 
+/// All of z, where it is made before anything is multiplied: to stay in a share of the third-level cache.
+constexpr int64_t kMaxWholeZBytes = 4 * 1024 * 1024;
+/// And how much of it is multiplied by a panel at a time.
+constexpr int64_t kZFirstTilePixels = 126;
+
 /// A matrix product of NHWC pixels by panels of output channels: tiles of pixels that stay in the second-level cache
 /// for all the panels of a group. No tile is larger than another by more than a block of the product.
 struct CpuTilePlan {
@@ -26,7 +31,8 @@ struct CpuTilePlan {
   int64_t panels;  // of kPanelColumns output channels
   int64_t
       panel_groups;  // tasks that share a tile, in the separable forward each with its own z; 1 unless tiles are few
-  int64_t tasks() const { return tiles * panel_groups; }
+  bool z_first;      // all of z is made first, then a task is a panel and all the tiles
+  int64_t tasks() const { return z_first ? panels : tiles * panel_groups; }
   Range group_panels(int64_t group) const {
     return {panels * group / panel_groups, panels * (group + 1) / panel_groups};
   }
@@ -43,7 +49,7 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
   const int64_t rows = CpuTilePlan::block(most), blocks = ceil_div(pixels, rows);
   int64_t tiles = std::max<int64_t>(ceil_div(pixels, most), 1);
   if (groups == 1 && tiles > 1) tiles = std::min<int64_t>(round_up(tiles, threads), blocks);
-  return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups};
+  return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups, false};
 }
 
 struct CpuDepthwisePlan {
@@ -85,8 +91,12 @@ inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2
 /// Costs are in multiply-adds of the float32 GEMM: a depthwise multiply-add costs about 1.6 of them (it converts,
 /// loads more, and keeps fewer registers busy), one in bfloat16 half, and a byte of the packed weights, which every
 /// task streams once from beyond the second-level cache, about one.
+///
+/// weights_packed: they are there already. Otherwise packing them all beforehand, through memory, costs a thread about
+/// eight for each byte of its share; a task of z_first packs its panel into its own cache for three, and reads z from
+/// the third-level cache for one.
 inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
-                                      int64_t z_bytes) {
+                                      int64_t z_bytes, bool weights_packed) {
   constexpr int64_t kTilePixels[] = {126, 108, 96, 84, 72, 60, 48, 36, 24, 12, 6, 3, 1};
   const int64_t pixels = shape.pixels_out();
   const int64_t c_mid = shape.c * shape.multiplier;
@@ -113,6 +123,14 @@ inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out
       }
     }
   }
+  const double z_total = static_cast<double>(pixels * c_mid * z_bytes);
+  if (weights_packed || z_total > static_cast<double>(kMaxWholeZBytes)) return best;
+  best_cost += 8 * per_panel * static_cast<double>(panels) / threads;
+  const double make_z = (static_cast<double>(pixels) * per_pixel_z + z_total) / threads;
+  const double panel = static_cast<double>(pixels) * per_pixel_panel + 3 * per_panel + z_total;
+  if (make_z + panel * static_cast<double>(ceil_div(panels, threads)) >= best_cost) return best;
+  best = cut_into_tiles(pixels, kZFirstTilePixels, panels, 1, 1);
+  best.z_first = true;
   return best;
 }
 

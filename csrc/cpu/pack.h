@@ -62,6 +62,9 @@ void pack_panel(const PointwisePacking& p, const T* w_pw, int64_t panel, Out* ou
       for (int64_t n = 0; n < n_done; n += kLanes) {
         Vec v[kLanes];
         unroll<kLanes>([&](auto i) __attribute__((always_inline)) { v[i] = load(w_pw + (n0 + n + i) * c_mid + k); });
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+          __builtin_prefetch(w_pw + (n0 + n + i) * c_mid + k + 4 * kLanes, 0, 3);
+        });
         transpose(v);
         unroll<kLanes>([&](auto i) __attribute__((always_inline)) { store(out + (k + i) * kPanelColumns + n, v[i]); });
       }

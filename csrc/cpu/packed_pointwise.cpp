@@ -23,29 +23,28 @@ bool is_packed(const OptionalTensor& packed, const PointwisePacking& packing) {
          packed->size(0) == ceil_div(packing.c_out, kPanelColumns) && packed->size(1) == packing.depth * kPanelColumns;
 }
 
-/// w_pw [C_out, C_mid, 1, 1] in the order that the plan's panels are multiplied in.
+void pack_one_panel(const Tensor& w, const PointwisePacking& packing, int64_t panel, void* out) {
+  const void* from = w.const_data_ptr();
+  if (packing.pairs && packing.multiplier == 1 && packing.c % 2 == 0) {
+    // A pair is adjacent in w_pw too and moves as one 32-bit value: the float panel of half the depth.
+    const PointwisePacking halved{packing.c_out, packing.c / 2, 1, packing.depth / 2, false};
+    return pack_panel(halved, static_cast<const float*>(from), panel, static_cast<float*>(out));
+  }
+  if (packing.pairs) return pack_panel(packing, static_cast<const BFloat16*>(from), panel, static_cast<BFloat16*>(out));
+  with_storage(w.scalar_type(), [&](auto t) {
+    pack_panel(packing, static_cast<const decltype(t)*>(from), panel, static_cast<float*>(out));
+  });
+}
+
 Tensor packed_pointwise(const Tensor& w_pw, const PointwisePacking& packing) {
   const Tensor w = w_pw.contiguous();
   const int64_t panels = ceil_div(packing.c_out, kPanelColumns);
   const int64_t panel_size = packing.depth * kPanelColumns;
   const Tensor packed = at::empty({panels, panel_size}, w.options().dtype(packing.pairs ? at::kBFloat16 : at::kFloat));
+  const int64_t panel_bytes = panel_size * packed.element_size();
+  char* out = static_cast<char*>(packed.mutable_data_ptr());
   at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      void* out = static_cast<char*>(packed.mutable_data_ptr()) + panel * panel_size * packed.element_size();
-      if (packing.pairs && packing.multiplier == 1 && packing.c % 2 == 0) {
-        // A pair is adjacent in w_pw too and moves as one 32-bit value: the float panel of half the depth.
-        const PointwisePacking halved{packing.c_out, packing.c / 2, 1, packing.depth / 2, false};
-        pack_panel(halved, static_cast<const float*>(w.const_data_ptr()), panel, static_cast<float*>(out));
-        continue;
-      }
-      if (packing.pairs) {
-        pack_panel(packing, static_cast<const BFloat16*>(w.const_data_ptr()), panel, static_cast<BFloat16*>(out));
-        continue;
-      }
-      with_storage(w.scalar_type(), [&](auto t) {
-        pack_panel(packing, static_cast<const decltype(t)*>(w.const_data_ptr()), panel, static_cast<float*>(out));
-      });
-    }
+    for (int64_t panel = begin; panel < end; ++panel) pack_one_panel(w, packing, panel, out + panel * panel_bytes);
   });
   return packed;
 }

@@ -164,17 +164,19 @@ inline int64_t products_bytes(const Pointwise& p, int64_t m) {
   return (kProductRows + (p.plane ? m : 0)) * kPanelColumns * static_cast<int64_t>(sizeof(float));
 }
 
-/// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, scratch products_bytes.
+/// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, w the panel's packed
+/// weights, scratch products_bytes.
 template <class T>
-void multiply_panel(const Pointwise& p, const void* z, int64_t panel, int64_t m, int64_t pixel, float* scratch) {
+void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t panel, int64_t m, int64_t pixel,
+                    float* scratch) {
   const int64_t n0 = panel * kPanelColumns;
   T* tile = reinterpret_cast<T*>(scratch + kProductRows * kPanelColumns);
   detail::PanelOutput<T> y{static_cast<T*>(p.y) + pixel * p.c_out + n0, p.c_out};
   if (p.plane) y = {tile, kPanelColumns};
   if (!p.pairs) {
-    detail::multiply_panel<T, false>(p, z, p.panel(panel), m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, false>(p, z, w, m, pixel, n0, scratch, y);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    detail::multiply_panel<T, true>(p, z, p.panel(panel), m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, true>(p, z, w, m, pixel, n0, scratch, y);
   }
   if (p.plane) detail::store_planes(p, tile, kPanelColumns, m, pixel, n0, std::min(kPanelColumns, p.c_out - n0));
 }

@@ -107,7 +107,7 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
         const T* from = static_cast<const T*>(rows.const_data_ptr()) + tile.begin * c_out;
         const Range group = plan.group_panels(task / plan.tiles);
         for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          multiply_panel<T>(p, from, panel, tile.end - tile.begin, tile.begin, products);
+          multiply_panel<T>(p, from, p.panel(panel), panel, tile.end - tile.begin, tile.begin, products);
         }
       }
     });

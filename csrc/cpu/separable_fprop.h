@@ -31,35 +31,60 @@ struct SeparableFprop {
   int64_t scratch_bytes() const { return tile_bytes() + round_up(products_bytes(), 64); }
 };
 
-/// Task `task` of p.plan. Tasks of one group of panels follow each other, so that a thread's panels stay in its cache.
-/// X is the depthwise stage's input type, T that of residual and y: they differ where a prologue was applied
-/// beforehand.
-template <class X, class T>
-void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) {
+/// z of some pixels, one row of p.pointwise.z_stride elements each. X is the type of the depthwise stage's input.
+template <class X>
+void make_z(const SeparableFprop& p, Range pixels, char* z) {
   const DepthwiseShape& shape = p.depthwise.shape;
   const Pointwise& pw = p.pointwise;
-  const Range panels = p.plan.group_panels(task / p.plan.tiles);
-  const Range pixels = p.plan.tile(task % p.plan.tiles);
-  const int64_t m = pixels.end - pixels.begin;
-  char* z = static_cast<char*>(scratch);
-  float* products = reinterpret_cast<float*>(z + p.tile_bytes());
-
   const Storage storage = pw.pairs ? Storage::kBFloat16 : Storage::kFloat;
   for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
     const RunOutput to{z + pass * shape.c * pw.z_bytes(), pw.z_stride, storage, 0};
     depthwise_fprop_run<X>(p.depthwise, pass, pixels, {0, shape.c}, to);
   }
-  if (pw.depth > shape.c * shape.multiplier) {
-    for (int64_t i = 0; i < m; ++i) std::memset(z + (i * pw.z_stride + pw.depth - 1) * pw.z_bytes(), 0, pw.z_bytes());
+  if (pw.depth == shape.c * shape.multiplier) return;
+  for (int64_t i = 0; i < pixels.end - pixels.begin; ++i) {
+    std::memset(z + (i * pw.z_stride + pw.depth - 1) * pw.z_bytes(), 0, pw.z_bytes());
   }
+}
+
+namespace detail {
+
+/// One panel of y for m pixels from `pixel` on; z is their first row, w the panel's packed weights.
+template <class T>
+void multiply_tile(const SeparableFprop& p, const char* z, const void* w, int64_t panel, int64_t m, int64_t pixel,
+                   float* products) {
+  const Pointwise& pw = p.pointwise;
+  if (!p.gemm) return multiply_panel<T>(pw, z, w, panel, m, pixel, products);
+  const int64_t columns = round_up(std::min(kPanelColumns, pw.c_out - panel * kPanelColumns), 16);
+  p.gemm(m, columns, pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, w, products);
+  finish_panel<T>(pw, products, panel, m, pixel);
+}
+
+}  // namespace detail
+
+/// Task `task` of a p.plan that makes z tile by tile. Tasks of one group of panels follow each other, so that a
+/// thread's panels stay in its cache. X is the depthwise stage's input type, T that of residual and y: they differ
+/// where a prologue was applied beforehand.
+template <class X, class T>
+void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) {
+  const Range panels = p.plan.group_panels(task / p.plan.tiles);
+  const Range pixels = p.plan.tile(task % p.plan.tiles);
+  char* z = static_cast<char*>(scratch);
+  float* products = reinterpret_cast<float*>(z + p.tile_bytes());
+  make_z<X>(p, pixels, z);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    if (p.gemm) {
-      const int64_t columns = round_up(std::min(kPanelColumns, pw.c_out - panel * kPanelColumns), 16);
-      p.gemm(m, columns, pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, pw.panel(panel), products);
-      finish_panel<T>(pw, products, panel, m, pixels.begin);
-    } else {
-      multiply_panel<T>(pw, z, panel, m, pixels.begin, products);
-    }
+    const void* w = p.pointwise.panel(panel);
+    detail::multiply_tile<T>(p, z, w, panel, pixels.end - pixels.begin, pixels.begin, products);
+  }
+}
+
+/// Task `panel` of a p.plan that makes all of z first: w is the panel's packed weights.
+template <class T>
+void multiply_all_tiles(const SeparableFprop& p, int64_t panel, const char* z, const void* w, float* products) {
+  for (int64_t i = 0; i < p.plan.tiles; ++i) {
+    const Range pixels = p.plan.tile(i);
+    const char* from = z + pixels.begin * p.pointwise.z_stride * p.pointwise.z_bytes();
+    detail::multiply_tile<T>(p, from, w, panel, pixels.end - pixels.begin, pixels.begin, products);
   }
 }
 

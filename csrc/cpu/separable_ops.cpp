@@ -46,6 +46,54 @@ void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64
                               static_cast<const at::BFloat16*>(b), c, true);
 }
 
+/// f(begin, end, scratch) for parts of [0, tasks), each with so many bytes of a thread's own.
+template <class F>
+void parallel_with_scratch(const SeparableFprop& p, int64_t tasks, int64_t bytes, F&& f) {
+  const Tensor scratch = empty_bytes(bytes * at::get_num_threads());
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    f(begin, end, static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * bytes);
+    if (p.gemm) at::native::cpublas::brgemm_release(true);
+  });
+}
+
+void tile_by_tile(const SeparableFprop& p, at::ScalarType dtype, at::ScalarType input_dtype) {
+  parallel_with_scratch(p, p.plan.tasks(), p.scratch_bytes(), [&](int64_t begin, int64_t end, char* scratch) {
+    with_storage(dtype, [&](auto t) {
+      for (int64_t task = begin; task < end; ++task) {
+        if (input_dtype == dtype) {
+          separable_fprop_task<decltype(t), decltype(t)>(p, task, scratch);
+        } else {
+          separable_fprop_task<float, decltype(t)>(p, task, scratch);
+        }
+      }
+    });
+  });
+}
+
+/// A panel is packed where it is multiplied: its weights are never written to memory.
+void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const PointwisePacking& packing,
+                    at::ScalarType input_dtype) {
+  const int64_t row_bytes = p.pointwise.z_stride * p.pointwise.z_bytes();
+  const Tensor z = empty_bytes(p.plan.pixels * row_bytes);
+  char* const rows = static_cast<char*>(z.mutable_data_ptr());
+  const CpuDepthwisePlan runs = plan_cpu_depthwise(p.depthwise.shape, at::get_num_threads());
+  at::parallel_for(0, runs.tasks, 1, [&](int64_t begin, int64_t end) {
+    const Range pixels{begin * runs.run_pixels, std::min(end * runs.run_pixels, p.plan.pixels)};
+    with_storage(input_dtype, [&](auto t) { make_z<decltype(t)>(p, pixels, rows + pixels.begin * row_bytes); });
+  });
+  const int64_t panel_bytes = round_up(p.pointwise.depth * kPanelColumns * p.pointwise.z_bytes(), 64);
+  parallel_with_scratch(p, p.plan.tasks(), panel_bytes + round_up(p.products_bytes(), 64),
+                        [&](int64_t begin, int64_t end, char* scratch) {
+                          float* products = reinterpret_cast<float*>(scratch + panel_bytes);
+                          with_storage(w_pw.scalar_type(), [&](auto t) {
+                            for (int64_t panel = begin; panel < end; ++panel) {
+                              pack_one_panel(w_pw, packing, panel, scratch);
+                              multiply_all_tiles<decltype(t)>(p, panel, rows, scratch, products);
+                            }
+                          });
+                        });
+}
+
 Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const OptionalTensor& residual,
                        const OptionalTensor& scale_p, const OptionalTensor& shift_p, const OptionalTensor& scale_m,
                        const OptionalTensor& shift_m, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
@@ -78,37 +126,29 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const PairGemm pair = pair_gemm(x.scalar_type());
   const bool pairs = pair != PairGemm::kNone;
   const PointwisePacking packing = pointwise_packing(w_pw, shape.multiplier);
-  const Tensor w_packed = is_packed(packed, packing) ? *packed : packed_pointwise(w_pw, packing);
 
   SeparableFprop p{};
   p.depthwise = inputs.params;
   p.depthwise.output = middle.affine();
-  p.plan = plan_cpu_separable(shape, c_out, at::get_num_threads(), l2_cache_bytes(), pairs ? 2 : 4);
+  const bool was_packed = is_packed(packed, packing);
+  p.plan = plan_cpu_separable(shape, c_out, at::get_num_threads(), l2_cache_bytes(), pairs ? 2 : 4, was_packed);
   p.pointwise.c_out = c_out;
   p.pointwise.depth = packing.depth;
   p.pointwise.pairs = pairs;
   p.pointwise.z_stride = round_up(c_mid, pairs ? 32 : 16);
-  p.pointwise.w_packed = w_packed.const_data_ptr();
   p.pointwise.epilogue = epilogue.affine();
   p.pointwise.residual = residual ? residual_rows.const_data_ptr() : nullptr;
   p.pointwise.y = y.mutable_data_ptr();
   p.pointwise.plane = planes ? shape.p * shape.q : 0;
   p.gemm = pair == PairGemm::kTiles ? gemm_tiles : nullptr;
 
-  const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
-  at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
-    char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * p.scratch_bytes();
-    with_storage(x.scalar_type(), [&](auto t) {
-      for (int64_t task = begin; task < end; ++task) {
-        if (inputs.dtype() == x.scalar_type()) {
-          separable_fprop_task<decltype(t), decltype(t)>(p, task, mine);
-        } else {
-          separable_fprop_task<float, decltype(t)>(p, task, mine);
-        }
-      }
-    });
-    if (pair == PairGemm::kTiles) at::native::cpublas::brgemm_release(true);
-  });
+  if (p.plan.z_first) {
+    all_of_z_first(p, w_pw.contiguous(), packing, inputs.dtype());
+  } else {
+    const Tensor w_packed = was_packed ? *packed : packed_pointwise(w_pw, packing);
+    p.pointwise.w_packed = w_packed.const_data_ptr();
+    tile_by_tile(p, x.scalar_type(), inputs.dtype());
+  }
   return nchw && !planes ? to_nchw(y) : y;
 }
 

@@ -107,7 +107,7 @@ bool forward(const Problem& problem) {
   p.depthwise.x = x.data();
   p.depthwise.w = w.data();
   p.depthwise.prologue = Prologue::kNone;
-  p.plan = plan_cpu_separable(s, problem.c_out, kThreads, 1 << 20, sizeof(float));
+  p.plan = plan_cpu_separable(s, problem.c_out, kThreads, 1 << 20, sizeof(float), true);
   p.pointwise.c_out = problem.c_out;
   p.pointwise.depth = c_mid;
   p.pointwise.z_stride = round_up(c_mid, 16);
@@ -127,6 +127,22 @@ bool forward(const Problem& problem) {
   }
   const size_t bytes = results[0].size() * sizeof(float);
   bool good = std::memcmp(results[0].data(), results[1].data(), bytes) == 0;
+
+  // All of z first: the same sums in the same order.
+  p.plan.z_first = true;
+  const int64_t row_bytes = p.pointwise.z_stride * p.pointwise.z_bytes();
+  std::vector<float> z(static_cast<size_t>(s.pixels_out() * p.pointwise.z_stride));
+  std::vector<float> z_first(results[0].size(), std::nanf(""));
+  p.pointwise.y = z_first.data();
+  char* const rows = reinterpret_cast<char*>(z.data());
+  run_tasks(s.pixels_out(), kThreads,
+            [&](int64_t pixel, int) { make_z<float>(p, {pixel, pixel + 1}, rows + pixel * row_bytes); });
+  std::vector<std::vector<float>> products(kThreads);
+  for (auto& mine : products) mine.resize(static_cast<size_t>(ceil_div(p.products_bytes(), 4)));
+  run_tasks(p.plan.tasks(), kThreads, [&](int64_t panel, int thread) {
+    multiply_all_tiles<float>(p, panel, rows, p.pointwise.panel(panel), products[static_cast<size_t>(thread)].data());
+  });
+  good = good && std::memcmp(results[0].data(), z_first.data(), bytes) == 0;
   const std::vector<double> truth = plain(problem, x, w_dw, w_pw);
   for (size_t i = 0; i < truth.size(); ++i) {
     good = good && std::fabs(results[0][i] - truth[i]) <= 1e-4 * (1 + std::fabs(truth[i]));

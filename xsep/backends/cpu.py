@@ -59,10 +59,13 @@ class CpuBackend(Backend):
             return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
         paired = p.dtype == torch.bfloat16 and torch.ops.xsep.cpu_has_bfloat16_gemm()
         fused = module.plan_cpu_separable(*where, c_out=p.c_out, threads=threads, z_bytes=2 if paired else 4)
+        gemm = f"{'bfloat16' if paired else 'float32'} GEMM, {how}"
+        if fused.z_first:
+            return f"all of z first, kept in the cache, then {fused.panels} panels of 64 channels, {gemm}"
         groups = f" in {fused.panel_groups} groups, z made anew for each" if fused.panel_groups > 1 else ""
         return (
             f"fused, {fused.tasks} tasks of at most {fused.tile_pixels} pixels, {fused.panels} panels of 64 channels"
-            f"{groups}, {'bfloat16' if paired else 'float32'} GEMM, {how}"
+            f"{groups}, {gemm}"
         )
 
     def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
