@@ -244,7 +244,11 @@ def check_tiles(plan: Any, pixels: int) -> None:
     assert tiles[0][0] == 0 and tiles[-1][1] == pixels
     assert all(before[1] == after[0] for before, after in itertools.pairwise(tiles))
     sizes = [end - begin for begin, end in tiles]
-    assert min(sizes) > 0 and max(sizes) <= plan.tile_pixels and plan.tile_pixels - min(sizes[:-1], default=6) <= 6
+    assert (
+        min(sizes) > 0
+        and max(sizes) <= plan.tile_pixels
+        and plan.tile_pixels - min(sizes[:-1], default=plan.tile_pixels) <= 6
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

@@ -7,6 +7,7 @@
 
 #include "../common/geometry.h"
 #include "activate.h"
+#include "pair_depthwise.h"
 
 namespace xsep::cpu {
 
@@ -30,9 +31,11 @@ enum class Prologue {
 /// per-channel array stored pass by pass.
 struct DepthwiseFprop {
   DepthwiseShape shape;
-  int64_t c_pad;   // shape.c rounded up to kChannelPad
-  const void* x;   // T [n, h, w, c]
-  const float* w;  // [multiplier, r * s, c_pad]
+  int64_t c_pad;            // shape.c rounded up to kChannelPad
+  const void* x;            // T [n, h, w, c]
+  const float* w;           // [multiplier, r * s, c_pad]
+  const uint32_t* w_pairs;  // [multiplier, pair_weights_size], or null where pairs are not multiplied
+  int64_t c_pairs;
   Prologue prologue;
   const float* scale_p;  // [c_pad]; read with kClampedAffine only
   const float* shift_p;  // [c_pad]; likewise
@@ -56,10 +59,11 @@ struct Block {
   const T* x;        // input pixel (picture, row of tap r_begin, column 0), channel 0
   int64_t row_step;  // elements between the input rows of consecutive r
   int64_t r_begin, r_end;
-  int64_t column;  // input column of the first pixel's tap 0: may lie outside [0, w)
-  int64_t width;   // input columns
-  int64_t below;   // elements from x's row to the one below the last row of taps
-  const float* w;  // [r * s, c_pad], tap (0, 0)
+  int64_t column;           // input column of the first pixel's tap 0: may lie outside [0, w)
+  int64_t width;            // input columns
+  int64_t below;            // elements from x's row to the one below the last row of taps
+  const float* w;           // [r * s, c_pad], tap (0, 0)
+  const uint32_t* w_pairs;  // of the pass, or null
   ChannelAffine output;
   int64_t c_begin, c_end;
   void* out;  // first pixel, channel 0
@@ -110,6 +114,18 @@ XSEP_INLINE void store_pixels(const RunOutput& to, void* out, int64_t c, const V
   }
 }
 
+/// What the next row of outputs reads and this one does not, and where it is stored.
+template <class T, int kS, int kStride, int kPixels>
+XSEP_INLINE void prefetch_for_next_row(const RunOutput& to, const Block<T>& b, int64_t c_in, int64_t c) {
+  const int64_t new_column = b.column + kS - kStride;
+  for (int r = 0; r < kStride; ++r) {
+    prefetch_pixels<kPixels * kStride>(b.x, b.below + (r * b.width + new_column) * c_in, c_in, c);
+  }
+  if (to.row > 0 && to.storage == storage_of<T>()) {
+    prefetch_pixels<kPixels>(static_cast<const T*>(b.out), to.row * to.stride, to.stride, c);
+  }
+}
+
 /// kPixels outputs of a filter kS wide with horizontal stride kStride and no dilation: each input column is loaded
 /// once a filter row and multiplied into all the outputs it belongs to. kBorder: columns outside the picture are
 /// skipped, and the last vector of channels may be incomplete.
@@ -122,16 +138,9 @@ void sliding_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
   const int64_t first = std::max<int64_t>(-b.column, 0);
   const int64_t last = std::min<int64_t>(b.width - b.column, kColumns);
   const T* columns = b.x + b.column * c_in;
-  const int64_t new_column = b.column + kColumns - kPixels * kStride;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
-    // What the next row of outputs reads and this one does not, and where it is stored.
-    for (int r = 0; r < kStride; ++r) {
-      prefetch_pixels<kPixels * kStride>(b.x, b.below + (r * b.width + new_column) * c_in, c_in, c);
-    }
-    if (to.row > 0 && to.storage == storage_of<T>()) {
-      prefetch_pixels<kPixels>(static_cast<const T*>(b.out), to.row * to.stride, to.stride, c);
-    }
+    prefetch_for_next_row<T, kS, kStride, kPixels>(to, b, c_in, c);
     const Loader<T, kPrologue> prologue(p, c);
     Vec sum[kPixels] = {};
     const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
@@ -189,6 +198,28 @@ void general_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
   }
 }
 
+#if defined(__AVX512BW__)
+/// sliding_block for whole steps of kPairChannels channels.
+template <int kS, int kStride, int kPixels, bool kBorder>
+void pair_block(const DepthwiseFprop& p, const RunOutput& to, const Block<BFloat16>& b) {
+  const int64_t c_in = p.shape.c;
+  const int64_t first = std::max<int64_t>(-b.column, 0);
+  const int64_t last = std::min<int64_t>(b.width - b.column, (kPixels - 1) * kStride + kS);
+  for (int64_t c = b.c_begin; c < b.c_end; c += kPairChannels) {
+    prefetch_for_next_row<BFloat16, kS, kStride, kPixels>(to, b, c_in, c);
+    Vec low[kPixels] = {};
+    Vec high[kPixels] = {};
+    sum_pairs<kS, kStride, kPixels, kBorder>(b.x + b.column * c_in + c, b.row_step, c_in, first, last, b.w_pairs + c,
+                                             p.shape.r, p.c_pairs, b.r_begin, b.r_end, low, high);
+    unroll<kPixels>([&](auto i) __attribute__((always_inline)) { in_channel_order(low[i], high[i]); });
+    apply(b.output, c, low);
+    store_pixels<BFloat16>(to, b.out, c, low, kLanes);
+    apply(b.output, c + kLanes, high);
+    store_pixels<BFloat16>(to, b.out, c + kLanes, high, kLanes);
+  }
+}
+#endif
+
 /// kS = 0 is the general block.
 template <class T, int kS, int kStride, int kPixels, Prologue kPrologue>
 void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border) {
@@ -199,6 +230,23 @@ void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border
       sliding_block<T, kS, kStride, kPixels, kPrologue, with_border()>(p, to, b);
     }
   };
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, BFloat16> && kPrologue == Prologue::kNone && (kS == 3 || kS == 5)) {
+    // Seven columns of weights would not leave enough registers for the sums.
+    if (b.w_pairs && b.c_begin % kPairChannels == 0 && b.c_end - b.c_begin >= kPairChannels) {
+      const int64_t c_end = b.c_end;
+      b.c_end -= (b.c_end - b.c_begin) % kPairChannels;
+      if (border) {
+        pair_block<kS, kStride, kPixels, true>(p, to, b);
+      } else {
+        pair_block<kS, kStride, kPixels, false>(p, to, b);
+      }
+      b.c_begin = b.c_end;
+      b.c_end = c_end;
+      if (b.c_begin == b.c_end) return;
+    }
+  }
+#endif
   if (!border) {
     const int64_t c_end = b.c_end;
     b.c_end -= (b.c_end - b.c_begin) % kLanes;
@@ -232,6 +280,7 @@ void run_rows(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channel
     b.width = shape.w;
     b.below = (taps.end - taps.begin - 1) * b.row_step + shape.w * shape.c;
     b.w = p.w + pass * shape.taps() * p.c_pad;
+    b.w_pairs = p.w_pairs ? p.w_pairs + pass * pair_weights_size(shape.r, shape.s, p.c_pairs) : nullptr;
     b.output = output;
     b.c_begin = channels.begin;
     b.c_end = channels.end;

@@ -31,14 +31,6 @@ namespace detail {
 
 XSEP_INLINE Vec broadcast_element(const void* p) { return broadcast(*static_cast<const float*>(p)); }
 
-#if defined(__AVX512F__)
-/// sum + a.low * b.low + a.high * b.high in each lane; where kHasBFloat16Instructions.
-XSEP_INLINE Vec dot_pairs(Vec sum, VecBits a, VecBits b) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-}
-#endif
-
 /// sum += a * b for a block in registers, one product after the other.
 template <bool kPairs, int kRows, int kVectors>
 XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {

@@ -144,6 +144,7 @@ class DepthwiseInputs {
       apply_beforehand(a);
     }
     params.x = x_.const_data_ptr();
+    if (kPairDepthwise && kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16) pack_pairs();
   }
 
   /// Of params.x: float where the prologue was applied beforehand.
@@ -152,6 +153,18 @@ class DepthwiseInputs {
   DepthwiseFprop params;
 
  private:
+  void pack_pairs() {
+    const DepthwiseShape& s = params.shape;
+    params.c_pairs = s.c / kPairChannels * kPairChannels;
+    const int64_t size = pair_weights_size(s.r, s.s, params.c_pairs);
+    w_pairs_ = at::empty({s.multiplier, size}, at::TensorOptions().dtype(at::kInt));
+    auto* out = static_cast<uint32_t*>(w_pairs_.mutable_data_ptr());
+    for (int64_t i = 0; i < s.multiplier; ++i) {
+      pack_pair_weights(params.w + i * s.taps() * c_pad_, s.r, s.s, c_pad_, params.c_pairs, out + i * size);
+    }
+    params.w_pairs = out;
+  }
+
   void clamp(const ChannelAffine& a) {
     constants_ = zeros_float({2, c_pad_});
     constants_.select(0, 0).fill_(1.0);
@@ -178,7 +191,7 @@ class DepthwiseInputs {
 
   Tensor x_;
   int64_t c_pad_;
-  Tensor w_;
+  Tensor w_, w_pairs_;
   AffineBuffers prologue_;
   Tensor constants_;  // [2, c_pad]: ones, zeros
 };

@@ -29,7 +29,7 @@ double rate(double seconds) {
       unroll<kChains>([&](auto j) __attribute__((always_inline)) {
         if constexpr (kPairs) {
 #if defined(__AVX512F__)
-          sum[j] = detail::dot_pairs(sum[j], as_bits(factor), as_bits(addend));
+          sum[j] = dot_pairs(sum[j], as_bits(factor), as_bits(addend));
 #endif
         } else {
           sum[j] = fma(sum[j], factor, addend);

@@ -135,6 +135,14 @@ XSEP_INLINE Vec16 float_to_half(Vec v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+/// sum + a.low * b.low + a.high * b.high in each lane; where kHasBFloat16Instructions.
+XSEP_INLINE Vec dot_pairs(Vec sum, VecBits a, VecBits b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#endif
+
 XSEP_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 #if defined(__AVX512BW__)
 /// Where each 16-bit half of 16 floats comes from: the high ones from BFloat16, the low ones (masked out) from nowhere.

@@ -1,0 +1,108 @@
+// Depthwise forward in BFloat16 by AVX512_BF16's dot product of pairs: two rows of the filter at once, where a
+// multiplication in float would convert each value first and take a row each.
+#pragma once
+
+#include <cstring>
+
+#include "vec.h"
+
+namespace xsep::cpu {
+
+/// Channels of one step: a vector of BFloat16.
+constexpr int64_t kPairChannels = 32;
+
+#if defined(__AVX512BW__)
+constexpr bool kPairDepthwise = true;
+#else
+constexpr bool kPairDepthwise = false;
+#endif
+
+/// Weights as pairs, in the order in which two rows of pixels are interleaved: [2, R, S, c_pairs], c_pairs whole steps
+/// of channels. [0, r] pairs row r with row r + 1, [1, r] with nothing.
+inline int64_t pair_weights_size(int64_t r, int64_t s, int64_t c_pairs) { return 2 * r * s * c_pairs; }
+
+/// From w [R * S, c_pad] of values that are BFloat16.
+inline void pack_pair_weights(const float* w, int64_t r, int64_t s, int64_t c_pad, int64_t c_pairs, uint32_t* out) {
+  const auto bits = [&](int64_t row, int64_t column, int64_t c) {
+    uint32_t v;
+    std::memcpy(&v, w + (row * s + column) * c_pad + c, sizeof(v));
+    return v >> 16;
+  };
+  for (int64_t row = 0; row < r; ++row) {
+    for (int64_t column = 0; column < s; ++column) {
+      uint32_t* paired = out + (row * s + column) * c_pairs;
+      uint32_t* alone = paired + r * s * c_pairs;
+      for (int64_t i = 0; i < c_pairs; ++i) {
+        // Interleaving works on eighths of a vector: the first half of each eight channels, then the second half.
+        const int64_t step = i % kPairChannels;
+        const int64_t c = i - step + step % 16 / 4 * 8 + step / 16 * 4 + step % 4;
+        alone[i] = bits(row, column, c);
+        paired[i] = alone[i] | (row + 1 < r ? bits(row + 1, column, c) << 16 : 0u);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512BW__)
+namespace detail {
+
+/// Values of 32 channels of two pixels, interleaved.
+struct PairVectors {
+  VecBits low, high;
+};
+
+/// Rows below each other; below null: zeros.
+XSEP_INLINE PairVectors load_pairs(const BFloat16* above, const BFloat16* below) {
+  const __m512i a = _mm512_loadu_si512(above);
+  const __m512i b = below ? _mm512_loadu_si512(below) : _mm512_setzero_si512();
+  return {reinterpret_cast<VecBits>(_mm512_unpacklo_epi16(a, b)),
+          reinterpret_cast<VecBits>(_mm512_unpackhi_epi16(a, b))};
+}
+
+/// Sums of interleaved channels back in order: [0, 16) and [16, 32).
+XSEP_INLINE void in_channel_order(Vec& low, Vec& high) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const __m512 l = reinterpret_cast<__m512>(low);
+  const __m512 h = reinterpret_cast<__m512>(high);
+  low = reinterpret_cast<Vec>(_mm512_permutex2var_ps(l, first, h));
+  high = reinterpret_cast<Vec>(_mm512_permutex2var_ps(l, second, h));
+}
+
+/// Sums of kPixels outputs over rows [r_begin, r_end) of the filter, for 32 channels from x and w on. Columns outside
+/// [first, last) are no part of the picture where kEdges.
+template <int kS, int kStride, int kPixels, bool kEdges>
+XSEP_INLINE void sum_pairs(const BFloat16* x, int64_t row_step, int64_t column_step, int64_t first, int64_t last,
+                           const uint32_t* w, int64_t rows, int64_t c_pairs, int64_t r_begin, int64_t r_end,
+                           Vec (&low)[kPixels], Vec (&high)[kPixels]) {
+  typedef VecBits BitsUnaligned __attribute__((aligned(4), may_alias));
+  constexpr int kColumns = (kPixels - 1) * kStride + kS;
+  const auto add_rows = [&](const BFloat16* above, bool two, int64_t r) __attribute__((always_inline)) {
+    const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * c_pairs;
+    VecBits w_low[kS], w_high[kS];
+    unroll<kS>([&](auto s) __attribute__((always_inline)) {
+      w_low[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * c_pairs);
+      w_high[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * c_pairs + kLanes);
+    });
+    unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
+      if (kEdges && (j < first || j >= last)) return;
+      const BFloat16* at = above + j * column_step;
+      const PairVectors v = load_pairs(at, two ? at + row_step : nullptr);
+      unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
+        constexpr int s = j() - i() * kStride;
+        if constexpr (s >= 0 && s < kS) {
+          low[i] = dot_pairs(low[i], v.low, w_low[s]);
+          high[i] = dot_pairs(high[i], v.high, w_high[s]);
+        }
+      });
+    });
+  };
+  int64_t r = r_begin;
+  for (; r + 1 < r_end; r += 2, x += 2 * row_step) add_rows(x, true, r);
+  if (r < r_end) add_rows(x, false, r);
+}
+
+}  // namespace detail
+#endif
+
+}  // namespace xsep::cpu
