@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "common/cuda_plan.h"
+#include "common/cuda_chain_plan.h"
 
 namespace py = pybind11;
 
@@ -24,11 +24,12 @@ using DepthwisePlanner = DepthwisePlan (*)(const ConvShape&, int, bool, const De
 void define_depthwise(py::module_& m, const char* name, DepthwisePlanner planner, const char* doc) {
   m.def(
       name,
-      [planner](const Sizes& shape, int element_bytes, bool aligned, int multiprocessors, int shared_bytes) {
-        return planner(make_shape(shape), element_bytes, aligned, {multiprocessors, shared_bytes});
+      [planner](const Sizes& shape, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
+                int l2_bytes) {
+        return planner(make_shape(shape), element_bytes, aligned, {multiprocessors, shared_bytes, l2_bytes});
       },
       py::arg("shape"), py::kw_only(), py::arg("element_bytes"), py::arg("aligned") = true, py::arg("multiprocessors"),
-      py::arg("shared_bytes"), doc);
+      py::arg("shared_bytes"), py::arg("l2_bytes") = 0, doc);
 }
 
 }  // namespace
@@ -66,10 +67,19 @@ void bind_cuda_plan(py::module_& m) {
                    "The same for the depthwise backward; workers is also the number of partial sums.");
   m.def(
       "plan_cuda_separable_fprop",
-      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes) {
-        return plan_separable_fprop(make_shape(shape), c_out, element_bytes, aligned, {multiprocessors, shared_bytes});
+      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
+         int l2_bytes) {
+        return plan_separable_fprop(make_shape(shape), c_out, element_bytes, aligned,
+                                    {multiprocessors, shared_bytes, l2_bytes});
       },
       py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
-      py::arg("multiprocessors"), py::arg("shared_bytes"),
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0,
       "How the fused CUDA forward is cut into CTAs, or a plan that is not fused. shape as for the depthwise planners.");
+  m.def(
+      "plan_cuda_chain_slice",
+      [](const Sizes& shape, int c_out, int element_bytes, int multiprocessors, int shared_bytes, int l2_bytes) {
+        return plan_chain_slice(make_shape(shape), c_out, element_bytes, {multiprocessors, shared_bytes, l2_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("multiprocessors"),
+      py::arg("shared_bytes") = 0, py::arg("l2_bytes"), "Pictures at a time of a staged layer in the training chain.");
 }

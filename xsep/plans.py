@@ -106,7 +106,7 @@ def triton_device(device: DeviceProperties) -> triton_plans.Device:
 
 def cuda_facts(device: DeviceProperties) -> cuda_backend.DeviceFacts:
     """The device as the CUDA planner sees it."""
-    return cuda_backend.DeviceFacts(device.multiprocessors, device.shared_bytes)
+    return cuda_backend.DeviceFacts(device.multiprocessors, device.shared_bytes, device.l2_bytes)
 
 
 def refusal(backend: str, problem: Problem, device: DeviceProperties) -> str:

@@ -11,6 +11,7 @@ namespace xsep::cuda {
 struct DeviceProperties {
   int multiprocessors;
   int shared_bytes_per_cta;  // with opt-in: 227 KB on sm_90, 163 on sm_80, 99 on sm_86 and sm_89
+  int l2_bytes;
 };
 
 // A depthwise convolution's sizes. P and Q are given, so nothing here depends on how much was padded at the far ends.
@@ -134,8 +135,10 @@ inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes,
   return detail::share_out(plan, c, device, kFpropCtasPerSm) ? plan : detail::general_plan(device);
 }
 
-// Rows of a partial: one a tap, then the sums for the prologue's scale and shift.
-inline int bprop_partial_rows(const ConvShape& c) { return c.r * c.s + 2; }
+// Rows of a partial: one a tap, then the sums for the prologue's scale and shift, or up to three of the training
+// chain's.
+inline constexpr int kMostGradientSums = 3;
+inline int bprop_partial_rows(const ConvShape& c) { return c.r * c.s + kMostGradientSums; }
 
 inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes, bool aligned,
                                           const DeviceProperties& device) {
@@ -158,7 +161,7 @@ inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes,
   detail::tile_plane(plan, c.h + c.pad_top % c.stride_h, c.w + c.pad_left % c.stride_w, (c.r - 1) / c.stride_h);
   // Weights and prologue vectors; then one filter row of every thread's sums, to be added up.
   const int table_row = plan.vectors * plan.vec * 4;
-  plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(3 * table_row) +
+  plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row) +
                       shared_bytes_of(c.r * plan.strips_down * plan.strips_across * table_row);
   DepthwisePlan general = detail::general_plan(device);
   general.workers = 1;

@@ -9,8 +9,10 @@
 
 namespace xsep::cuda {
 
-// Throws std::runtime_error with the kernel's name, the problem and CUDA's words where code is an error.
-inline void check(cudaError_t code, const char* what, const ConvShape& problem) {
+// Throws std::runtime_error with the kernel's name, the whole problem and CUDA's words where code is an error. A
+// problem is a params struct, or whatever else describe() has words for.
+template <class Problem>
+void check(cudaError_t code, const char* what, const Problem& problem) {
   if (code == cudaSuccess) return;
 #ifdef XSEP_EMULATOR
   const std::string words = "error " + std::to_string(static_cast<int>(code));
@@ -34,21 +36,25 @@ void launch(void (*kernel)(Params), const char* name, const LaunchShape& shape, 
   const auto shared_bytes = static_cast<size_t>(shape.shared_bytes);
 #ifdef XSEP_EMULATOR
   static_cast<void>(stream);
-  emulator::run(name, shape.grid, threads, shared_bytes, [&] { kernel(params); });
+  try {
+    emulator::run(name, shape.grid, threads, shared_bytes, [&] { kernel(params); });
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(error.what()) + ", for " + describe(params));
+  }
 #else
   const void* entry = reinterpret_cast<const void*>(kernel);
   constexpr int kWithoutOptIn = 48 * 1024;
   if (shape.shared_bytes > kWithoutOptIn) {
-    check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name,
-          params.shape);
+    check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name, params);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  check(cudaLaunchKernel(entry, shape.grid, threads, arguments, shared_bytes, stream), name, params.shape);
+  check(cudaLaunchKernel(entry, shape.grid, threads, arguments, shared_bytes, stream), name, params);
 #endif
 }
 
 // A plan that asks for a kernel that was not compiled: the planner and the launcher disagree.
-[[noreturn]] inline void no_such_kernel(const char* name, const ConvShape& problem) {
+template <class Problem>
+[[noreturn]] void no_such_kernel(const char* name, const Problem& problem) {
   throw std::runtime_error(std::string(name) + " is not made for " + describe(problem));
 }
 

@@ -60,4 +60,15 @@ struct alignas(sizeof(T) * VEC) Pack {
   }
 };
 
+// VEC channels of an image of T, `at` elements from its first.
+template <class T, int VEC>
+__device__ __forceinline__ void read_pixel(float (&out)[VEC], const void* image, int64_t at) {
+  Pack<T, VEC>::load(static_cast<const T*>(image) + at).widen(out);
+}
+
+template <class T, int VEC>
+__device__ __forceinline__ void write_pixel(void* image, int64_t at, const float (&values)[VEC]) {
+  Pack<T, VEC>::round(values).store(static_cast<T*>(image) + at);
+}
+
 }  // namespace xsep::cuda

@@ -1,21 +1,14 @@
 // The operators of xsep/_C_cuda.so on PyTorch's stable ABI. xsep/backends/cuda.py brings tensors into the layouts that
 // these ops ask for, and asks none for an empty tensor.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-#include <mutex>
 #include <tuple>
 
 #include "depthwise/bprop.h"
 #include "depthwise/fprop.h"
-#include "launch.cuh"
+#include "device_scope.h"
 #include "separable/fprop.h"
 #include "tensor.h"
-
-// Only a PyTorch with CUDA has it. Weak, so that the library loads beside one without, where no CUDA tensor can reach
-// it.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace xsep::cuda {
 namespace {
@@ -24,91 +17,43 @@ using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using Doubles = std::vector<double>;
 
-constexpr int kMostDevices = 64;
-
-cudaError_t query_device(int index, DeviceProperties& found) {
-  const cudaError_t code = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  if (code != cudaSuccess) return code;
-  return cudaDeviceGetAttribute(&found.shared_bytes_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-}
-
-// Makes a tensor's device the current one for as long as this lives.
-class DeviceScope {
- public:
-  DeviceScope(const Tensor& x, const ConvShape& problem) : index_(x.get_device_index()) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice", problem);
-    if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice", problem);
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
-                    "PyTorch gives no CUDA stream for device ", index_);
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  ~DeviceScope() {
-    if (previous_ != index_) cudaSetDevice(previous_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
-  cudaStream_t stream() const { return stream_; }
-
-  const DeviceProperties& properties(const ConvShape& problem) const {
-    static std::array<DeviceProperties, kMostDevices> known;
-    static std::array<std::once_flag, kMostDevices> asked;
-    STD_TORCH_CHECK(index_ >= 0 && index_ < kMostDevices, "device index ", index_, " is out of range");
-    std::call_once(asked[index_],
-                   [&] { check(query_device(index_, known[index_]), "cudaDeviceGetAttribute", problem); });
-    return known[index_];
-  }
-
- private:
-  int index_, previous_ = 0;
-  cudaStream_t stream_ = nullptr;
-};
-
-struct DepthwiseOutputs {
-  Tensor y;
-  OptionalTensor x_pre;
-};
-
-DepthwiseOutputs run_depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& residual,
-                                     const OptionalTensor& scale_p, const OptionalTensor& shift_p,
-                                     const OptionalTensor& scale_e, const OptionalTensor& shift_e, const Ints& geometry,
-                                     const Ints& activations, const Doubles& alphas) {
+Tensor run_depthwise_fprop(DepthwiseFpropParams p, const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
+                           const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
+                           const Ints& activations, const Doubles& alphas) {
   STD_TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "two activations and alphas: prologue, epilogue");
-  DepthwiseFpropParams p{};
-  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  const ConvShape& s = p.shape;
   p.type = type_of(x, "x");
   p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
   p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
   p.prologue = channel_affine(scale_p, shift_p, activations[0], alphas[0], x, {"scale_p", "shift_p"}, s.c_in);
   p.epilogue = channel_affine(scale_e, shift_e, activations[1], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid);
-  DepthwiseOutputs out{new_nhwc(x, s.n, s.c_mid, s.p, s.q), std::nullopt};
-  p.y = out.y.mutable_data_ptr();
-  if (residual.has_value()) {
-    p.residual = nhwc(*residual, x, "residual", s.n, s.c_in, s.h, s.w);
-    out.x_pre = new_nhwc(x, s.n, s.c_in, s.h, s.w);
-    p.x_pre = out.x_pre->mutable_data_ptr();
-  }
-  const DeviceScope device(x, s);
+  Tensor y = new_nhwc(x, s.n, s.c_mid, s.p, s.q);
+  p.y = y.mutable_data_ptr();
+  const DeviceScope device(x, p);
   const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.residual) && is_aligned(p.x_pre);
-  p.plan = plan_depthwise_fprop(s, element_bytes(p.type), aligned, device.properties(s));
+  p.plan = plan_depthwise_fprop(s, element_bytes(p.type), aligned, device.properties(p));
   depthwise_fprop(p, device.stream());
-  return out;
+  return y;
 }
 
 Tensor cuda_depthwise_fprop(Tensor x, Tensor w_dw, OptionalTensor scale_p, OptionalTensor shift_p,
                             OptionalTensor scale_e, OptionalTensor shift_e, Ints geometry, Ints activations,
                             Doubles alphas) {
-  return run_depthwise_fprop(x, w_dw, std::nullopt, scale_p, shift_p, scale_e, shift_e, geometry, activations, alphas)
-      .y;
+  DepthwiseFpropParams p{};
+  p.shape = conv_shape(x, w_dw, geometry);
+  return run_depthwise_fprop(p, x, w_dw, scale_p, shift_p, scale_e, shift_e, activations, alphas);
 }
 
-std::tuple<Tensor, Tensor> cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, OptionalTensor scale_p,
-                                                         OptionalTensor shift_p, OptionalTensor scale_e,
-                                                         OptionalTensor shift_e, Ints geometry, Ints activations,
-                                                         Doubles alphas) {
-  auto out = run_depthwise_fprop(x, w_dw, residual, scale_p, shift_p, scale_e, shift_e, geometry, activations, alphas);
-  return {out.y, *out.x_pre};
+// x_pre is written: a slice of a whole batch's, perhaps.
+Tensor cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, OptionalTensor scale_p,
+                                     OptionalTensor shift_p, OptionalTensor scale_e, OptionalTensor shift_e,
+                                     Ints geometry, Ints activations, Doubles alphas, Tensor x_pre) {
+  DepthwiseFpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  p.residual = nhwc(residual, x, "residual", s.n, s.c_in, s.h, s.w);
+  nhwc(x_pre, x, "x_pre", s.n, s.c_in, s.h, s.w);
+  p.x_pre = x_pre.mutable_data_ptr();
+  return run_depthwise_fprop(p, x, w_dw, scale_p, shift_p, scale_e, shift_e, activations, alphas);
 }
 
 // dx, dw_dw, dscale_p, dshift_p; what is not wanted comes back empty.
@@ -137,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_depthwise_bprop(Tensor dz, Tenso
   p.dscale = wanted[2] ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
   p.dshift = wanted[3] ? static_cast<float*>(dshift.mutable_data_ptr()) : nullptr;
 
-  const DeviceScope device(x, s);
+  const DeviceScope device(x, p);
   const bool aligned = is_aligned(p.x) && is_aligned(p.dz) && is_aligned(p.dx);
-  p.plan = plan_depthwise_bprop(s, element_bytes(p.type), aligned, device.properties(s));
+  p.plan = plan_depthwise_bprop(s, element_bytes(p.type), aligned, device.properties(p));
   Tensor partials = new_flat(x, {p.plan.workers, bprop_partial_rows(s), s.c_mid}, ScalarType::Float);
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
   depthwise_bprop(p, device.stream());
@@ -162,10 +107,10 @@ SeparableOutputs run_separable_fprop(SeparableFpropParams p, const Tensor& x, co
   Tensor y = new_nhwc(x, s.n, p.c_out, s.p, s.q);
   p.y = y.mutable_data_ptr();
 
-  const DeviceScope device(x, s);
+  const DeviceScope device(x, p);
   const bool aligned = is_aligned(p.x) && is_aligned(p.w_pw) && is_aligned(p.y) && is_aligned(p.residual) &&
                        is_aligned(p.addend) && is_aligned(p.x_pre);
-  p.plan = plan_separable_fprop(s, p.c_out, element_bytes(p.type), aligned, device.properties(s));
+  p.plan = plan_separable_fprop(s, p.c_out, element_bytes(p.type), aligned, device.properties(p));
   const int tiles = with_statistics ? p.plan.tiles : 0;
   Tensor statistics = new_flat(x, {tiles, 3, p.c_out}, ScalarType::Float);
   Tensor counts = new_flat(x, {tiles}, ScalarType::Int);
@@ -239,12 +184,12 @@ int64_t cuda_probe() {
 // The architectures this library holds code for: 800 is sm_80.
 Ints cuda_architectures() { return {__CUDA_ARCH_LIST__}; }
 
-// What the planner is given for a device: multiprocessors, and bytes of shared memory that a CTA can have.
+// What the planner is given for a device: multiprocessors, bytes of shared memory that a CTA can have, and of L2.
 Ints cuda_device_facts(int64_t device) {
   DeviceProperties found{};
   const cudaError_t code = query_device(static_cast<int>(device), found);
   STD_TORCH_CHECK(code == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(code));
-  return {found.multiprocessors, found.shared_bytes_per_cta};
+  return {found.multiprocessors, found.shared_bytes_per_cta, found.l2_bytes};
 }
 
 }  // namespace
@@ -256,7 +201,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "int[] geometry, int[] activations, float[] alphas) -> Tensor");
   m.def(
       "cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, Tensor? scale_p, Tensor? shift_p, "
-      "Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, float[] alphas) -> (Tensor, Tensor)");
+      "Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, float[] alphas, Tensor(a!) x_pre) -> "
+      "Tensor");
   m.def(
       "cuda_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? centre, "
       "int[] geometry, int activation, float alpha, int[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +33,10 @@ LIBRARIES = {
     "separable": [
         *(f"separable/fprop{suffix}.cu" for suffix in ("", "_fp32", "_tf32", "_fp16", "_bf16")),
         "entry_separable.cpp",
+    ],
+    "chain": [
+        *(f"chain/{p.name}" for p in sorted((CUDA_SOURCES / "chain").glob("*.cu"))),
+        "entry_chain.cpp",
     ],
 }
 
@@ -105,7 +110,7 @@ class ConvShape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = _ints("multiprocessors shared_bytes_per_cta")
+    _fields_ = _ints("multiprocessors shared_bytes_per_cta l2_bytes")
 
 
 class DepthwisePlan(ctypes.Structure):
@@ -136,6 +141,15 @@ class Affine(NamedTuple):
         return ChannelAffine(vector(self.scale), vector(self.shift), self.activation, self.alpha)
 
 
+class Epilogue(ctypes.Structure):
+    """GradientEpilogue: of the training chain, empty elsewhere."""
+
+    _fields_ = [
+        ("shortcut", ctypes.c_void_p), *_ints("shortcut_step before_mask sums"), ("operands", ctypes.c_void_p * 2),
+        ("centres", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class DepthwiseFprop(ctypes.Structure):
     _fields_ = [
         ("shape", ConvShape), ("plan", DepthwisePlan), ("type", ctypes.c_int), ("x", ctypes.c_void_p),
@@ -149,7 +163,14 @@ class DepthwiseBprop(ctypes.Structure):
         ("shape", ConvShape), ("plan", DepthwisePlan), ("type", ctypes.c_int), ("dz", ctypes.c_void_p),
         ("x", ctypes.c_void_p), ("w_dw", ctypes.c_void_p), ("dx", ctypes.c_void_p), ("dw_dw", ctypes.c_void_p),
         ("dscale", ctypes.c_void_p), ("dshift", ctypes.c_void_p), ("centre", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p), ("prologue", ChannelAffine),
+        ("partials", ctypes.c_void_p), ("prologue", ChannelAffine), ("epilogue", Epilogue),
+    ]  # fmt: skip
+
+
+class SumPartials(ctypes.Structure):
+    _fields_ = [
+        ("shape", ConvShape), *_ints("type rows"), ("partials", ctypes.c_void_p), ("dw_dw", ctypes.c_void_p),
+        ("vectors", ctypes.c_void_p * 3),
     ]  # fmt: skip
 
 
@@ -185,25 +206,30 @@ MARGIN = 64
 
 
 class Guarded:
-    """A tensor inside a buffer whose margins are NaN: a read past its ends spoils the result, a write is found."""
+    """A tensor inside a buffer with margins: of NaN about an input, where a read past its ends spoils the result.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
-        count = 1
-        for size in shape:
-            count *= size
-        self.start, self.stop = MARGIN + offset, MARGIN + offset + count
-        self.buffer = torch.full((count + 2 * MARGIN + offset,), float("nan"), dtype=dtype)
+    About an output they hold a number, so that NaN read past the ends of an input and written past those of an output
+    is found too; the output itself starts as NaN.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0, margin: float = 77.0) -> None:
+        count = math.prod(shape)
+        self.start, self.stop, self.margin = MARGIN + offset, MARGIN + offset + count, margin
+        self.buffer = torch.full((count + 2 * MARGIN + offset,), margin, dtype=dtype)
         self.tensor = self.buffer[self.start : self.stop].view(shape)
+        if dtype.is_floating_point:
+            self.tensor.fill_(math.nan)
 
     @classmethod
     def of(cls, t: Tensor, offset: int = 0) -> Guarded:
-        guarded = cls(tuple(t.shape), t.dtype, offset)
+        guarded = cls(tuple(t.shape), t.dtype, offset, math.nan if t.is_floating_point() else 200)
         guarded.tensor.copy_(t)
         return guarded
 
     def check(self) -> Tensor:
         outside = torch.cat([self.buffer[: self.start], self.buffer[self.stop :]])
-        assert bool(outside.isnan().all()), "a kernel wrote past the ends of its output"
+        untouched = outside.isnan() if math.isnan(self.margin) else outside == self.margin
+        assert bool(untouched.all()), "a kernel wrote past the ends of its output"
         return self.tensor
 
 

@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.chain.support import hold, image, last, vector
+from tests.chain.test_forward_ops import starts
 from xsep.activations import scale_and_shift
 from xsep.backends import chain_cuda, cuda
+from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
-from xsep.backends.chain import Load, RawGradient
+from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs
+
+from . import emulated
+from .emulated_chain import EmulatedChain
 
 
 def check_nhwc(t: Tensor) -> None:
@@ -57,15 +63,17 @@ class Operators:
     def cuda_depthwise_fprop_residual(
         self, x: Tensor, w_dw: Tensor, residual: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor],
         scale_e: Optional[Tensor], shift_e: Optional[Tensor], geometry: list[int], activations: list[int],
-        alphas: list[float],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        alphas: list[float], out: Tensor,
+    ) -> Tensor:  # fmt: skip
         self.called.append("depthwise, joined")
         check_nhwc(x)
         check_nhwc(residual)
         x_pre = scale_and_shift(x, Affine(scale_p, shift_p)) + residual
         epilogue = Affine(scale_e, shift_e, activations[1], alphas[1])
         z = ATEN.depthwise(x_pre, w_dw, Affine(None, None, activations[0], alphas[0]), epilogue, Geometry(*geometry))
-        return z.contiguous(memory_format=torch.channels_last), x_pre
+        check_nhwc(out)
+        out.copy_(x_pre)
+        return z.contiguous(memory_format=torch.channels_last)
 
     def cuda_separable_fprop_chain(
         self, x: Tensor, addend: Optional[Tensor], w_dw: Tensor, w_pw: Tensor, scale_p: Optional[Tensor],
@@ -88,9 +96,27 @@ class Operators:
         return ATEN.separable_forward(a).contiguous(memory_format=torch.channels_last)
 
 
+class ChainOperators(Operators, EmulatedChain):
+    """The chain's own as the emulator runs them."""
+
+    def __init__(self) -> None:
+        Operators.__init__(self)
+        EmulatedChain.__init__(self, multiprocessors=132)
+
+
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    found = Operators()
+    return _in_place(monkeypatch, Operators())
+
+
+@pytest.fixture
+def chain_operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
+    if emulated.missing_tools() is not None:
+        pytest.skip(str(emulated.missing_tools()))
+    return _in_place(monkeypatch, ChainOperators())
+
+
+def _in_place(monkeypatch: pytest.MonkeyPatch, found: Operators) -> Operators:
     monkeypatch.setattr(torch.ops, "xsep", found)
     for module in (cuda, chain_cuda):
         monkeypatch.setattr(module, "device_facts", lambda index: cuda.DeviceFacts(132, 227 * 1024))
@@ -154,13 +180,15 @@ def test_empty_batch_launches_nothing(operators: Operators) -> None:
     assert operators.called == []
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["staged", "fused"])
+@pytest.mark.parametrize("way", ["fused", "staged", "sliced"])
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "addend"])
 @pytest.mark.parametrize("statistics", [False, True], ids=["r", "statistics"])
 def test_chain_forward(
-    operators: Operators, monkeypatch: pytest.MonkeyPatch, fused: bool, joined: bool, statistics: bool
+    chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, way: str, joined: bool, statistics: bool
 ) -> None:
-    monkeypatch.setattr(chain_cuda, "fused_plan", lambda *_: object() if fused else None)
+    """Slices end in the middle of a tile of the statistics; the tiles are those of the whole batch."""
+    monkeypatch.setattr(chain_cuda, "fused_plan", lambda *_: object() if way == "fused" else None)
+    monkeypatch.setattr(launch, "slices", lambda *_: launch.slices_of(2, 1 if way == "sliced" else 2))
     a, load = draw(torch.contiguous_format, False), Load(torch.randn(2, 5), RELU, 0.0)
     addend = torch.randn_like(a.x) if joined else None
     arguments = (a.x, load, addend, a.w_dw, a.w_pw, Geometry(*a.geometry), statistics)
@@ -170,20 +198,107 @@ def test_chain_forward(
         if mine is not None and exact is not None:
             torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
     one = "depthwise, joined" if joined else "depthwise"
-    assert operators.called == (["fused chain"] if fused else [one])
+    assert chain_operators.called == {"fused": ["fused chain"], "staged": [one], "sliced": [one, one]}[way]
 
 
-def test_chain_backward(operators: Operators) -> None:
+#: Shortcut, whether it joins before the activation, operands, pool.
+LAYERS = {
+    "relu": ("", False, "o", ""), "shortcut": ("full", False, "x", ""), "half": ("half", True, "xo", ""),
+    "pool": ("", False, "o", "torch"), "pool-same": ("half", False, "", "same"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pictures", [1, 3], ids=["sliced", "whole"])
+@pytest.mark.parametrize("c_in, c_out", [(11, 17), (16, 24)], ids=["odd", "vectors"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_chain_backward(
+    chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, name: str, c_in: int, c_out: int, pictures: int
+) -> None:
+    """All of a layer's backward against float64, with the batch in slices and not."""
+    monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: c_in == 11)
+    monkeypatch.setattr(launch, "slices", lambda *_: launch.slices_of(3, pictures))
+    monkeypatch.setattr(launch, "backward_plan", launch.backward_plan.__wrapped__)
+    short, before, others, pool = LAYERS[name]
+    dtype, geometry = torch.float32, Geometry(*[1] * 8)
+    load = Load(vector(c_in, dtype), RELU)
+    x = image(3, c_in, 8, 7, load.vec, dtype)
+    w_dw, w_pw = torch.randn(c_in, 1, 3, 3), 0.3 * torch.randn(c_out, c_in, 1, 1)
+    r, coef = last(3, c_out, 8, 7, dtype=dtype), torch.randn(3, c_out)
+    dr = RawGradient(last(3, c_out, 8, 7, dtype=dtype), r, coef)
+    if pool:
+        du, pads = last(3, c_out, 4, 4, dtype=dtype), starts(pool, 8, 7)
+        ones = torch.ones(2, c_out)
+        dr = RawGradient(du, r, coef, ATEN_CHAIN.bn_pool_add(r, ones, du, ones, pads)[1], pads)
+    g = last(3, c_in, 8, 7, dtype=dtype)
+    shortcut = Shortcut(g if short == "full" else g[:, :, ::2, ::2], before) if short else None
+    operands = [x if o == "x" else last(*x.shape, dtype=dtype) for o in others]
+    centres = torch.randn(1 + len(others), c_in)
+
+    def run(chain: Any, kind: torch.dtype) -> Backward:
+        vec = load.vec.to(kind) if load.vec is not None else None
+        found: Backward = chain.sep_backward(
+            dr._replace(du=dr.du.to(kind), r=r.to(kind), coef=coef.to(kind)), w_pw.to(kind), w_dw.to(kind), x.to(kind),
+            Load(vec, RELU), geometry, None if shortcut is None else shortcut._replace(g=shortcut.g.to(kind)),
+            [o.to(kind) for o in operands], centres.to(kind), (True, True, True),
+        )  # fmt: skip
+        return found
+
+    ours, own, truth = run(chain_cuda.CUDA_CHAIN, dtype), run(ATEN_CHAIN, dtype), run(ATEN_CHAIN, torch.float64)
+    for what, mine, theirs, exact in zip(Backward._fields, ours, own, truth, strict=True):
+        assert mine is not None and exact is not None
+        hold(what, mine, exact, theirs, dtype, 100.0 if what == "sums" else 0.0)
+
+
+def test_chain_backward_of_what_is_wanted(chain_operators: Operators) -> None:
     a, load = draw(torch.channels_last, False), Load(torch.randn(2, 5), RELU, 0.0)
     r = torch.randn(2, 7, 11, 13).contiguous(memory_format=torch.channels_last)
     dr = RawGradient(torch.randn_like(r), r, torch.randn(3, 7))
-    operand, centres = torch.randn_like(a.x), torch.randn(2, 5)
-    arguments = (dr, a.w_pw, a.w_dw, a.x, load, Geometry(*a.geometry), None, [operand], centres, (True, True, True))
-    ours, theirs = chain_cuda.CUDA_CHAIN.sep_backward(*arguments), ATEN_CHAIN.sep_backward(*arguments)
-    for mine, exact in zip(ours, theirs):
+    layer: Any = (dr, a.w_pw, a.w_dw, a.x, load, Geometry(*a.geometry), None, [], None)
+    chain: Any = chain_cuda.CUDA_CHAIN
+    dx, dw_dw, dw_pw, sums = chain.sep_backward(*layer, (True, True, True))
+    assert dx is not None and dw_dw is not None and dw_pw is not None and sums is not None
+    only = chain.sep_backward(*layer, (False, False, True))
+    assert only.dx is None and only.sums is None and only.dw_pw is not None and torch.equal(only.dw_pw, dw_pw)
+    assert torch.equal(chain.sep_wgrad_pw(dr, a.x, load, a.w_dw, Geometry(*a.geometry)), dw_pw)
+    assert chain.sep_backward(*layer, (True, False, False)).dw_pw is None
+
+
+def test_chain_of_an_empty_batch_launches_nothing(operators: Operators) -> None:
+    """Operators has none of the chain's kernels, so a launch would fail."""
+    chain, geometry = chain_cuda.CUDA_CHAIN, Geometry(*[1] * 8)
+    x, r, vec = torch.empty(0, 5, 8, 8), torch.empty(0, 7, 8, 8), torch.randn(2, 7)
+    w_dw, w_pw, load = torch.randn(5, 1, 3, 3), torch.randn(7, 5, 1, 1), Load(torch.randn(2, 5), RELU)
+    dr = RawGradient(r, r, torch.randn(3, 7))
+    back = chain.sep_backward(dr, w_pw, w_dw, x, load, geometry, None, [x], torch.zeros(2, 5), (True,) * 3)
+    assert back.dx is not None and back.dx.shape == x.shape
+    for t in back[1:]:
+        assert t is not None and float(t.abs().sum()) == 0
+    assert [t.shape for t in chain.statistics(r)] == [(0, 3, 7), (0,)]
+    assert [t.shape for t in chain.bn_relu_gap(r, vec)] == [(0, 7)] * 3
+    du, sums = chain.bn_relu_gap_backward(torch.empty(0, 7), r, vec, vec[0], *torch.empty(2, 0, 7))
+    assert du.shape == r.shape and float(sums.abs().sum()) == 0
+    pooled = torch.empty(0, 7, 4, 4)
+    assert [t.shape for t in chain.bn_pool_add(r, vec, pooled, vec, (1, 1))] == [pooled.shape] * 3
+    assert chain.apply(x, load, None).shape == chain.apply_backward(x, x, load, None, [], None)[0].shape == x.shape
+    dw, dy = chain.pw_backward(dr, w_pw, x, load)
+    assert float(dw.abs().sum()) == 0 and dy.shape == x.shape
+    assert chain.pw_fprop(x, load, w_pw, True).r.shape == r.shape
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+def test_chain_pointwise(chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    """The skip: every second pixel, forward and backward; by a product, or by what obeys the settings for TF32."""
+    monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: tf32)
+    load, w = Load(torch.randn(2, 5), RELU), torch.randn(7, 5, 1, 1)
+    y = last(2, 5, 9, 7, dtype=torch.float32)[:, :, ::2, ::2]
+    ours, theirs = chain_cuda.CUDA_CHAIN, ATEN_CHAIN
+    found, expected = ours.pw_fprop(y, load, w, True), theirs.pw_fprop(y, load, w, True)
+    for mine, exact in zip(found[:3], expected[:3]):
         assert mine is not None and exact is not None
-        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
-    assert "backward" in operators.called
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+    dr = RawGradient(torch.randn_like(expected.r), expected.r, torch.randn(3, 7))
+    for mine, exact in zip(ours.pw_backward(dr, w, y, load), theirs.pw_backward(dr, w, y, load)):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_chain_tiles_are_the_plans(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,12 +190,12 @@ def bprop(
         "dscale": emulated.Guarded((case.c,), torch.float32),
         "dshift": emulated.Guarded((case.c,), torch.float32),
     }
-    partials = emulated.Guarded((plan.workers, taps + 2, shape.c_mid), torch.float32)
+    partials = emulated.Guarded((plan.workers, taps + 3, shape.c_mid), torch.float32)
     gradient, source, weights = emulated.nhwc(dz), emulated.nhwc(x, case.offset), emulated.Guarded.of(w)
     library.call("emulate_depthwise_bprop", emulated.DepthwiseBprop(
         shape, plan, emulated.TYPES[x.dtype], gradient.tensor.data_ptr(), source.tensor.data_ptr(),
         weights.tensor.data_ptr(), *(g.tensor.data_ptr() for g in out.values()), emulated.pointer(centre),
-        partials.tensor.data_ptr(), prologue.raw(),
+        partials.tensor.data_ptr(), prologue.raw(), emulated.Epilogue(),
     ))  # fmt: skip
     partials.check()
     results = {name: guarded.check() for name, guarded in out.items()}
@@ -251,6 +251,16 @@ def test_backward_centred_sums(library: emulated.Library, case: Case) -> None:
         return g.dscale_p - centre.to(dtype) * g.dshift_p
 
     assert_close("dscale", ours["dscale"], sums(torch.float32), sums(torch.float64))
+
+
+@pytest.mark.parametrize("way", ["fprop", "bprop"])
+def test_an_error_carries_the_kernel_and_the_whole_problem(library: emulated.Library, way: str) -> None:
+    """A plan without a CTA stands for whatever CUDA may refuse."""
+    params: Any = {"fprop": emulated.DepthwiseFprop, "bprop": emulated.DepthwiseBprop}[way]()
+    params.shape, params.type, params.dx = shape_of(GENERAL[0]), 1, 1
+    kernel = {"fprop": "depthwise_fprop_general_kernel", "bprop": "depthwise_dgrad_general_kernel"}[way]
+    with pytest.raises(RuntimeError, match=rf"{kernel}: impossible grid, for float16 x \[2, 5, 7, 11\], depthwise"):
+        library.call(f"emulate_depthwise_{way}", params)
 
 
 @pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[13], GENERAL[1]], ids=ids)

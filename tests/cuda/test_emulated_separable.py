@@ -273,6 +273,13 @@ def test_an_addend_joins_before_the_activation(
     check_statistics(case, found)
 
 
+def test_an_error_carries_the_kernel_and_the_whole_problem(library: emulated.Library) -> None:
+    params = emulated.SeparableFprop(shape_of(CASES[1]), emulated.SeparablePlan(), 2, CASES[1].c_out)
+    words = r"separable_fprop_kernel is not made for bfloat16 x \[1, 40, 17, 15\], depthwise filter 3 x 3 .* 24 outputs"
+    with pytest.raises(RuntimeError, match=words):
+        library.call("emulate_separable_fprop", params)
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=ids)
 def test_same_bits_for_any_order_of_threads(case: Case) -> None:
     """Seeds shuffle the threads between barriers and collectives; nothing may depend on it."""

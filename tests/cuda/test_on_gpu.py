@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.chain.support import hold, image, last, vector
 from xsep.backends.aten import ATEN
-from xsep.backends.chain import Load
+from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.cuda import CUDA
@@ -155,6 +156,60 @@ def test_chain_forward(size: tuple[int, ...], kind: str, joined: bool) -> None:
     m2 = (q - s.square() / count + count * (k + s / count - mean).square()).sum(0)
     torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=0, atol=1e-6 * float(y.abs().max()))
     torch.testing.assert_close(m2 / count.sum(), y.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
+
+
+#: Shortcut, whether it joins before the activation, pool.
+JOINTS = {
+    "plain": ("", False, ""),
+    "full": ("full", False, ""),
+    "half": ("half", True, ""),
+    "pool": ("", False, "torch"),
+}
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("size", SIZES[1:], ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
+    """A layer's whole backward, in as many slices as the card's L2 asks for, and the same bits twice."""
+    (short, before, pool), (n, c_in, c_out, h, w, *_), dtype = JOINTS[joint], size, DTYPES[kind]
+    a = draw(size, dtype)
+    geometry, load = Geometry(*a.geometry), Load(vector(c_in, dtype), RELU)
+    x = image(n, c_in, h, w, load.vec, dtype).cuda()
+    load = load._replace(vec=load.vec.cuda() if load.vec is not None else None)
+    r = last(n, c_out, *geometry.output_size(h, w, *a.w_dw.shape[2:]), dtype=dtype).cuda()
+    dr = RawGradient(torch.randn_like(r), r, torch.randn(3, c_out, device="cuda"))
+    if pool:
+        du, ones = torch.randn_like(r[:, :, ::2, ::2]), torch.ones(2, c_out, device="cuda")
+        _, taps, chosen = CUDA_CHAIN.bn_pool_add(r, ones, du, ones, (1, 1))
+        peer = ATEN_CHAIN.bn_pool_add(r, ones, du, ones, (1, 1))
+        assert torch.equal(taps, peer[1]) and torch.equal(chosen, peer[2])
+        dr = RawGradient(du, r, dr.coef, taps, (1, 1))
+    g = torch.randn_like(x)
+    shortcut = Shortcut(g if short == "full" else g[:, :, ::2, ::2], before) if short else None
+    centres = torch.randn(2, c_in, device="cuda")
+
+    def run(chain: Any, kind: torch.dtype) -> Backward:
+        wide = torch.promote_types(kind, torch.float32)
+        found: Backward = chain.sep_backward(
+            dr._replace(du=dr.du.to(kind), r=r.to(kind), coef=dr.coef.to(wide)), a.w_pw.to(kind), a.w_dw.to(kind),
+            x.to(kind), load._replace(vec=None if load.vec is None else load.vec.to(wide)), geometry,
+            None if shortcut is None else shortcut._replace(g=shortcut.g.to(kind)), [x.to(kind)], centres.to(wide),
+            (True, True, True),
+        )  # fmt: skip
+        return found
+
+    ours, again, theirs = run(CUDA_CHAIN, dtype), run(CUDA_CHAIN, dtype), run(ATEN_CHAIN, dtype)
+    assert ours.dx is not None
+    total = ours.dx.double().abs().sum((0, 2, 3)).max()
+    for name, mine, second, peer, exact in zip(Backward._fields, ours, again, theirs, run(ATEN_CHAIN, torch.float64)):
+        assert mine is not None and second is not None and peer is not None and exact is not None
+        assert torch.equal(mine, second), f"{name}: not the same bits twice"
+        if name == "sums":  # a few ulp of all that was added up, where they cancel
+            size_of_terms = float(exact.abs().max() + total)
+            hold(name, mine, exact, peer, dtype, size_of_terms)
+        else:
+            assert_close(name, mine, peer, exact)
 
 
 def test_current_stream_is_used() -> None:

@@ -91,6 +91,22 @@ def test_depthwise_covers_every_pixel_and_channel(planner: Any, layer: tuple[int
     assert plan.workers * plan.slices <= 132 * (12 if way == "fprop" else 2), "no CTA may be left for a last wave"
 
 
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("l2", [60, 40, 6], ids=["H200", "A100", "A10"])
+def test_slices_of_a_backward_stay_in_l2(planner: Any, layer: tuple[int, int, int], l2: int) -> None:
+    """dr and z of a slice fill at most half of L2, unless fewer pictures could not fill the card."""
+    p = problem(*layer)
+    pictures = planner.plan_cuda_chain_slice(
+        cuda.shape_of(p), c_out=p.c_out, element_bytes=2, multiprocessors=132, l2_bytes=l2 << 20
+    )
+    pixels = p.h * p.w
+    assert 1 <= pictures <= p.n
+    tiles = (pictures - 1) * -(-pixels // 128) * -(-p.c_in // 128)
+    assert pictures * pixels * (p.c_in + p.c_out) * 2 <= l2 << 19 or tiles < 2 * 132
+    slices = -(-p.n // pictures)
+    assert p.n - (slices - 1) * pictures >= pictures - slices, "the last slice is nearly as large as the others"
+
+
 def test_more_than_int32_tiles_goes_to_the_general_kernel(planner: Any) -> None:
     shape = (2**20, 64, 2**20, 8, 64, 2**20, 8, 3, 3, 1, 1, 1, 1, 1, 1)
     plan = planner.plan_cuda_depthwise_fprop(

@@ -1,26 +1,24 @@
 """The chain on CUDA: a layer's forward in one kernel with its statistics where C_out fits one CTA, else staged.
 
-The backward's convolutions are CUDA kernels and GEMMs; what lies between them goes through memory.
+Staged forward and backward go over slices of the batch, so small that what one kernel writes for the next is found in
+L2: z and r for its statistics, or dr, formed in one pass, and z or dz between two products and one depthwise pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from ..problem import Geometry, Problem
-from .chain import Forward, Load
+from ..problem import IDENTITY, Geometry, Problem
+from . import chain_cuda_launch as launch
+from .aten import ATEN
+from .chain import Backward, Forward, Load, RawGradient, Shortcut
 from .chain_aten import images_of, rows_of
 from .chain_kernels import KernelChain, affine_of
 from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, tf32_allowed, vectors_of
-
-
-def _ready(t: Tensor) -> Tensor:
-    """NHWC at an address that 16-byte accesses can use: the plan, and so the tiles, must not depend on it."""
-    t = nhwc(t)
-    return t if is_aligned(t) else t.clone()
 
 
 def _problem(x: Tensor, w_dw: Tensor, w_pw: Tensor, geometry: Geometry, activation: int) -> Problem:
@@ -29,6 +27,10 @@ def _problem(x: Tensor, w_dw: Tensor, w_pw: Tensor, geometry: Geometry, activati
         "separable", "cuda", x.dtype, True, n, c_in, h, w, 1, w_dw.shape[2], w_dw.shape[3], w_pw.shape[0], geometry,
         (activation, 0, 0),
     )  # fmt: skip
+
+
+def _as_filter(dw: Optional[Tensor]) -> Optional[Tensor]:
+    return None if dw is None else dw[:, :, None, None]
 
 
 class CudaChain(KernelChain):
@@ -47,25 +49,151 @@ class CudaChain(KernelChain):
         if x.numel() == 0:
             return super().sep_fprop(x, load, residual, w_dw, w_pw, geometry, statistics)
         prologue = affine_of(load)
-        addend = None if residual is None else _ready(residual)
+        addend = None if residual is None else launch.ready(residual)
         if fused_plan(problem, device_facts(x.get_device())) is None:
-            if addend is None:
-                return super().sep_fprop(x, load, None, w_dw, w_pw, geometry, statistics)
-            z, x_pre = torch.ops.xsep.cuda_depthwise_fprop_residual(
-                _ready(x), w_dw.contiguous(), addend, *vectors_of(prologue), None, None, list(geometry),
-                [prologue.activation, 0], [prologue.alpha, 0.0],
-            )  # fmt: skip
-            r = images_of(torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[0], -1).t()), z)
-            partials, counts = self.statistics(r) if statistics else (None, None)
-            return Forward(r, partials, counts, x_pre)
+            return self.staged(x, load, addend, w_dw, w_pw, problem, statistics)
         w_pw = w_pw.contiguous()
         r, partials, counts, x_pre = torch.ops.xsep.cuda_separable_fprop_chain(
-            _ready(x), addend, w_dw.contiguous(), w_pw if is_aligned(w_pw) else w_pw.clone(), *vectors_of(prologue),
-            list(geometry), prologue.activation, prologue.alpha, tf32_allowed(), statistics,
+            launch.ready(x), addend, w_dw.contiguous(), w_pw if is_aligned(w_pw) else w_pw.clone(),
+            *vectors_of(prologue), list(geometry), prologue.activation, prologue.alpha, tf32_allowed(), statistics,
         )  # fmt: skip
         return Forward(
             r, partials if statistics else None, counts if statistics else None, None if residual is None else x_pre
         )
+
+    def staged(
+        self, x: Tensor, load: Load, addend: Optional[Tensor], w_dw: Tensor, w_pw: Tensor, problem: Problem,
+        statistics: bool,
+    ) -> Forward:  # fmt: skip
+        """Depthwise kernel, GEMM and statistics, a slice of the batch after the other."""
+        x, prologue, geometry = launch.ready(x), affine_of(load), problem.geometry
+        w_dw, (p, q) = w_dw.contiguous(), problem.output_size
+        rows = x.new_empty((x.shape[0] * p * q, w_pw.shape[0]))
+        found = launch.TileStatistics(rows) if statistics else None
+        x_pre = None if addend is None else torch.empty_like(x)
+        for part in launch.slices(problem, device_facts(x.get_device())):
+            if addend is None or x_pre is None:
+                z = self.depthwise(x[part], load, w_dw, geometry)
+            else:
+                z = torch.ops.xsep.cuda_depthwise_fprop_residual(
+                    x[part], w_dw, addend[part], *vectors_of(prologue), None, None, list(geometry),
+                    [prologue.activation, 0], [prologue.alpha, 0.0], x_pre[part],
+                )  # fmt: skip
+            own = rows[part.start * p * q : part.stop * p * q]
+            torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[0], -1).t(), out=own)
+            if found is not None:
+                found.add(part.stop * p * q)
+        r = rows.view(x.shape[0], p, q, w_pw.shape[0]).permute(0, 3, 1, 2)
+        if found is None:
+            return Forward(r, None, None, x_pre)
+        return Forward(r, found.partials, found.counts, x_pre)
+
+    def activated(self, x: Tensor, load: Load) -> Tensor:
+        return x if load.vec is None and load.activation == IDENTITY else self.apply(x, load, None)
+
+    def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
+        """A convolution where it may be TF32 by PyTorch's settings of convolutions, else a product."""
+        if z.dtype == torch.float32 and tf32_allowed():
+            return ATEN.pointwise(z, w_pw)
+        return images_of(torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[0], -1).t()), z)
+
+    def pointwise_dgrad(self, dr: Tensor, w: Tensor) -> Tensor:
+        if dr.dtype == torch.float32 and tf32_allowed():
+            return nhwc(ATEN.pointwise_dgrad(dr, w))
+        return images_of(torch.mm(rows_of(dr), w.reshape(w.shape[0], -1)), dr)
+
+    def pw_fprop(self, x: Tensor, load: Load, w: Tensor, statistics: bool) -> Forward:
+        r = self.pointwise(self.activated(x, load), w)
+        return Forward(r, *(self.statistics(r) if statistics else (None, None)))
+
+    def statistics(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        return launch.tile_statistics(r)
+
+    def bn_finalize(
+        self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        if partials.numel() == 0 or not launch.are_movable(running_mean, running_var):
+            return super().bn_finalize(
+                partials, counts, gamma, beta, running_mean, running_var, batches, momentum, eps
+            )  # fmt: skip
+        return launch.bn_finalize(partials, counts, gamma, beta, running_mean, running_var, batches, momentum, eps)
+
+    def bn_backward_finalize(
+        self, sums: Tensor, mean: Tensor, invstd: Tensor, gamma: Optional[Tensor], count: Tensor, batch: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return launch.bn_backward_finalize(sums, mean, invstd, gamma, count, batch)
+
+    def formed(self, dr: RawGradient) -> Tensor:
+        return launch.raw_gradient(dr)
+
+    def sep_wgrad_pw(self, dr: RawGradient, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
+        w_pw = w_dw.new_empty((dr.r.shape[1], x.shape[1], 1, 1))
+        found = self.sep_backward(dr, w_pw, w_dw, x, load, geometry, None, [], None, (False, False, True)).dw_pw
+        assert found is not None
+        return found
+
+    def sep_backward(
+        self, dr: RawGradient, w_pw: Tensor, w_dw: Tensor, x: Tensor, load: Load, geometry: Geometry,
+        shortcut: Optional[Shortcut], operands: Sequence[Tensor], centres: Optional[Tensor], wanted: Sequence[bool],
+    ) -> Backward:  # fmt: skip
+        problem = _problem(x, w_dw, w_pw, geometry, load.activation)
+        c_out, c_in = w_pw.shape[:2]
+        with_input = wanted[0] or wanted[1]
+        dw_pw = launch.zeros(x, c_out, c_in) if wanted[2] else None
+        if x.numel() == 0:
+            found = Backward(
+                torch.empty_like(x), launch.zeros(x, *w_dw.shape), None, launch.zeros(x, 1 + len(operands), c_in)
+            )
+            return (found if with_input else Backward(*(None,) * 4))._replace(dw_pw=_as_filter(dw_pw))
+        plan = launch.backward_plan(problem, device_facts(x.get_device()))
+        if plan is None:
+            return super().sep_backward(
+                dr, w_pw, w_dw, x, load, geometry, shortcut, operands, centres, wanted
+            )  # fmt: skip
+        dr, x = launch.dense(dr), launch.ready(x)
+        last = None
+        if with_input:
+            last = launch.InputGradient(x, w_dw, load, geometry, shortcut, operands, centres, plan)
+        for part in plan.slices:
+            formed = launch.form(launch.part_of(dr, part))
+            if dw_pw is not None:
+                dw_pw += launch.weight_gradient(formed, self.depthwise(x[part], load, w_dw, geometry))
+            if last is not None:
+                # z is gone: what PyTorch allocates for dz is its memory, which L2 has.
+                last.add(self.pointwise_dgrad(formed, w_pw), part)
+        if last is None:
+            return Backward(None, None, _as_filter(dw_pw), None)
+        dw_dw, sums = last.total()
+        return Backward(last.dx, dw_dw, _as_filter(dw_pw), sums)
+
+    def pw_backward(self, dr: RawGradient, w: Tensor, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
+        formed = launch.raw_gradient(dr)
+        act = self.activated(x, load)
+        return launch.weight_gradient(formed, act)[:, :, None, None], self.pointwise_dgrad(formed, w)
+
+    def bn_pool_add(
+        self, r: Tensor, vec: Tensor, s: Tensor, vec_s: Tensor, pads: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return launch.bn_pool_add(r, vec, s, vec_s, pads)
+
+    def bn_relu_gap(self, r: Tensor, vec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return launch.bn_relu_gap(r, vec)
+
+    def bn_relu_gap_backward(
+        self, g: Tensor, r: Tensor, vec: Tensor, mean: Tensor, positive: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return launch.bn_relu_gap_backward(g, r, vec, mean, positive, total)
+
+    def apply(self, x: Tensor, load: Load, residual: Optional[Tensor]) -> Tensor:
+        return launch.apply_load(x, load, residual)
+
+    def apply_backward(
+        self, g: Tensor, x: Tensor, load: Load, residual: Optional[Tensor], operands: Sequence[Tensor],
+        centres: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return launch.load_gradient(g, x, load, residual, operands, centres)
 
 
 CUDA_CHAIN = CudaChain()

@@ -41,6 +41,7 @@ class DeviceFacts(NamedTuple):
 
     multiprocessors: int
     shared_bytes: int  # a CTA can have, with opt-in
+    l2_bytes: int = 0
 
 
 @cache

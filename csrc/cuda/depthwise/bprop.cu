@@ -2,6 +2,7 @@
 #include "bprop.h"
 
 #include "../channels.cuh"
+#include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
 
 namespace xsep::cuda {
@@ -17,6 +18,7 @@ namespace {
 constexpr int kGeneralThreads = 256;
 constexpr int kLanes = 32;  // channels of a CTA that adds something up
 constexpr int kShares = kGeneralThreads / kLanes;
+static_assert(kShares >= kMostGradientSums, "each sum of a CTA has threads of its own");
 
 template <class T>
 struct Prologue {
@@ -63,14 +65,36 @@ __device__ float gather_gradient(const DepthwiseBpropParams& p, int64_t picture,
   return sum;
 }
 
-// dx and this CTA's share of the prologue's sums. A CTA has 32 channels; its threads take pixels in turn.
+// dx at one element from e, the gradient of act(u), as the training chain wants it; and its sums.
 template <class T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__device__ __forceinline__ float chain_gradient(const DepthwiseBpropParams& p, float e, const Prologue<T>& prologue,
+                                                float x, const PixelPlace& place, int c,
+                                                float (&sums)[kMostGradientSums]) {
+  const ConvShape& s = p.shape;
+  const bool joins = p.epilogue.shortcut != nullptr, before = p.epilogue.before_mask != 0;
+  float d[1] = {e};
+  if (joins && before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
+  d[0] *= prologue.slope(x);
+  if (joins && !before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
+  d[0] = round_to<T>(d[0]);
+  float total[kMostGradientSums][1] = {};
+  const float pixel[1] = {x};
+  add_to_sums<T>(total, d, p.epilogue, p.x, pixel, place.at, [&](int k, float (&centre)[1]) {
+    centre[0] = p.epilogue.centres[static_cast<int64_t>(k + 1) * s.c_in + c];
+  });
+#pragma unroll
+  for (int k = 0; k < kMostGradientSums; ++k) sums[k] += total[k][0];
+  return d[0];
+}
+
+// dx and this CTA's share of the sums. A CTA has 32 channels; its threads take pixels in turn.
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads, 3)
     depthwise_dgrad_general_kernel(const __grid_constant__ DepthwiseBpropParams p) {
   const ConvShape& s = p.shape;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, share = static_cast<int>(threadIdx.x) / kLanes;
   const int c = static_cast<int>(blockIdx.y) * kLanes + lane;
-  float sums[2] = {0.0f, 0.0f};
+  float sums[kMostGradientSums] = {};
   if (c < s.c_in) {
     const Prologue<T> prologue(p.prologue, c);
     const float centre = p.centre == nullptr ? 0.0f : p.centre[c];
@@ -78,21 +102,29 @@ __global__ void __launch_bounds__(kGeneralThreads)
     const int64_t step = static_cast<int64_t>(gridDim.x) * kShares;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kShares + share; i < pixels; i += step) {
       const int w = static_cast<int>(i % s.w), h = static_cast<int>(i / s.w % s.h);
-      const float x = to_float(static_cast<const T*>(p.x)[i * s.c_in + c]);
-      const float du = gather_gradient<T>(p, i / s.w / s.h, h, w, c) * prologue.slope(x);
-      sums[0] = fmaf(du, x - centre, sums[0]);
-      sums[1] += du;
-      if (p.dx != nullptr) static_cast<T*>(p.dx)[i * s.c_in + c] = from_float<T>(du * prologue.scale);
+      const int64_t picture = i / s.w / s.h, at = i * s.c_in + c;
+      const float x = to_float(static_cast<const T*>(p.x)[at]);
+      const float e = gather_gradient<T>(p, picture, h, w, c);
+      float dx;
+      if (p.epilogue.sums > 0) {
+        dx = chain_gradient<T>(p, e, prologue, x, {picture, h, w, at}, c, sums);
+      } else {
+        const float du = e * prologue.slope(x);
+        sums[0] = fmaf(du, x - centre, sums[0]);
+        sums[1] += du;
+        dx = du * prologue.scale;
+      }
+      if (p.dx != nullptr) static_cast<T*>(p.dx)[at] = from_float<T>(dx);
     }
   }
   SharedArena arena;
-  const SharedBuffer<float> scratch = arena.take<float>(2 * kGeneralThreads);
-  for (int i = 0; i < 2; ++i) scratch[i * kGeneralThreads + static_cast<int>(threadIdx.x)] = sums[i];
+  const SharedBuffer<float> scratch = arena.take<float>(kMostGradientSums * kGeneralThreads);
+  for (int i = 0; i < kMostGradientSums; ++i) scratch[i * kGeneralThreads + static_cast<int>(threadIdx.x)] = sums[i];
   __syncthreads();
-  if (share >= 2 || c >= s.c_in) return;
+  if (share >= kMostGradientSums || c >= s.c_in) return;
   float total = 0.0f;
   for (int i = 0; i < kShares; ++i) total += scratch[share * kGeneralThreads + i * kLanes + lane];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (s.r * s.s + 2) + s.r * s.s + share;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (s.r * s.s + kMostGradientSums) + s.r * s.s + share;
   p.partials[row * s.c_mid + c] = total;
 }
 
@@ -128,30 +160,31 @@ __global__ void __launch_bounds__(kGeneralThreads)
   if (share != 0 || c_mid >= s.c_mid) return;
   float total = 0.0f;
   for (int i = 0; i < kShares; ++i) total += scratch[i * kLanes + lane];
-  p.partials[(static_cast<int64_t>(worker) * (taps + 2) + tap) * s.c_mid + c_mid] = total;
+  p.partials[(static_cast<int64_t>(worker) * (taps + kMostGradientSums) + tap) * s.c_mid + c_mid] = total;
 }
 
-// The second stage: adds the workers' partials, one output a thread, in the order of the workers.
+// The second stage: adds the partials, one output a thread, in the order of the rows.
 template <class T>
 __global__ void __launch_bounds__(kGeneralThreads)
-    reduce_partials_kernel(const __grid_constant__ DepthwiseBpropParams p) {
+    sum_bprop_partials_kernel(const __grid_constant__ SumPartialsParams p) {
   const ConvShape& s = p.shape;
-  const int taps = s.r * s.s, rows = taps + 2;
+  const int taps = s.r * s.s, entries = taps + kMostGradientSums;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= static_cast<int64_t>(rows) * s.c_mid) return;
-  const int row = static_cast<int>(i / s.c_mid);
+  if (i >= static_cast<int64_t>(entries) * s.c_mid) return;
+  const int entry = static_cast<int>(i / s.c_mid);
   const int64_t c = i % s.c_mid;
-  if (row >= taps && c >= s.c_in) return;
-  if (row < taps ? p.dw_dw == nullptr : (row == taps ? p.dscale : p.dshift) == nullptr) return;
+  if (entry >= taps && c >= s.c_in) return;
+  if (entry < taps ? p.dw_dw == nullptr : p.vectors[entry - taps] == nullptr) return;
   double total = 0.0;
-  for (int worker = 0; worker < p.plan.workers; ++worker) {
-    total += static_cast<double>(p.partials[(static_cast<int64_t>(worker) * rows + row) * s.c_mid + c]);
+#pragma unroll 4
+  for (int row = 0; row < p.rows; ++row) {
+    total += static_cast<double>(p.partials[(static_cast<int64_t>(row) * entries + entry) * s.c_mid + c]);
   }
   const float result = static_cast<float>(total);
-  if (row < taps) {
-    static_cast<T*>(p.dw_dw)[c * taps + row] = from_float<T>(result);
+  if (entry < taps) {
+    static_cast<T*>(p.dw_dw)[c * taps + entry] = from_float<T>(result);
   } else {
-    (row == taps ? p.dscale : p.dshift)[c] = result;
+    p.vectors[entry - taps][c] = result;
   }
 }
 
@@ -161,27 +194,30 @@ void run(const DepthwiseBpropParams& p, cudaStream_t stream) {
   const auto grid = [](int x, int y) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); };
   if (p.plan.sliding_window) {
     launch_depthwise_bprop<T>(p, stream);
-  } else {
-    constexpr int kBytes = kGeneralThreads * static_cast<int>(sizeof(float));
-    if (p.dx != nullptr || p.dscale != nullptr || p.dshift != nullptr) {
-      const LaunchShape shape{grid(p.plan.workers, ceil_div(s.c_in, kLanes)), kGeneralThreads, 2 * kBytes};
-      launch(depthwise_dgrad_general_kernel<T>, "depthwise_dgrad_general_kernel", shape, stream, p);
-    }
-    if (p.dw_dw != nullptr) {
-      const LaunchShape shape{grid(p.plan.workers * s.r * s.s, ceil_div(s.c_mid, kLanes)), kGeneralThreads, kBytes};
-      launch(depthwise_wgrad_general_kernel<T>, "depthwise_wgrad_general_kernel", shape, stream, p);
-    }
+    return;
   }
-  if (p.dw_dw == nullptr && p.dscale == nullptr && p.dshift == nullptr) return;
-  const int64_t outputs = static_cast<int64_t>(bprop_partial_rows(s)) * s.c_mid;
-  const LaunchShape shape{grid(static_cast<int>((outputs + kGeneralThreads - 1) / kGeneralThreads), 1), kGeneralThreads,
-                          0};
-  launch(reduce_partials_kernel<T>, "reduce_partials_kernel", shape, stream, p);
+  constexpr int kBytes = kGeneralThreads * static_cast<int>(sizeof(float));
+  if (p.dx != nullptr || p.dscale != nullptr || p.dshift != nullptr) {
+    const LaunchShape shape{grid(p.plan.workers, ceil_div(s.c_in, kLanes)), kGeneralThreads,
+                            kMostGradientSums * kBytes};
+    launch(depthwise_dgrad_general_kernel<T>, "depthwise_dgrad_general_kernel", shape, stream, p);
+  }
+  if (p.dw_dw != nullptr || p.epilogue.sums > 0) {
+    const LaunchShape shape{grid(p.plan.workers * s.r * s.s, ceil_div(s.c_mid, kLanes)), kGeneralThreads, kBytes};
+    launch(depthwise_wgrad_general_kernel<T>, "depthwise_wgrad_general_kernel", shape, stream, p);
+  }
+}
+
+template <class T>
+void run_sums(const SumPartialsParams& p, cudaStream_t stream) {
+  const int64_t outputs = static_cast<int64_t>(bprop_partial_rows(p.shape)) * p.shape.c_mid;
+  const auto blocks = static_cast<unsigned>((outputs + kGeneralThreads - 1) / kGeneralThreads);
+  launch(sum_bprop_partials_kernel<T>, "sum_bprop_partials_kernel", {dim3(blocks), kGeneralThreads, 0}, stream, p);
 }
 
 }  // namespace
 
-void depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) {
+void depthwise_bprop_partials(const DepthwiseBpropParams& p, cudaStream_t stream) {
   switch (p.type) {
     case kFloat32:
       run<float>(p, stream);
@@ -193,6 +229,26 @@ void depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) {
       run<__nv_bfloat16>(p, stream);
       break;
   }
+}
+
+void sum_bprop_partials(const SumPartialsParams& p, cudaStream_t stream) {
+  switch (p.type) {
+    case kFloat32:
+      run_sums<float>(p, stream);
+      break;
+    case kFloat16:
+      run_sums<__half>(p, stream);
+      break;
+    case kBFloat16:
+      run_sums<__nv_bfloat16>(p, stream);
+      break;
+  }
+}
+
+void depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) {
+  depthwise_bprop_partials(p, stream);
+  if (p.dw_dw == nullptr && p.dscale == nullptr && p.dshift == nullptr) return;
+  sum_bprop_partials({p.shape, p.type, p.plan.workers, p.partials, p.dw_dw, {p.dscale, p.dshift, nullptr}}, stream);
 }
 
 }  // namespace xsep::cuda

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../channels.cuh"
+#include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
 #include "params.h"
 
@@ -49,23 +50,30 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   const int vectors = p.plan.vectors, strips = p.plan.strips_down * p.plan.strips_across;
   SharedArena arena;
   const ChannelTable<VEC> weights(arena.take<float>(ChannelTable<VEC>::size(kTaps, vectors)), vectors);
-  const ChannelTable<VEC> affines(arena.take<float>(ChannelTable<VEC>::size(3, vectors)), vectors);
+  const ChannelTable<VEC> affines(arena.take<float>(ChannelTable<VEC>::size(2 + kMostOperands, vectors)), vectors);
   const SharedBuffer<float> scratch = arena.take<float>(K * strips * vectors * VEC);
   const int first = static_cast<int>(blockIdx.y) * vectors * VEC;
   load_weights<T>(weights, p.w_dw, kTaps, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 0, p.prologue.scale, 1.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 1, p.prologue.shift, 0.0f, first, s.c_in, vectors);
-  load_channel_vector<T>(affines, 2, ChannelVector{p.centre, 1}, 0.0f, first, s.c_in, vectors);
+  // The training chain has a centre for each operand.
+  const bool in_chain = p.epilogue.sums > 0;
+  for (int k = 0; k < kMostOperands; ++k) {
+    const float* of_operand =
+        k + 1 < p.epilogue.sums ? p.epilogue.centres + static_cast<int64_t>(k + 1) * s.c_in : nullptr;
+    const float* centres = in_chain || k > 0 ? of_operand : p.centre;
+    load_channel_vector<T>(affines, 2 + k, ChannelVector{centres, 1}, 0.0f, first, s.c_in, vectors);
+  }
   __syncthreads();
 
   const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
   const int c = first + vector * VEC;
   const bool active = strip < strips && c < s.c_in;
-  const bool with_sums = p.dscale != nullptr || p.dshift != nullptr;
+  const bool with_sums = in_chain || p.dscale != nullptr || p.dshift != nullptr;
   const ActivationChoice activation{p.prologue.activation, p.prologue.alpha};
 
   float dw[kTaps][VEC] = {};
-  float sums[2][VEC] = {};  // for the scale, for the shift
+  float sums[kMostGradientSums][VEC] = {};  // for the scale, for the shift; or the chain's
   const int tiles = s.n * p.plan.tiles_down * p.plan.tiles_across;
   for (int tile = static_cast<int>(blockIdx.x); active && tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
@@ -155,15 +163,28 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         if (!inside(y, j)) continue;
         const int64_t at = origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
         float (&du)[VEC] = dx[y][j];
+        const PixelPlace place{picture, h0 + y, w0 + j, at};
+        const bool joins = p.epilogue.shortcut != nullptr, before = p.epilogue.before_mask != 0;
+        if (joins && before) add_shortcut<T>(du, p.epilogue, place, s.h, s.w, s.c_in, c);
         if (activation.code != Activation::kIdentity || with_sums) {
           float value[VEC], slope[VEC];
-          Pack<T, VEC>::load(static_cast<const T*>(p.x) + at).widen(value);
+          read_pixel<T>(value, p.x, at);
 #pragma unroll
           for (int v = 0; v < VEC; ++v) slope[v] = fmaf(scale[v], value[v], shift[v]);
           activation_slope(slope, activation);
 #pragma unroll
+          for (int v = 0; v < VEC; ++v) du[v] *= slope[v];
+          if (in_chain) {
+            if (joins && !before) add_shortcut<T>(du, p.epilogue, place, s.h, s.w, s.c_in, c);
+            const auto rounded = Pack<T, VEC>::round(du);
+            rounded.store(static_cast<T*>(p.dx) + at);
+            rounded.widen(du);
+            add_to_sums<T>(sums, du, p.epilogue, p.x, value, at,
+                           [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+            continue;
+          }
+#pragma unroll
           for (int v = 0; v < VEC; ++v) {
-            du[v] *= slope[v];
             sums[0][v] = fmaf(du[v], value[v] - centre[v], sums[0][v]);
             sums[1][v] += du[v];
           }
@@ -176,7 +197,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     }
   }
 
-  float* partial = p.partials + static_cast<int64_t>(blockIdx.x) * (kTaps + 2) * s.c_mid;
+  float* partial = p.partials + static_cast<int64_t>(blockIdx.x) * (kTaps + kMostGradientSums) * s.c_mid;
 #pragma unroll
   for (int r = 0; r < K; ++r) {
     float filter_row[K][VEC];
@@ -219,7 +240,7 @@ void launch_depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) 
       kernel = depthwise_bprop_kernel<T, 7, 2, bprop_vec(7), bprop_strip_rows(2)>;
       break;
     default:
-      no_such_kernel("depthwise_bprop_kernel", p.shape);
+      no_such_kernel("depthwise_bprop_kernel", p);
   }
   launch(kernel, "depthwise_bprop_kernel", shape, stream, p);
 }

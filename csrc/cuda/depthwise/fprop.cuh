@@ -194,7 +194,7 @@ void launch_depthwise_fprop(const DepthwiseFpropParams& p, cudaStream_t stream) 
       kernel = depthwise_fprop_kernel<T, 7, 2, fprop_strip_rows(7, 2)>;
       break;
     default:
-      no_such_kernel("depthwise_fprop_kernel", p.shape);
+      no_such_kernel("depthwise_fprop_kernel", p);
   }
   launch(kernel, "depthwise_fprop_kernel", shape, stream, p);
 }

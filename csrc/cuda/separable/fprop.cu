@@ -10,7 +10,7 @@ template <class Policy>
 void launch_separable_fprop(const SeparableFpropParams& p, cudaStream_t stream);
 
 void separable_fprop(const SeparableFpropParams& p, cudaStream_t stream) {
-  if (!p.plan.fused) no_such_kernel("separable_fprop_kernel", p.shape);
+  if (!p.plan.fused) no_such_kernel("separable_fprop_kernel", p);
   switch (p.type) {
     case kFloat16:
       launch_separable_fprop<TensorCores16<__half>>(p, stream);

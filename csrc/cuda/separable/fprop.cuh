@@ -227,7 +227,7 @@ void launch_separable_fprop(const SeparableFpropParams& p, cudaStream_t stream) 
       kernel = separable_fprop_kernel<Policy, 5, 2>;
       break;
     default:
-      no_such_kernel("separable_fprop_kernel", p.shape);
+      no_such_kernel("separable_fprop_kernel", p);
   }
   SeparableFpropParams completed = p;
   completed.has_prologue = p.prologue.is_identity() && p.addend == nullptr ? 0 : 1;

@@ -27,4 +27,8 @@ struct SeparableFpropParams {
   int has_prologue, has_middle;  // whether they do anything; set by the launcher
 };
 
+inline std::string describe(const SeparableFpropParams& p) {
+  return std::string(name_of(p.type)) + " " + describe(p.shape) + ", then " + std::to_string(p.c_out) + " outputs";
+}
+
 }  // namespace xsep::cuda

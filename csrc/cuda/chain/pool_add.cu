@@ -1,0 +1,74 @@
+// The max-pool behind a BatchNorm, with the skip added: r once through memory, the repeats of a window from L1.
+#include "pool_add.h"
+
+#include "images.cuh"
+
+namespace xsep::cuda {
+namespace {
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid_constant__ PoolAddParams p) {
+  const ImageShape& s = p.shape;
+  const ImageThread<VEC> thread(p.plan, s.c);
+  if (!thread.active) return;
+  float scale[VEC], shift[VEC];
+  read_channels(scale, p.vec, thread.c);
+  read_channels(shift, p.vec + s.c, thread.c);
+  const int64_t windows = static_cast<int64_t>(s.n) * p.pooled_h * p.pooled_w;
+  for (int64_t window = thread.first; window < windows; window += thread.step) {
+    const int column = static_cast<int>(window % p.pooled_w) * 2 - p.pad_left;
+    const int row = static_cast<int>(window / p.pooled_w % p.pooled_h) * 2 - p.pad_top;
+    const int64_t picture = window / p.pooled_w / p.pooled_h;
+    float best[VEC];
+    Pack<T, VEC> chosen = Pack<T, VEC>::zero();
+    Pack<uint8_t, VEC> taps;
+    bool first = true;  // taken whatever it is, so that a window of -inf alone has a tap too
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) best[v] = 0.0f, taps.v[v] = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int h = row + i;
+      if (h < 0 || h >= s.h) continue;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        const int w = column + j;
+        if (w < 0 || w >= s.w) continue;
+        const auto r =
+            Pack<T, VEC>::load(static_cast<const T*>(p.r) + ((picture * s.h + h) * s.w + w) * s.c + thread.c);
+        float u[VEC];
+        r.widen(u);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          u[v] = fmaf(scale[v], u[v], shift[v]);
+          const bool better = first || u[v] > best[v] || u[v] != u[v];
+          best[v] = better ? u[v] : best[v];
+          chosen.v[v] = better ? r.v[v] : chosen.v[v];
+          taps.v[v] = better ? static_cast<uint8_t>(i * 3 + j) : taps.v[v];
+        }
+        first = false;
+      }
+    }
+    const int64_t at = window * s.c + thread.c;
+    float skip[VEC], scale_s[VEC], shift_s[VEC];
+    read_pixel<T>(skip, p.s, at);
+    // Read again, from L1, rather than kept beside the window.
+    read_channels(scale_s, p.vec_s, thread.c);
+    read_channels(shift_s, p.vec_s + s.c, thread.c);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) best[v] += fmaf(scale_s[v], skip[v], shift_s[v]);
+    write_pixel<T>(p.t, at, best);
+    taps.store(p.taps + at);
+    chosen.store(static_cast<T*>(p.chosen) + at);
+  }
+}
+
+}  // namespace
+
+void pool_add(const PoolAddParams& p, cudaStream_t stream) {
+  with_elements(p.type, p.plan.vec, [&](auto elements) {
+    using E = decltype(elements);
+    launch(pool_add_kernel<typename E::T, E::kVec>, "pool_add_kernel", image_launch(p.plan), stream, p);
+  });
+}
+
+}  // namespace xsep::cuda
