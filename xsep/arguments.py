@@ -108,6 +108,8 @@ def backend_name(backend: Optional[str]) -> str:
 
 def pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
     """(vertical, horizontal) of an int or a pair of ints, each at least ``smallest``."""
+    if type(value) is int and value >= smallest:
+        return value, value
     items = [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
     if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, (int, torch.SymInt)) for i in items):
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
