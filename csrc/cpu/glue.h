@@ -144,7 +144,9 @@ class DepthwiseInputs {
       apply_beforehand(a);
     }
     params.x = x_.const_data_ptr();
-    if (kPairDepthwise && kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16) pack_pairs();
+#if defined(__AVX512BW__)
+    if (kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16) pack_pairs();
+#endif
   }
 
   /// Of params.x: float where the prologue was applied beforehand.
@@ -153,6 +155,7 @@ class DepthwiseInputs {
   DepthwiseFprop params;
 
  private:
+#if defined(__AVX512BW__)
   void pack_pairs() {
     const DepthwiseShape& s = params.shape;
     params.c_pairs = s.c / kPairChannels * kPairChannels;
@@ -164,6 +167,7 @@ class DepthwiseInputs {
     }
     params.w_pairs = out;
   }
+#endif
 
   void clamp(const ChannelAffine& a) {
     constants_ = zeros_float({2, c_pad_});

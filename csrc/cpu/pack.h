@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "../common/cpu_plan.h"
 #include "../common/geometry.h"
@@ -14,25 +15,43 @@ namespace xsep::cpu {
 /// Position of channel j of C_mid = c * multiplier in the order of passes: pass j % multiplier, channel j / multiplier.
 inline int64_t pass_order(int64_t j, int64_t multiplier, int64_t row) { return j % multiplier * row + j / multiplier; }
 
+namespace detail {
+
+/// f(first, last, buffer) for blocks of channels whose filters, `filter` values a channel, fit a first-level cache as
+/// float.
+template <class F>
+void by_blocks_of_filters(Range channels, int64_t filter, F&& f) {
+  const int64_t step = std::max<int64_t>(4096 / filter, 1);
+  std::vector<float> buffer(static_cast<size_t>(std::min(step, channels.end - channels.begin) * filter));
+  for (int64_t c = channels.begin; c < channels.end; c += step) f(c, std::min(c + step, channels.end), buffer.data());
+}
+
+}  // namespace detail
+
 /// w_dw T [c * multiplier, taps] -> float [multiplier, taps, c_pad]; the padding is left as it is.
 template <class T>
 void pack_depthwise(const T* w_dw, int64_t c, int64_t multiplier, int64_t taps, int64_t c_pad, float* out) {
-  for (int64_t j = 0; j < c * multiplier; ++j) {
-    float* to = out + j % multiplier * taps * c_pad + j / multiplier;
-    for (int64_t t = 0; t < taps; ++t) to[t * c_pad] = to_float(w_dw[j * taps + t]);
-  }
+  const int64_t filter = multiplier * taps;
+  detail::by_blocks_of_filters({0, c}, filter, [&](int64_t first, int64_t last, float* buffer) {
+    to_floats(w_dw + first * filter, (last - first) * filter, buffer);
+    for (int64_t t = 0; t < filter; ++t) {
+      for (int64_t i = first; i < last; ++i) out[t * c_pad + i] = buffer[(i - first) * filter + t];
+    }
+  });
 }
 
 /// The other way, rounding: sums [multiplier * taps, c_pad] -> dw T [c * multiplier, taps], channels of one pass's c.
 template <class T>
 void unpack_depthwise(const double* sums, Range channels, int64_t multiplier, int64_t taps, int64_t c_pad, T* dw) {
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    for (int64_t i = 0; i < multiplier; ++i) {
-      for (int64_t t = 0; t < taps; ++t) {
-        dw[(c * multiplier + i) * taps + t] = from_float<T>(static_cast<float>(sums[(i * taps + t) * c_pad + c]));
+  const int64_t filter = multiplier * taps;
+  detail::by_blocks_of_filters(channels, filter, [&](int64_t first, int64_t last, float* buffer) {
+    for (int64_t t = 0; t < filter; ++t) {
+      for (int64_t i = first; i < last; ++i) {
+        buffer[(i - first) * filter + t] = static_cast<float>(sums[t * c_pad + i]);
       }
     }
-  }
+    from_floats(buffer, (last - first) * filter, dw + first * filter);
+  });
 }
 
 /// Shape of the packed pointwise weights.

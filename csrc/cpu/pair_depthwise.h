@@ -2,8 +2,6 @@
 // multiplication in float would convert each value first and take a row each.
 #pragma once
 
-#include <cstring>
-
 #include "vec.h"
 
 namespace xsep::cpu {
@@ -11,39 +9,37 @@ namespace xsep::cpu {
 /// Channels of one step: a vector of BFloat16.
 constexpr int64_t kPairChannels = 32;
 
-#if defined(__AVX512BW__)
-constexpr bool kPairDepthwise = true;
-#else
-constexpr bool kPairDepthwise = false;
-#endif
-
 /// Weights as pairs, in the order in which two rows of pixels are interleaved: [2, R, S, c_pairs], c_pairs whole steps
 /// of channels. [0, r] pairs row r with row r + 1, [1, r] with nothing.
 inline int64_t pair_weights_size(int64_t r, int64_t s, int64_t c_pairs) { return 2 * r * s * c_pairs; }
 
-/// From w [R * S, c_pad] of values that are BFloat16.
+#if defined(__AVX512BW__)
+/// From w [R * S, c_pad] of values that are BFloat16: their low halves are zero.
 inline void pack_pair_weights(const float* w, int64_t r, int64_t s, int64_t c_pad, int64_t c_pairs, uint32_t* out) {
-  const auto bits = [&](int64_t row, int64_t column, int64_t c) {
-    uint32_t v;
-    std::memcpy(&v, w + (row * s + column) * c_pad + c, sizeof(v));
-    return v >> 16;
+  // Interleaving works on quarters of a vector: the first half of each eight channels, then the second half.
+  const auto store_pairs = [](VecBits first, VecBits second, uint32_t* to) {
+    const auto a = reinterpret_cast<__m512i>(first);
+    const auto b = reinterpret_cast<__m512i>(second);
+    _mm512_storeu_si512(to, _mm512_maskz_shuffle_i32x4(0xffff, a, b, 0x88));
+    _mm512_storeu_si512(to + kLanes, _mm512_maskz_shuffle_i32x4(0xffff, a, b, 0xdd));
   };
-  for (int64_t row = 0; row < r; ++row) {
-    for (int64_t column = 0; column < s; ++column) {
-      uint32_t* paired = out + (row * s + column) * c_pairs;
-      uint32_t* alone = paired + r * s * c_pairs;
-      for (int64_t i = 0; i < c_pairs; ++i) {
-        // Interleaving works on eighths of a vector: the first half of each eight channels, then the second half.
-        const int64_t step = i % kPairChannels;
-        const int64_t c = i - step + step % 16 / 4 * 8 + step / 16 * 4 + step % 4;
-        alone[i] = bits(row, column, c);
-        paired[i] = alone[i] | (row + 1 < r ? bits(row + 1, column, c) << 16 : 0u);
+  for (int64_t tap = 0; tap < r * s; ++tap) {
+    const float* above = w + tap * c_pad;
+    const float* below = tap < (r - 1) * s ? above + s * c_pad : nullptr;
+    uint32_t* paired = out + tap * c_pairs;
+    uint32_t* alone = paired + r * s * c_pairs;
+    for (int64_t c = 0; c < c_pairs; c += kPairChannels) {
+      const VecBits low[2] = {as_bits(load(above + c)) >> 16, as_bits(load(above + c + kLanes)) >> 16};
+      store_pairs(low[0], low[1], alone + c);
+      if (below) {
+        store_pairs(low[0] | as_bits(load(below + c)), low[1] | as_bits(load(below + c + kLanes)), paired + c);
+      } else {
+        store_pairs(low[0], low[1], paired + c);
       }
     }
   }
 }
 
-#if defined(__AVX512BW__)
 namespace detail {
 
 /// Values of 32 channels of two pixels, interleaved.

@@ -28,18 +28,6 @@ struct SeparableWgrad {
   int64_t scratch_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
 };
 
-namespace detail {
-
-template <class T>
-void to_floats(const T* from, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t lanes = std::min<int64_t>(kLanes, count - i);
-    store_first(out + i, load_first(from + i, lanes), lanes);
-  }
-}
-
-}  // namespace detail
-
 /// Task `task` of p.plan: the sums of its own pixels and columns. X is the depthwise stage's input type, T that of dv.
 template <class X, class T>
 void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) {
@@ -74,7 +62,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) 
       continue;
     }
     if constexpr (!std::is_same_v<T, float>) {
-      detail::to_floats(dv, count * p.c_out, reinterpret_cast<float*>(dv_tile));
+      to_floats(dv, count * p.c_out, reinterpret_cast<float*>(dv_tile));
       product.a = dv_tile;
     }
     multiply<false>(product, p.c_out, columns);

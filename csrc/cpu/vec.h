@@ -222,6 +222,22 @@ XSEP_INLINE Vec load_first(const Half* p, int64_t n) { return half_to_float(load
 XSEP_INLINE void store_first(BFloat16* p, Vec v, int64_t n) { store_first_16(p, float_to_bfloat16(v), n); }
 XSEP_INLINE void store_first(Half* p, Vec v, int64_t n) { store_first_16(p, float_to_half(v), n); }
 
+/// count values next to each other, from and to storage.
+template <class T>
+void to_floats(const T* from, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t lanes = count - i < kLanes ? count - i : kLanes;
+    store_first(out + i, load_first(from + i, lanes), lanes);
+  }
+}
+template <class T>
+void from_floats(const float* from, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t lanes = count - i < kLanes ? count - i : kLanes;
+    store_first(out + i, load_first(from + i, lanes), lanes);
+  }
+}
+
 /// Brings N pixels' channels [c, c + kLanes) towards the second-level cache, to be read or written a row of the picture
 /// later: the hardware follows a few streams of lines, not one for each pixel of a block. from + offset may lie outside
 /// of the tensor, which does no harm.
