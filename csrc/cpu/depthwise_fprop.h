@@ -27,6 +27,15 @@ enum class Prologue {
   kClampedAffine,  // min(max(scale * x + shift, low), high)
 };
 
+/// Whether an input column is loaded once for all the outputs it belongs to, where the filter's width has a kernel.
+inline bool slides(const DepthwiseShape& s) {
+  return s.geometry.dilation_w == 1 && (s.geometry.stride_w == 1 || s.geometry.stride_w == 2);
+}
+
+/// Whether a width's rows are multiplied in pairs where storage is BFloat16. Seven columns of weights would not leave
+/// enough registers for the sums.
+constexpr bool has_pairs(int64_t filter_width) { return filter_width == 3 || filter_width == 5; }
+
 /// A depth multiplier m is m passes of multiplier 1: pass i makes output channels i, m + i, 2 m + i, ..., with every
 /// per-channel array stored pass by pass.
 struct DepthwiseFprop {
@@ -231,8 +240,7 @@ void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border
     }
   };
 #if defined(__AVX512BW__)
-  if constexpr (std::is_same_v<T, BFloat16> && kPrologue == Prologue::kNone && (kS == 3 || kS == 5)) {
-    // Seven columns of weights would not leave enough registers for the sums.
+  if constexpr (std::is_same_v<T, BFloat16> && kPrologue == Prologue::kNone && has_pairs(kS)) {
     if (b.w_pairs && b.c_begin % kPairChannels == 0 && b.c_end - b.c_begin >= kPairChannels) {
       const int64_t c_end = b.c_end;
       b.c_end -= (b.c_end - b.c_begin) % kPairChannels;
@@ -325,11 +333,11 @@ void run_stride(const DepthwiseFprop& p, int64_t pass, Range pixels, Range chann
 /// and Q. channels.begin is a multiple of kChannelPad.
 template <class T>
 void depthwise_fprop_run(const DepthwiseFprop& p, int64_t pass, Range pixels, Range channels, const RunOutput& to) {
-  const Geometry& g = p.shape.geometry;
-  const bool slides = g.dilation_w == 1 && (g.stride_w == 1 || g.stride_w == 2);
-  if (slides && p.shape.s == 3) return detail::run_stride<T, 3>(p, pass, pixels, channels, to);
-  if (slides && p.shape.s == 5) return detail::run_stride<T, 5>(p, pass, pixels, channels, to);
-  if (slides && p.shape.s == 7) return detail::run_stride<T, 7>(p, pass, pixels, channels, to);
+  if (slides(p.shape)) {
+    if (p.shape.s == 3) return detail::run_stride<T, 3>(p, pass, pixels, channels, to);
+    if (p.shape.s == 5) return detail::run_stride<T, 5>(p, pass, pixels, channels, to);
+    if (p.shape.s == 7) return detail::run_stride<T, 7>(p, pass, pixels, channels, to);
+  }
   detail::run_prologue<T, 0, 1>(p, pass, pixels, channels, to);
 }
 

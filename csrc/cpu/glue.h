@@ -145,7 +145,10 @@ class DepthwiseInputs {
     }
     params.x = x_.const_data_ptr();
 #if defined(__AVX512BW__)
-    if (kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16) pack_pairs();
+    if (kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16 && params.prologue == Prologue::kNone &&
+        shape.c >= kPairChannels && slides(shape) && has_pairs(shape.s)) {
+      pack_pairs();
+    }
 #endif
   }
 

@@ -79,16 +79,17 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None
     assert float((ours.double() - truth).abs().max()) <= allowed, name
 
 
-@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize(
+    "kind, tf32",
+    [*((kind, False) for kind in DTYPES), ("fp32", True)],
+    ids=lambda v: v if isinstance(v, str) else ("ieee", "tf32")[v],
+)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=ids)
 def test_separable_forward(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, ...], kind: str, everything: bool, layout: str, tf32: bool
 ) -> None:
-    if tf32 and kind != "fp32":
-        pytest.skip("TF32 is about float32")
     monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "tf32" if tf32 else "ieee")
     monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "tf32" if tf32 else "ieee")
     a = draw(size, DTYPES[kind], everything, layout == "channels_last")
