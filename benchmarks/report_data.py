@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, Optional
 
 import common
@@ -77,6 +78,19 @@ def ratio(times: dict[str, Any], backend: str, *baselines: str) -> Optional[floa
     ours = times.get(f"xsep {backend}")
     known = [times[name]["us"] for name in baselines if name in times]
     return min(known) / ours["us"] if ours and known else None
+
+
+def mean_ratios(
+    record: dict[str, Any], backend: str, dtype: str, mode: str, *baselines: str
+) -> tuple[Optional[float], Optional[float]]:
+    """Geometric means over the shapes: what :func:`ratio` is, and what it would be at the floor of every shape."""
+    reached, best = [], []
+    for row in rows_of(record, dtype, mode):
+        gain = ratio(row["times"], backend, *baselines)
+        if gain:
+            reached.append(gain)
+            best.append(gain * row["times"][f"xsep {backend}"]["us"] / row["floor_us"])
+    return (geometric_mean(reached), geometric_mean(best)) if reached else (None, None)
 
 
 def runs(xception: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from report_data import (
     PLAIN,
     Card,
     backend_shown,
+    mean_ratios,
     panels,
     ratio,
     rows_of,
@@ -68,6 +69,9 @@ def sepconv(cards: list[Card]) -> str:
         totals = {(t["dtype"], t["mode"]): t["times"] for t in record["totals"]}
         layers = sum(count for _, count in shapes)
         rows.append([f"**all {layers} layers**", "", *(figure(ratio(totals[k], backend, *EAGER)) for k in kinds)])
+        means = [mean_ratios(record, backend, *k, *EAGER) for k in kinds]
+        rows.append(["geometric mean", "", *(figure(mean) for mean, _ in means)])
+        rows.append(["the same at the limits", "", *(figure(best) for _, best in means)])
         headings = ["shape", "×", *(f"{dtype}, {mode}" for dtype, mode in kinds)]
         wrong = f"\n\nWrong, so not timed: {'; '.join(record['failures'])}." if record["failures"] else ""
         parts.append(

@@ -20,6 +20,7 @@ LAYERS = (
     ("backends",),
     ("plans", "tuning", "dispatch"),
     ("ops", "arguments"),
+    ("checked",),
     ("functional",),
     ("modules", "cases", "testing", "measuring"),
     ("chain",),

@@ -39,8 +39,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("stride_zero", {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
     ("stride_three", {"stride": (1, 1, 1)}, ValueError, "stride must be an int or a pair of ints"),
     ("stride_float", {"stride": (1.0, 1)}, ValueError, "stride must be an int or a pair of ints"),
+    ("stride_word", {"stride": "2"}, ValueError, "stride must be an int or a pair of ints, got '2'"),
+    ("stride_none", {"stride": None}, ValueError, "stride must be an int or a pair of ints, got None"),
     ("dilation_zero", {"dilation": (1, 0)}, ValueError, r"dilation must be at least 1, got \(1, 0\)"),
     ("padding_word", {"padding": "full"}, ValueError, "padding must be .*got 'full'"),
+    ("padding_float", {"padding": 1.0}, ValueError, "padding must be an int or a pair of ints, got 1.0"),
+    ("padding_float_side", {"padding": (0, 1.0, 0, 0)}, ValueError, "left, right, top, bottom. must be ints, got .0, 1.0"),
     ("padding_negative", {"padding": -1}, ValueError, "padding must be at least 0, got -1"),
     ("padding_negative_side", {"padding": (0, -1, 0, 0)}, ValueError, "padding .left, right, top, bottom. must be"),
     ("padding_three", {"padding": (1, 1, 1)}, ValueError, "padding must be an int or a pair"),
@@ -60,6 +64,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize("name, change, kind, message", REFUSED, ids=[r[0] for r in REFUSED])
 def test_refused(name: str, change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    xsep.separable_conv2d(**GOOD)  # what is remembered of a good call must not let a bad one through
     given = {**GOOD, **change}
     positional = [given.pop(k) for k in ("x", "w_dw", "w_pw")]
     with pytest.raises(kind, match=message) as caught:

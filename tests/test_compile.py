@@ -44,13 +44,14 @@ def test_opcheck(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda c: c.id)
 def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
-    from xsep.ops.autograd import _y_is_needed
+    from xsep.ops.autograd import y_is_needed
     from xsep.ops.definitions import DEPTHWISE, SEPARABLE
 
     _, args = op_arguments(case, backend)
     op = SEPARABLE if case.op == "separable" else DEPTHWISE
     y = op.forward_op(*args).detach()
-    kept = y if _y_is_needed(op.args(*args[:-1])) else None
+    _, activations, alphas, _ = args[op.tensors :]
+    kept = y if y_is_needed(activations, alphas) else None
     wanted = [t is not None and i != op.residual for i, t in enumerate(args[: op.tensors])]
     torch.library.opcheck(op.backward_op, (torch.randn_like(y), kept, *args, wanted))
 

@@ -117,6 +117,8 @@ def test_tables_mark_what_is_lost_and_name_the_setting() -> None:
     table = report_readme.sepconv([card()])
     assert "| 5→7 @9 | 2 | 1.25 | 1.25 |" in table and "| 6→7 @9 | 2 | 0.80 ▾ | 0.80 ▾ |" in table
     assert "| **all 4 layers** |  | 0.98 ▾ | 0.98 ▾ |" in table
+    assert "| geometric mean |  | 1.00 | 1.00 |" in table  # of 10 / 8 and 10 / 12.5
+    assert "| the same at the limits |  | 2.50 | 2.50 |" in table  # of 10 / 4 twice
     assert "PyTorch 2.13, batch 64 at 299 px, median, pictures made up (no photographs there), 2026-01-02" in table
     assert "Wrong, so not timed: float32 5→7 @9 cuda: y: error 3." in table
     networks = report_readme.xception([card()])

@@ -110,12 +110,25 @@ def pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
     """(vertical, horizontal) of an int or a pair of ints, each at least ``smallest``."""
     if type(value) is int and value >= smallest:
         return value, value
-    items = [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
-    if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, (int, torch.SymInt)) for i in items):
+    items = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(items) != 2 or not _all_ints(items):
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
     if items[0] < smallest or items[1] < smallest:
         raise ValueError(f"{name} must be at least {smallest}, got {value!r}")
     return items[0], items[1]
+
+
+def sides(padding: Sequence[int]) -> Sequence[int]:
+    """Four explicit paddings (left, right, top, bottom), each an int and at least 0."""
+    if not _all_ints(padding):
+        raise ValueError(f"padding (left, right, top, bottom) must be ints, got {padding!r}")
+    if min(padding) < 0:
+        raise ValueError(f"padding (left, right, top, bottom) must be at least 0, got {padding!r}")
+    return padding
+
+
+def _all_ints(items: Sequence[object]) -> bool:
+    return all(isinstance(i, (int, torch.SymInt)) and not isinstance(i, bool) for i in items)
 
 
 def _shape(t: Tensor) -> str:
@@ -208,10 +221,8 @@ def _geometry(
             left, right = same_padding(w, s, stride_w, dilation_w)
         else:
             raise ValueError(f'padding must be "same", "valid", an int, a pair or four ints, got {padding!r}')
-    elif not isinstance(padding, (int, torch.SymInt)) and len(padding) == 4:
-        left, right, top, bottom = padding
-        if min(left, right, top, bottom) < 0:
-            raise ValueError(f"padding (left, right, top, bottom) must be at least 0, got {padding!r}")
+    elif isinstance(padding, Sequence) and len(padding) == 4:
+        left, right, top, bottom = sides(padding)
     else:
         top, left = pair("padding", padding, 0)
         bottom, right = top, left

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import dispatch
 from .arguments import ChannelAffine, Padding, Pair, backend_name, depthwise_args, separable_args
 from .backends.aten import ATEN
+from .checked import checked_depthwise_args, checked_separable_args
 from .ops import depthwise, separable
 from .problem import depthwise_problem, separable_problem
 
@@ -68,13 +69,16 @@ def separable_conv2d(
             prologue=prologue, middle=middle, epilogue=epilogue, residual=residual, backend=backend,
         )  # fmt: skip
     name = backend_name(backend)
-    x, w_dw, w_pw, bias, residual = _autocast(x, w_dw, w_pw, bias, residual)
-    args = separable_args(
-        x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual
-    )  # fmt: skip
-    if torch.onnx.is_in_onnx_export():
-        return ATEN.separable_forward(args)
-    return separable(args, name)
+    traced = _traced()
+    if traced or torch._C._is_any_autocast_enabled():
+        x, w_dw, w_pw, bias, residual = _autocast(x, w_dw, w_pw, bias, residual)
+    if not traced:
+        args, problem = checked_separable_args(
+            x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual
+        )
+        return separable(args, name, problem)
+    args = separable_args(x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual)
+    return ATEN.separable_forward(args) if torch.onnx.is_in_onnx_export() else separable.traced(args, name)
 
 
 def depthwise_conv2d(
@@ -110,11 +114,14 @@ def depthwise_conv2d(
             prologue=prologue, epilogue=epilogue, backend=backend,
         )  # fmt: skip
     name = backend_name(backend)
-    x, w_dw, bias = _autocast(x, w_dw, bias)
+    traced = _traced()
+    if traced or torch._C._is_any_autocast_enabled():
+        x, w_dw, bias = _autocast(x, w_dw, bias)
+    if not traced:
+        args, problem = checked_depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
+        return depthwise(args, name, problem)
     args = depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
-    if torch.onnx.is_in_onnx_export():
-        return ATEN.depthwise_forward(args)
-    return depthwise(args, name)
+    return ATEN.depthwise_forward(args) if torch.onnx.is_in_onnx_export() else depthwise.traced(args, name)
 
 
 def explain(
@@ -155,6 +162,11 @@ def explain(
 
 def _tensors(affine: Optional[ChannelAffine]) -> tuple[Any, ...]:
     return (affine.scale, affine.shift) if isinstance(affine, ChannelAffine) else ()
+
+
+def _traced() -> bool:
+    """Whether the call is being written down, by torch.compile, export or jit.trace, for others to run."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _autocast(x: Tensor, *others: Optional[Tensor]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import BACKEND_NAMES, ChannelAffine, Padding, Pair, pair
+from .arguments import BACKEND_NAMES, ChannelAffine, Padding, Pair, pair, sides
 from .backends.packed_weights import kept
 from .functional import separable_conv2d
 from .problem import ACTIVATIONS, DEFAULT_ALPHA
@@ -306,11 +307,9 @@ def _normal_padding(padding: Padding) -> Union[str, tuple[int, ...]]:
         if padding not in ("same", "valid"):
             raise ValueError(f'padding must be "same", "valid", an int, a pair or four ints, got {padding!r}')
         return padding
-    if isinstance(padding, int) or len(padding) != 4:
+    if not isinstance(padding, Sequence) or len(padding) != 4:
         return pair("padding", padding, 0)
-    left, right, top, bottom = padding
-    if min(left, right, top, bottom) < 0:
-        raise ValueError(f"padding (left, right, top, bottom) must be at least 0, got {padding!r}")
+    left, right, top, bottom = sides(padding)
     return (top, left) if (left, top) == (right, bottom) else (left, right, top, bottom)
 
 

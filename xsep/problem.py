@@ -136,6 +136,11 @@ class Problem(NamedTuple):
     activations: tuple[int, ...]
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        """Of y and of the gradients of images."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
     def c_mid(self) -> int:
         return self.c_in * self.multiplier
 

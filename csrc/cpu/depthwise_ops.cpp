@@ -1,9 +1,7 @@
 // The operators xsep::cpu_depthwise_fprop and xsep::cpu_depthwise_bprop.
 #include <torch/library.h>
 
-#include <array>
-#include <tuple>
-
+#include "depthwise_bprop_op.h"
 #include "glue.h"
 
 namespace xsep::cpu {
@@ -59,6 +57,8 @@ Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
   if (s.multiplier == 1) return rows;
   return rows.permute({0, 2, 3, 1}).reshape({s.n, s.p, s.q, s.c, s.multiplier}).transpose(3, 4).contiguous();
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
                                                            const OptionalTensor& scale_p, const OptionalTensor& shift_p,
@@ -131,8 +131,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   }
   return {dx, dw, dscale, dshift};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(

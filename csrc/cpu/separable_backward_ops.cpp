@@ -1,16 +1,19 @@
-// The operators xsep::cpu_separable_wgrad and xsep::cpu_pointwise_dgrad.
+// The operators xsep::cpu_separable_wgrad, xsep::cpu_pointwise_dgrad, and both with the depthwise backward behind them:
+// xsep::cpu_separable_bprop.
 #include <torch/library.h>
 
+#include "depthwise_bprop_op.h"
 #include "glue.h"
 #include "pair_gemm.h"
 
 namespace xsep::cpu {
 namespace {
 
-/// dv^T z [C_out, C_in, 1, 1] in float32, with z = middle(dw(prologue(x))) made again tile by tile; multiplier 1.
-Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
-                       const OptionalTensor& shift_p, const OptionalTensor& scale_m, const OptionalTensor& shift_m,
-                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+/// dv^T z [C_out, C_in, 1, 1] of a type, with z = middle(dw(prologue(x))) made again tile by tile; multiplier 1.
+Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, const Tensor& w_dw,
+                     const OptionalTensor& scale_p, const OptionalTensor& shift_p, const OptionalTensor& scale_m,
+                     const OptionalTensor& shift_m, at::IntArrayRef geometry, at::IntArrayRef activations,
+                     at::ArrayRef<double> alphas) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
   TORCH_CHECK(shape.multiplier == 1, "w_dw must have as many filters as x has channels, but is ", w_dw.sizes());
@@ -18,7 +21,8 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
   const int64_t c_out = dv.size(1);
   TORCH_CHECK(dv.size(0) == shape.n && c_out > 0 && dv.size(2) == shape.p && dv.size(3) == shape.q, "dv must be [",
               shape.n, ", C_out, ", shape.p, ", ", shape.q, "], but is ", dv.sizes());
-  if (shape.n == 0) return zeros_float({c_out, shape.c, 1, 1});
+  const auto options = at::TensorOptions().dtype(dtype);
+  if (shape.n == 0) return at::zeros({c_out, shape.c, 1, 1}, options);
 
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
   const AffineBuffers middle(scale_m, shift_m, shape.c, 1, inputs.params.c_pad, activations[1], alphas[1]);
@@ -49,13 +53,23 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
     });
   });
 
-  Tensor dw = at::empty({c_out, shape.c, 1, 1}, floats);
-  float* out = dw.mutable_data_ptr<float>();
+  Tensor dw = at::empty({c_out, shape.c, 1, 1}, options);
   const int64_t grain = std::max<int64_t>(32768 / (shape.c * p.plan.pixel_groups), 1);
   at::parallel_for(0, c_out, grain, [&](int64_t begin, int64_t end) {
-    reduce_wgrad(p.dw, p.plan.pixel_groups, c_out, p.dw_row, shape.c, {begin, end}, out);
+    with_storage(dtype, [&](auto t) {
+      using T = decltype(t);
+      reduce_wgrad(p.dw, p.plan.pixel_groups, c_out, p.dw_row, shape.c, {begin, end},
+                   static_cast<T*>(dw.mutable_data_ptr()));
+    });
   });
   return dw;
+}
+
+/// The same in float32, for what is still to be multiplied.
+Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
+                       const OptionalTensor& shift_p, const OptionalTensor& scale_m, const OptionalTensor& shift_m,
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+  return wgrad_of_type(at::kFloat, dv, x, w_dw, scale_p, shift_p, scale_m, shift_m, geometry, activations, alphas);
 }
 
 /// dz = dv w_pw: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC.
@@ -115,6 +129,30 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   return dz;
 }
 
+/// Gradients of y = pw(dw(prologue(x))) for x, w_dw, w_pw, scale_p and shift_p, the last two in float32; empty where not
+/// wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in NHWC.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor& dy, const Tensor& x,
+                                                                   const Tensor& w_dw, const Tensor& w_pw,
+                                                                   const OptionalTensor& scale_p,
+                                                                   const OptionalTensor& shift_p,
+                                                                   at::IntArrayRef geometry, int64_t activation,
+                                                                   double alpha, std::array<bool, 5> wanted) {
+  const Tensor rows = to_nhwc(dy);
+  const Tensor x_rows = to_nhwc(x);
+  Tensor dw_pw = at::empty({0}, x.options());
+  if (wanted[2]) {
+    dw_pw = wgrad_of_type(x.scalar_type(), rows, x_rows, w_dw, scale_p, shift_p, {}, {}, geometry, {activation, 0},
+                          {alpha, 0.0});
+  }
+  if (!wanted[0] && !wanted[1] && !wanted[3] && !wanted[4]) {
+    return {at::empty({0}, x.options()), at::empty({0}, x.options()), dw_pw, zeros_float({0}), zeros_float({0})};
+  }
+  auto [dx, dw_dw, dscale, dshift] =
+      depthwise_bprop(pointwise_dgrad(rows, w_pw), x_rows, w_dw, scale_p, shift_p, geometry, activation, alpha,
+                      {wanted[0], wanted[1], wanted[3], wanted[4]});
+  return {dx, dw_dw, dw_pw, dscale, dshift};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
@@ -122,11 +160,15 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "cpu_separable_wgrad(Tensor dv, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_m, "
       "Tensor? shift_m, int[] geometry, int[] activations, float[] alphas) -> Tensor");
   m.def("cpu_pointwise_dgrad(Tensor dv, Tensor w_pw) -> Tensor");
+  m.def(
+      "cpu_separable_bprop(Tensor dy, Tensor x, Tensor w_dw, Tensor w_pw, Tensor? scale_p, Tensor? shift_p, "
+      "int[] geometry, int activation, float alpha, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) {
   m.impl("cpu_separable_wgrad", &separable_wgrad);
   m.impl("cpu_pointwise_dgrad", &pointwise_dgrad);
+  m.impl("cpu_separable_bprop", &separable_bprop);
 }
 
 }  // namespace xsep::cpu

@@ -39,6 +39,13 @@ namespace {
 
 constexpr int64_t kLeastPlane = 64;  // pixels
 
+/// The layout PyTorch's convolutions would choose: channels_last as soon as the input or a weight is.
+bool wants_nhwc(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+    return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  });
+}
+
 /// oneDNN's, for AMX.
 void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
                 float* c) {
@@ -97,7 +104,7 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
 Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const OptionalTensor& residual,
                        const OptionalTensor& scale_p, const OptionalTensor& shift_p, const OptionalTensor& scale_m,
                        const OptionalTensor& shift_m, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas, bool nchw,
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas,
                        const OptionalTensor& packed) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 3 && alphas.size() == 3, "expected 3 activations and 3 alphas");
@@ -106,6 +113,7 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const int64_t c_out = w_pw.size(0);
   TORCH_CHECK(c_out > 0 && w_pw.size(1) == c_mid && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [C_out, ",
               c_mid, ", 1, 1], but is ", w_pw.sizes());
+  const bool nchw = !wants_nhwc({x, w_dw, w_pw});
   // Planes of a few pixels would be stored a few values at a time: a y of them is turned round as a whole.
   const bool planes = nchw && shape.p * shape.q >= kLeastPlane;
   Tensor y = planes ? empty_image({shape.n, c_out, shape.p, shape.q}, x, at::MemoryFormat::Contiguous)
@@ -158,7 +166,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? residual, Tensor? scale_p, Tensor? shift_p, "
       "Tensor? scale_m, Tensor? shift_m, Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, "
-      "float[] alphas, bool nchw, Tensor? packed=None) -> Tensor");
+      "float[] alphas, Tensor? packed=None) -> Tensor");
   m.def("cpu_has_bfloat16_gemm() -> bool", [] { return pair_gemm(at::kBFloat16) != PairGemm::kNone; });
   m.def("cpu_has_bfloat16_dot() -> bool", [] { return pair_gemm(at::kBFloat16) == PairGemm::kDot; });
 }

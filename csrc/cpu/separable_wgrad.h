@@ -71,15 +71,18 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) 
 
 /// Rows [rows.begin, rows.end) of the partial sums [groups, c_out, dw_row], added up in the order of the groups, to
 /// [c_out, c].
-inline void reduce_wgrad(const float* partials, int64_t groups, int64_t c_out, int64_t dw_row, int64_t c, Range rows,
-                         float* out) {
+template <class T>
+void reduce_wgrad(const float* partials, int64_t groups, int64_t c_out, int64_t dw_row, int64_t c, Range rows, T* out) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    float* to = out + row * c;
     const float* from = partials + row * dw_row;
-    std::copy(from, from + c, to);
-    for (int64_t group = 1; group < groups; ++group) {
-      const float* part = from + group * c_out * dw_row;
-      for (int64_t i = 0; i < c; ++i) to[i] += part[i];
+    for (int64_t at = 0; at < c; at += kLanes) {
+      Vec sum = load(from + at);
+      for (int64_t group = 1; group < groups; ++group) sum = sum + load(from + group * c_out * dw_row + at);
+      if (at + kLanes <= c) {
+        store(out + row * c + at, sum);
+      } else {
+        store_first(out + row * c + at, sum, c - at);
+      }
     }
   }
 }

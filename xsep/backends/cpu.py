@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
+from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
-from .base import Backend, DepthwiseGradients, Gradients, with_bias
+from .base import Backend, DepthwiseGradients, Gradients, channel_sum, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +26,13 @@ def _to_nhwc(t: Tensor) -> Tensor:
 
 def _to_nchw(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else torch.ops.xsep.cpu_to_nchw(t)
+
+
+def _has_dgrad(w_pw: Tensor) -> bool:
+    """Whether there is a kernel for the pointwise convolution's gradient for its input."""
+    if w_pw.dtype == torch.bfloat16:
+        return w_pw.shape[0] % 2 == 0 and bool(torch.ops.xsep.cpu_has_bfloat16_dot())
+    return w_pw.dtype == torch.float32
 
 
 def _wants_nchw(x: Tensor, *weights: Tensor) -> bool:
@@ -96,17 +103,15 @@ class CpuBackend(Backend):
         )  # fmt: skip
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
-        pairs = dv.dtype == torch.bfloat16 and w_pw.shape[0] % 2 == 0 and torch.ops.xsep.cpu_has_bfloat16_dot()
-        if dv.dtype == torch.float32 or pairs:
+        if _has_dgrad(w_pw):
             return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
         return super().pointwise_dgrad(dv, w_pw)
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
-        prologue, middle, epilogue = a.prologue, a.middle, with_bias(a.epilogue, a.bias)
+        shift_e = a.shift_e if a.bias is None else with_bias(a.epilogue, a.bias).shift
         return torch.ops.xsep.cpu_separable_fprop(
-            a.x, a.w_dw, a.w_pw, a.residual, prologue.scale, prologue.shift, middle.scale, middle.shift,
-            epilogue.scale, epilogue.shift, a.geometry, a.activations, a.alphas, _wants_nchw(a.x, a.w_dw, a.w_pw),
-            packed_weights.find(a.w_pw, a.w_dw.shape[0] // a.x.shape[1]),
+            a.x, a.w_dw, a.w_pw, a.residual, a.scale_p, a.shift_p, a.scale_m, a.shift_m, a.scale_e, shift_e,
+            a.geometry, a.activations, a.alphas, packed_weights.find(a.w_pw, a.w_dw.shape[0] // a.x.shape[1]),
         )  # fmt: skip
 
     def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
@@ -122,8 +127,28 @@ class CpuBackend(Backend):
     def separable_backward(
         self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
     ) -> Gradients:
-        dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
-        return (dx if dx is None or not _wants_nchw(a.x, a.w_dw, a.w_pw) else _to_nchw(dx), *rest)
+        if self._is_one_kernel(a, wanted):
+            dx, *rest = self._separable_bprop(dy, a, wanted)
+        else:
+            dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
+        if dx is not None and not a.x.is_contiguous(memory_format=torch.channels_last):
+            dx = _to_nchw(dx) if _wants_nchw(a.x, a.w_dw, a.w_pw) else dx
+        return (dx, *rest)
+
+    def _is_one_kernel(self, a: SeparableArgs, wanted: Sequence[bool]) -> bool:
+        """Whether nothing stands between the convolutions or behind them but a bias, so that dy is the products'."""
+        plain = a.activations[1] == a.activations[2] == IDENTITY
+        none = a.scale_m is None and a.shift_m is None and a.scale_e is None and a.shift_e is None
+        return plain and none and not wanted[4] and a.w_dw.shape[0] == a.x.shape[1] and _has_dgrad(a.w_pw)
+
+    def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
+        dbias = channel_sum(dy) if wanted[3] else None
+        kernel = torch.ops.xsep.cpu_separable_bprop(
+            dy, a.x, a.w_dw, a.w_pw, a.scale_p, a.shift_p, a.geometry, a.activations[0], a.alphas[0],
+            (wanted[0], wanted[1], wanted[2], wanted[5], wanted[6]),
+        )  # fmt: skip
+        dx, dw_dw, dw_pw, dscale, dshift = kernel
+        return dx, dw_dw, dw_pw, dbias, None, dscale, dshift, None, None, None, None
 
 
 CPU = CpuBackend()

@@ -8,8 +8,6 @@ packing it, which reads it, writes the panels and fetches their lines.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -24,15 +22,20 @@ _writing = threading.Lock()
 _wish = threading.local()
 
 
-@contextmanager
-def kept(w_pw: Tensor) -> Iterator[None]:
-    """Within it, a forward that multiplies by this very tensor may keep what it packs."""
-    before = getattr(_wish, "weight", None)
-    _wish.weight = w_pw
-    try:
-        yield
-    finally:
-        _wish.weight = before
+class kept:
+    """A context in which a forward that multiplies by this very tensor may keep what it packs."""
+
+    __slots__ = ("before", "w_pw")
+
+    def __init__(self, w_pw: Tensor) -> None:
+        self.w_pw = w_pw
+
+    def __enter__(self) -> None:
+        self.before: Optional[Tensor] = getattr(_wish, "weight", None)
+        _wish.weight = self.w_pw
+
+    def __exit__(self, *error: object) -> None:
+        _wish.weight = self.before
 
 
 def find(w_pw: Tensor, multiplier: int) -> Optional[Tensor]:

@@ -5,6 +5,7 @@ only form they accept. The backward is an op too, and its own backward is plain 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..activations import output_determines_gradient
-from ..problem import IDENTITY
+from ..problem import IDENTITY, Problem
 from .definitions import DEPTHWISE, LIBRARY, SEPARABLE, Args, ConvOp
 
 
-def _y_is_needed(args: Args) -> bool:
-    code = args.activations[-1]
-    return code != IDENTITY and output_determines_gradient(code, args.alphas[-1])
+def y_is_needed(activations: Sequence[int], alphas: Sequence[float]) -> bool:
+    """Whether the backward takes the epilogue's gradient from y."""
+    code = activations[-1]
+    return code != IDENTITY and output_determines_gradient(code, alphas[-1])
 
 
 class Differentiable:
@@ -39,9 +41,8 @@ class Differentiable:
             lib=LIBRARY,
         )
 
-    def __call__(self, args: Args, backend: str) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.op.forward_op(*args, backend)
+    def __call__(self, args: Args, backend: str, problem: Problem) -> Tensor:
+        """y of args, whose problem it is."""
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.op, args)
         if torch._C._are_functorch_transforms_active():
@@ -50,24 +51,34 @@ class Differentiable:
             tensors: tuple[Any, ...] = args[: self.op.tensors]
             for t in tensors:
                 if t is not None and t.requires_grad:
-                    return self.eager.apply(*args, backend)
-        return self.below_autograd(args, backend)
+                    return self.eager.apply(*args, backend, problem)
+        return self.below_autograd(args, backend, problem)
 
-    def below_autograd(self, args: Args, backend: str) -> Tensor:
+    def traced(self, args: Args, backend: str) -> Tensor:
+        """y where the call is being traced: the op itself is what goes into the graph."""
+        return self.op.forward_op(*args, backend)
+
+    def below_autograd(self, args: Args, backend: str, problem: Problem) -> Tensor:
         """y without a gradient: straight to the kernel where nobody can be watching the op, which saves 80 us."""
-        tensors: tuple[Any, ...] = args[: self.op.tensors]
         with torch._C._AutoDispatchBelowAutograd():
-            plain = all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
-            if plain and not torch._C._len_torch_dispatch_stack() and not torch._C._get_tracing_state():
-                return self.op.forward(args, backend)
+            if _unwatched(args[: self.op.tensors]):
+                return self.op.forward(args, backend, problem)
             return self.op.forward_op(*args, backend)
+
+    def eager_backward(self, dy: Tensor, y: Optional[Tensor], *inputs: Any) -> Sequence[Optional[Tensor]]:
+        """The backward op on its schema's arguments and their problem: as directly, where none differentiates it."""
+        *flat, backend, problem, wanted = inputs
+        if torch.is_grad_enabled() or not _unwatched((dy, y, *flat[: self.op.tensors])):
+            return self.op.backward_op(dy, y, *flat, backend, wanted)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op.backward(dy, y, self.op.args(*flat), backend, problem, wanted)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         op = self.op
-        args = op.args(*inputs[:-1])
+        _, activations, alphas, *_ = inputs[op.tensors :]
         tensors: list[Optional[Tensor]] = list(inputs[: op.tensors])
-        keep_y = _y_is_needed(args)
-        if op.residual is not None and (keep_y or args.activations[-1] == IDENTITY):
+        keep_y = y_is_needed(activations, alphas)
+        if op.residual is not None and (keep_y or activations[-1] == IDENTITY):
             # Only a recomputed pre-activation looks at the residual again.
             tensors[op.residual] = None
         ctx.present = [t is not None for t in inputs[: op.tensors]]
@@ -76,6 +87,9 @@ class Differentiable:
 
     def backward(self, ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         return self._gradients(ctx, dy, self.op.backward_op)
+
+    def backward_of_eager(self, ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+        return self._gradients(ctx, dy, self.eager_backward)
 
     def functorch_backward(self, ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         return self._gradients(ctx, dy, self.backward_function.apply)
@@ -101,6 +115,14 @@ class Differentiable:
         return (*gradients, *[None] * len(ctx.rest))
 
 
+def _unwatched(tensors: Sequence[Any]) -> bool:
+    """Whether these are plain tensors and no dispatch mode or tracer looks on."""
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not torch._C._get_tracing_state()
+
+
 def _refuse_tangents(op: ConvOp, args: Args) -> None:
     """Forward mode would be dropped in silence where nothing requires a gradient."""
     tensors: tuple[Any, ...] = args[: op.tensors]
@@ -112,13 +134,15 @@ def _eager_function(d: Differentiable) -> Any:
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
-            y = d.below_autograd(d.op.args(*inputs[:-1]), inputs[-1])
+            *flat, backend, problem = inputs
+            args = d.op.args(*flat)
+            y = d.below_autograd(args, backend, problem)
             d.setup_context(ctx, inputs, y)
             return y
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return d.backward(ctx, grads[0])
+            return d.backward_of_eager(ctx, grads[0])
 
     return Eager
 

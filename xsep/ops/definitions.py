@@ -53,12 +53,19 @@ class ConvOp(NamedTuple):
     run: Callable[[Backend, Any], Tensor]
     run_backward: Callable[[Backend, Tensor, Any, Optional[Tensor], list[bool]], Gradients]
 
-    def forward(self, args: Args, backend: str) -> Tensor:
+    def forward(self, args: Args, backend: str, problem: Problem) -> Tensor:
         """The op itself. Autocast has had its say where it was called; inside, types stay as they are."""
-        problem = self.problem(args)
         with torch._C._DisableAutocast():
             y = self.run(select(problem, backend), args)
-        return conform(y, torch.channels_last if problem.channels_last else torch.contiguous_format)
+        return conform(y, problem.memory_format)
+
+    def backward(
+        self, dy: Tensor, y: Optional[Tensor], args: Args, backend: str, problem: Problem, wanted: list[bool]
+    ) -> list[Optional[Tensor]]:
+        """The backward op itself, but None where the op gives an empty tensor."""
+        with torch._C._DisableAutocast():
+            gradients = self.run_backward(select(problem, backend, "backward"), dy, args, y, wanted)
+        return conform_gradients(gradients, args[: self.tensors], self.weights, wanted, problem.memory_format, dy)
 
     @property
     def forward_op(self) -> Any:
@@ -94,14 +101,13 @@ def _define(op: ConvOp, schema: str) -> None:
     LIBRARY.define(f"{op.name}_backward(Tensor dy, Tensor? y, {schema}, bool[] wanted) -> ({gradients})", tags=tags)
 
     def forward(*flat: Any) -> Tensor:
-        return op.forward(op.args(*flat[:-1]), flat[-1])
+        args = op.args(*flat[:-1])
+        return op.forward(args, flat[-1], op.problem(args))
 
     def backward(dy: Tensor, y: Optional[Tensor], *flat: Any) -> tuple[Tensor, ...]:
-        args, backend, wanted = op.args(*flat[:-2]), flat[-2], flat[-1]
-        tensors, weights = flat[: op.tensors], [flat[i] for i in op.weights]
-        with torch._C._DisableAutocast():
-            gradients = op.run_backward(select(op.problem(args), backend, "backward"), dy, args, y, wanted)
-        return conform_gradients(gradients, tensors, weights, wanted, (dy, y, *tensors))
+        args = op.args(*flat[:-2])
+        gradients = op.backward(dy, y, args, flat[-2], op.problem(args), flat[-1])
+        return tuple(dy.new_empty((0,)) if g is None else g for g in gradients)
 
     def forward_fake(*flat: Any) -> Tensor:
         return fake_forward(flat[0], [flat[i] for i in op.weights], op.args(*flat[:-1]).geometry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -42,7 +43,7 @@ def conform(t: Tensor, memory_format: torch.memory_format) -> Tensor:
 
     Strides of size-1 dimensions are rewritten in place of a copy: ATen itself leaves them to chance.
     """
-    strides = _dense_strides(t.shape, memory_format)
+    strides = _dense_strides(tuple(t.shape), memory_format)
     if t.stride() == strides:
         return t
     if all(a == b or n == 1 for a, b, n in zip(t.stride(), strides, t.shape)):
@@ -53,30 +54,32 @@ def conform(t: Tensor, memory_format: torch.memory_format) -> Tensor:
 def conform_gradients(
     gradients: Sequence[Optional[Tensor]],
     tensors: Sequence[Optional[Tensor]],
-    weights: Sequence[Tensor],
+    weights: Sequence[int],
     wanted: Sequence[bool],
-    inputs: Sequence[Optional[Tensor]],
-) -> tuple[Tensor, ...]:
-    """A backend's gradients as the schema promises: each in its tensor's type, none aliasing another or an input."""
-    x = tensors[0]
-    assert x is not None
-    taken = {i.untyped_storage().data_ptr() for i in inputs if i is not None}
-    out = []
-    for gradient, t, want in zip(gradients, tensors, wanted):
+    images: torch.memory_format,
+    dy: Tensor,
+) -> list[Optional[Tensor]]:
+    """A backend's gradients as the schema promises: each in its tensor's type, none aliasing another or dy.
+
+    ``images`` is the layout of all 4-d ones but those of the tensors that ``weights`` counts. None where none is wanted.
+    """
+    taken = {dy.untyped_storage().data_ptr()}
+    out: list[Optional[Tensor]] = []
+    for i, (gradient, t, want) in enumerate(zip(gradients, tensors, wanted)):
         if not want or t is None:
-            out.append(x.new_empty((0,)))
+            out.append(None)
             continue
         assert gradient is not None
-        images = t.dim() == 4 and not any(t is w for w in weights)
-        result = conform(gradient.to(t.dtype), output_format(x, *weights) if images else torch.contiguous_format)
+        result = conform(gradient.to(t.dtype), images if t.dim() == 4 and i not in weights else torch.contiguous_format)
         if result.numel() and result.untyped_storage().data_ptr() in taken:
             result = result.clone()
         taken.add(result.untyped_storage().data_ptr())
         out.append(result)
-    return tuple(out)
+    return out
 
 
-def _dense_strides(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def _dense_strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
     order = (1, 3, 2, 0) if memory_format is torch.channels_last else tuple(reversed(range(len(shape))))
     strides = [0] * len(shape)
     step = 1
