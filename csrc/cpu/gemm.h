@@ -21,6 +21,8 @@ struct Product {
   int64_t c_row;
   int64_t depth;
   bool add;
+  const char* next;  // what is wanted soon: fetched towards the second-level cache, next_step bytes a step in depth
+  int64_t next_step;
 };
 
 /// Rows and vectors of a block kept in registers: with what is loaded they take 29 of AVX-512's 32, 15 of AVX2's 16.
@@ -38,7 +40,9 @@ XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {
   const auto* a = static_cast<const uint32_t*>(p.a);
   const auto* b = static_cast<const uint32_t*>(p.b);
   const int64_t a_row = p.a_row;
-  for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
+  const char* next = p.next;
+  for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step, next += p.next_step) {
+    __builtin_prefetch(next, 0, 2);
     VecBits w[kVectors];
     unroll<kVectors>(
         [&](auto j) __attribute__((always_inline)) { w[j] = *reinterpret_cast<const BitsUnaligned*>(b + j * kLanes); });
@@ -72,6 +76,7 @@ __attribute__((noinline)) void accumulate_in_parts(Product p, Vec (&sum)[kRows][
     });
     p.a = static_cast<const uint32_t*>(p.a) + p.depth * p.a_step;
     p.b = static_cast<const uint32_t*>(p.b) + p.depth * p.b_step;
+    p.next += p.depth * p.next_step;
   }
 }
 

@@ -39,8 +39,12 @@ void with_storage(at::ScalarType dtype, F&& f) {
 Tensor to_nhwc(const Tensor& t);
 Tensor to_nchw(const Tensor& t);
 
-/// An image not yet written, in large pages where it is large: see images.cpp.
-Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format);
+/// Not yet written, in large pages where it is large: see memory.cpp.
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+inline Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format) {
+  return empty(sizes, like.options().memory_format(format));
+}
 
 inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
   return empty_image({n, c, h, w}, like, at::MemoryFormat::ChannelsLast);
@@ -48,7 +52,7 @@ inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tenso
 
 inline Tensor zeros_float(at::IntArrayRef sizes) { return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat)); }
 
-inline Tensor empty_bytes(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
+inline Tensor empty_bytes(int64_t bytes) { return empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
 
 inline void check_input(const Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
   TORCH_CHECK(t.dim() == dim && t.is_cpu() && t.scalar_type() == dtype, name, " must be a ", dim, "-d CPU tensor of ",

@@ -7,19 +7,20 @@
 #include "separable_fprop.h"
 #include "separable_wgrad.h"
 
-#define XSEP_CPU_KERNELS(PREFIX, T)                                                                             \
-  PREFIX template void depthwise_fprop_run<T>(const DepthwiseFprop&, int64_t, Range, Range, const RunOutput&);  \
-  PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t);                                 \
-  PREFIX template void separable_fprop_task<T, T>(const SeparableFprop&, int64_t, void*);                       \
-  PREFIX template void make_z<T>(const SeparableFprop&, Range, char*);                                          \
-  PREFIX template void multiply_all_tiles<T>(const SeparableFprop&, int64_t, const char*, const void*, float*); \
-  PREFIX template void separable_wgrad_task<T, T>(const SeparableWgrad&, int64_t, void*);                       \
-  PREFIX template void multiply_panel<T>(const Pointwise&, const void*, const void*, int64_t, int64_t, int64_t, \
-                                         float*);                                                               \
-  PREFIX template void pack_depthwise<T>(const T*, int64_t, int64_t, int64_t, int64_t, float*);                 \
-  PREFIX template void unpack_depthwise<T>(const double*, Range, int64_t, int64_t, int64_t, T*);                \
-  PREFIX template void pack_panel<T, float>(const PointwisePacking&, const T*, int64_t, float*);                \
-  PREFIX template void apply_prologue<T>(const T*, Range, int64_t, const ChannelAffine&, float*);               \
+#define XSEP_CPU_KERNELS(PREFIX, T)                                                                                 \
+  PREFIX template void depthwise_fprop_run<T>(const DepthwiseFprop&, int64_t, Range, Range, const RunOutput&);      \
+  PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t);                                     \
+  PREFIX template void separable_fprop_task<T, T>(const SeparableFprop&, int64_t, void*);                           \
+  PREFIX template void make_z<T>(const SeparableFprop&, Range, char*);                                              \
+  PREFIX template void multiply_all_tiles<T>(const SeparableFprop&, int64_t, const char*, const void*, const void*, \
+                                             float*);                                                               \
+  PREFIX template void separable_wgrad_task<T, T>(const SeparableWgrad&, int64_t, void*);                           \
+  PREFIX template void multiply_panel<T>(const Pointwise&, const void*, const void*, const void*, int64_t, int64_t, \
+                                         int64_t, float*);                                                          \
+  PREFIX template void pack_depthwise<T>(const T*, int64_t, int64_t, int64_t, int64_t, float*);                     \
+  PREFIX template void unpack_depthwise<T>(const double*, Range, int64_t, int64_t, int64_t, T*);                    \
+  PREFIX template void pack_panel<T, float>(const PointwisePacking&, const T*, int64_t, float*);                    \
+  PREFIX template void apply_prologue<T>(const T*, Range, int64_t, const ChannelAffine&, float*);                   \
   PREFIX template void interleave_passes<T>(const float*, int64_t, int64_t, int64_t, T*);
 
 namespace xsep::cpu {

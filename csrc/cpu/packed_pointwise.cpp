@@ -40,7 +40,7 @@ Tensor packed_pointwise(const Tensor& w_pw, const PointwisePacking& packing) {
   const Tensor w = w_pw.contiguous();
   const int64_t panels = ceil_div(packing.c_out, kPanelColumns);
   const int64_t panel_size = packing.depth * kPanelColumns;
-  const Tensor packed = at::empty({panels, panel_size}, w.options().dtype(packing.pairs ? at::kBFloat16 : at::kFloat));
+  const Tensor packed = empty({panels, panel_size}, w.options().dtype(packing.pairs ? at::kBFloat16 : at::kFloat));
   const int64_t panel_bytes = panel_size * packed.element_size();
   char* out = static_cast<char*>(packed.mutable_data_ptr());
   at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {

@@ -102,10 +102,10 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
   });
 }
 
-/// One panel of y for m pixels of a tile by our own kernel.
+/// One panel of y for m pixels of a tile by our own kernel. next: the packed weights of the panel after it, or null.
 template <class T, bool kPairs>
-void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t m, int64_t pixel, int64_t n0,
-                    float* products, PanelOutput<T> y) {
+void multiply_panel(const Pointwise& p, const void* z, const void* w, const void* next, int64_t m, int64_t pixel,
+                    int64_t n0, float* products, PanelOutput<T> y) {
   constexpr int64_t kColumns = kProductVectors * kLanes;
   static_assert(kPanelColumns % kColumns == 0);
   constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
@@ -113,8 +113,15 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t m,
   const ChannelAffine& e = p.epilogue;
   const bool in_registers = !p.residual && (e.activation == Activation::kIdentity || e.activation == Activation::kRelu);
   const int64_t z_stride = kPairs ? p.z_stride / 2 : p.z_stride;
-  Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, kPairs ? p.depth / 2 : p.depth, false};
+  const int64_t depth = kPairs ? p.depth / 2 : p.depth;
+  Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, depth, false, nullptr, 0};
+  constexpr int64_t kLine = 64;
+  const int64_t panel_bytes = depth * kPanelColumns * 4;
   for (int64_t row = 0; row < m; row += kProductRows) {
+    const int64_t fetched = row / kProductRows * depth * kLine;
+    const bool more = next && fetched < panel_bytes;
+    product.next = more ? static_cast<const char*>(next) + fetched : static_cast<const char*>(w);
+    product.next_step = more ? kLine : 0;
     const int64_t rows = std::min<int64_t>(kProductRows, m - row);
     T* out = y.out + row * y.step;
     // The lines of y that are written to arrive while the products are made.
@@ -167,16 +174,16 @@ inline int64_t products_bytes(const Pointwise& p, int64_t m) {
 /// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, w the panel's packed
 /// weights, scratch products_bytes.
 template <class T>
-void multiply_panel(const Pointwise& p, const void* z, const void* w, int64_t panel, int64_t m, int64_t pixel,
-                    float* scratch) {
+void multiply_panel(const Pointwise& p, const void* z, const void* w, const void* next, int64_t panel, int64_t m,
+                    int64_t pixel, float* scratch) {
   const int64_t n0 = panel * kPanelColumns;
   T* tile = reinterpret_cast<T*>(scratch + kProductRows * kPanelColumns);
   detail::PanelOutput<T> y{static_cast<T*>(p.y) + pixel * p.c_out + n0, p.c_out};
   if (p.plane) y = {tile, kPanelColumns};
   if (!p.pairs) {
-    detail::multiply_panel<T, false>(p, z, w, m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, false>(p, z, w, next, m, pixel, n0, scratch, y);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    detail::multiply_panel<T, true>(p, z, w, m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, true>(p, z, w, next, m, pixel, n0, scratch, y);
   }
   if (p.plane) detail::store_planes(p, tile, kPanelColumns, m, pixel, n0, std::min(kPanelColumns, p.c_out - n0));
 }

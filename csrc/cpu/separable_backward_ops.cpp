@@ -35,8 +35,10 @@ Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, co
   p.plan = plan_cpu_wgrad(shape, c_out, at::get_num_threads(), p.z_bytes());
   p.dv = dv_rows.const_data_ptr();
   p.dw_row = round_up(shape.c, 16);
-  const auto floats = at::TensorOptions().dtype(at::kFloat);
-  const Tensor partials = at::empty({p.plan.pixel_groups, c_out, p.dw_row}, floats);
+  Tensor dw = empty({c_out, shape.c, 1, 1}, options);
+  const bool in_place = p.plan.pixel_groups == 1 && p.dw_row == shape.c && dtype == at::kFloat;
+  const Tensor partials =
+      in_place ? dw : empty({p.plan.pixel_groups, c_out, p.dw_row}, at::TensorOptions().dtype(at::kFloat));
   p.dw = partials.mutable_data_ptr<float>();
 
   const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
@@ -53,7 +55,7 @@ Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, co
     });
   });
 
-  Tensor dw = at::empty({c_out, shape.c, 1, 1}, options);
+  if (in_place) return dw;
   const int64_t grain = std::max<int64_t>(32768 / (shape.c * p.plan.pixel_groups), 1);
   at::parallel_for(0, c_out, grain, [&](int64_t begin, int64_t end) {
     with_storage(dtype, [&](auto t) {
@@ -90,7 +92,7 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   const Tensor w = w_pw.contiguous();
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
   const int64_t panel_size = c_out * kPanelColumns;
-  const Tensor packed = at::empty({panels, panel_size}, w.options());
+  const Tensor packed = empty({panels, panel_size}, w.options());
   at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       if (pairs) {
@@ -121,7 +123,8 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
         const T* from = static_cast<const T*>(rows.const_data_ptr()) + tile.begin * c_out;
         const Range group = plan.group_panels(task / plan.tiles);
         for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          multiply_panel<T>(p, from, p.panel(panel), panel, tile.end - tile.begin, tile.begin, products);
+          const void* next = panel + 1 < group.end ? p.panel(panel + 1) : nullptr;
+          multiply_panel<T>(p, from, p.panel(panel), next, panel, tile.end - tile.begin, tile.begin, products);
         }
       }
     });
@@ -129,8 +132,8 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   return dz;
 }
 
-/// Gradients of y = pw(dw(prologue(x))) for x, w_dw, w_pw, scale_p and shift_p, the last two in float32; empty where not
-/// wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in NHWC.
+/// Gradients of y = pw(dw(prologue(x))) for x, w_dw, w_pw, scale_p and shift_p, the last two in float32; empty where
+/// not wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in NHWC.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor& dy, const Tensor& x,
                                                                    const Tensor& w_dw, const Tensor& w_pw,
                                                                    const OptionalTensor& scale_p,

@@ -49,12 +49,13 @@ void make_z(const SeparableFprop& p, Range pixels, char* z) {
 
 namespace detail {
 
-/// One panel of y for m pixels from `pixel` on; z is their first row, w the panel's packed weights.
+/// One panel of y for m pixels from `pixel` on; z is their first row, w the panel's packed weights, next those of the
+/// panel that follows, or null.
 template <class T>
-void multiply_tile(const SeparableFprop& p, const char* z, const void* w, int64_t panel, int64_t m, int64_t pixel,
-                   float* products) {
+void multiply_tile(const SeparableFprop& p, const char* z, const void* w, const void* next, int64_t panel, int64_t m,
+                   int64_t pixel, float* products) {
   const Pointwise& pw = p.pointwise;
-  if (!p.gemm) return multiply_panel<T>(pw, z, w, panel, m, pixel, products);
+  if (!p.gemm) return multiply_panel<T>(pw, z, w, next, panel, m, pixel, products);
   const int64_t columns = round_up(std::min(kPanelColumns, pw.c_out - panel * kPanelColumns), 16);
   p.gemm(m, columns, pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, w, products);
   finish_panel<T>(pw, products, panel, m, pixel);
@@ -74,17 +75,21 @@ void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) 
   make_z<X>(p, pixels, z);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const void* w = p.pointwise.panel(panel);
-    detail::multiply_tile<T>(p, z, w, panel, pixels.end - pixels.begin, pixels.begin, products);
+    const void* next = panel + 1 < panels.end ? p.pointwise.panel(panel + 1) : nullptr;
+    detail::multiply_tile<T>(p, z, w, next, panel, pixels.end - pixels.begin, pixels.begin, products);
   }
 }
 
-/// Task `panel` of a p.plan that makes all of z first: w is the panel's packed weights.
+/// Task `panel` of a p.plan that makes all of z first: w is the panel's packed weights, next the weights of the panel
+/// to be packed after it, or null.
 template <class T>
-void multiply_all_tiles(const SeparableFprop& p, int64_t panel, const char* z, const void* w, float* products) {
+void multiply_all_tiles(const SeparableFprop& p, int64_t panel, const char* z, const void* w, const void* next,
+                        float* products) {
   for (int64_t i = 0; i < p.plan.tiles; ++i) {
     const Range pixels = p.plan.tile(i);
     const char* from = z + pixels.begin * p.pointwise.z_stride * p.pointwise.z_bytes();
-    detail::multiply_tile<T>(p, from, w, panel, pixels.end - pixels.begin, pixels.begin, products);
+    const void* soon = i + 1 == p.plan.tiles ? next : nullptr;
+    detail::multiply_tile<T>(p, from, w, soon, panel, pixels.end - pixels.begin, pixels.begin, products);
   }
 }
 

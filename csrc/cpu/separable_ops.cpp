@@ -41,9 +41,8 @@ constexpr int64_t kLeastPlane = 64;  // pixels
 
 /// The layout PyTorch's convolutions would choose: channels_last as soon as the input or a weight is.
 bool wants_nhwc(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-    return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  });
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; });
 }
 
 /// oneDNN's, for AMX.
@@ -88,6 +87,8 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
     const Range pixels{begin * runs.run_pixels, std::min(end * runs.run_pixels, p.plan.pixels)};
     with_storage(input_dtype, [&](auto t) { make_z<decltype(t)>(p, pixels, rows + pixels.begin * row_bytes); });
   });
+  const char* const weights = static_cast<const char*>(w_pw.const_data_ptr());
+  const int64_t panel_weights = kPanelColumns * w_pw.stride(0) * w_pw.element_size();
   const int64_t panel_bytes = round_up(p.pointwise.depth * kPanelColumns * p.pointwise.z_bytes(), 64);
   parallel_with_scratch(p, p.plan.tasks(), panel_bytes + round_up(p.products_bytes(), 64),
                         [&](int64_t begin, int64_t end, char* scratch) {
@@ -95,7 +96,8 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
                           with_storage(w_pw.scalar_type(), [&](auto t) {
                             for (int64_t panel = begin; panel < end; ++panel) {
                               pack_one_panel(w_pw, packing, panel, scratch);
-                              multiply_all_tiles<decltype(t)>(p, panel, rows, scratch, products);
+                              const char* next = panel + 1 < end ? weights + (panel + 1) * panel_weights : nullptr;
+                              multiply_all_tiles<decltype(t)>(p, panel, rows, scratch, next, products);
                             }
                           });
                         });

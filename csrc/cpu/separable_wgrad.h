@@ -48,7 +48,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) 
     const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, 0, {pixel, pixel + count}, channels, to);
     const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
-    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
+    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin, z, 0};
     if (p.pairs) {
       if constexpr (std::is_same_v<T, BFloat16>) {
         interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(dv_tile), p.c_out);

@@ -1,4 +1,4 @@
-// Memory for images.
+// Memory for tensors that may be large.
 #include <sys/mman.h>
 
 #include "glue.h"
@@ -16,18 +16,18 @@ constexpr size_t kReturnedBytes = size_t{4} << 20;
 /// A block fresh from the system costs a fault for every page that is first written, more than the kernels that write
 /// it. Linux hands out 2 MiB at a fault where it is asked to ("madvise" is the usual setting of transparent huge
 /// pages).
-Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format) {
-  Tensor image = at::empty(sizes, like.options().memory_format(format));
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor t = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
-  if (image.nbytes() >= kReturnedBytes) {
-    const auto address = reinterpret_cast<uintptr_t>(image.mutable_data_ptr());
+  if (t.nbytes() >= kReturnedBytes) {
+    const auto address = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
     const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
-    const uintptr_t end = (address + image.nbytes()) / kLargePage * kLargePage;
+    const uintptr_t end = (address + t.nbytes()) / kLargePage * kLargePage;
     // Advice: where it is refused, pages are small.
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif
-  return image;
+  return t;
 }
 
 }  // namespace xsep::cpu
