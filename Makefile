@@ -50,8 +50,10 @@ $(VENV)/torch.done: requirements/torch.txt
 	fi
 	@touch $@
 
+# The PyTorch that is there stays: without the constraint, pip replaces it where a requirement does not go with it.
 $(VENV)/dev.done: $(VENV)/torch.done requirements/dev.txt requirements/triton.txt
-	$(PIP) -r requirements/dev.txt
+	$(PY) -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $(VENV)/torch.txt
+	$(PIP) --constraint $(VENV)/torch.txt -r requirements/dev.txt
 	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) --no-deps -r requirements/triton.txt || \
 	  echo "no Triton for this platform: its tests will be skipped"
 	@touch $@

@@ -169,11 +169,15 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; there are some that it does not know."""
+    # torch.amp.is_autocast_available would know them all, but up to PyTorch 2.11 it breaks torch.compile's graph.
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def _autocast(x: Tensor, *others: Optional[Tensor]) -> Any:
     """All of them in autocast's type where it is on, as conv2d does; float64 and integers stay what they are."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
-        return (x, *others)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not autocasts(x.device.type):
         return (x, *others)
     kind = torch.get_autocast_dtype(x.device.type)
 

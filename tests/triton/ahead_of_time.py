@@ -209,9 +209,7 @@ def compile_job(job: Job) -> Report:
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(
-            source_of(made), target=target, options={"num_warps": made.warps, "num_stages": made.stages}
-        )
+        compiled = triton.compile(source_of(made), target=target, options=made.options)
     shared = compiled.metadata.shared
     if hip:
         text = compiled.asm["amdgcn"]

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.chain import Load
+from ..functional import autocasts
 from ..ops.training import calls
 from ..problem import IDENTITY, RELU, output_format
 from .batchnorm import uses_batch, vectors
 from .functions import Enter, GlobalPool, Leave
-
-
-def autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; there are some that it does not know."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def image_type(x: Tensor) -> torch.dtype:

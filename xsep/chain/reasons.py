@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from ..functional import autocasts
 from ..modules import FusedSeparableConv2d
 from ..ops.training.selection import not_supported_reasons
 from ..problem import Geometry, Problem
 from .batchnorm import KINDS
-from .handle import autocasts, image_type
+from .handle import image_type
 from .layers import geometry_of
 
 __all__ = [
@@ -34,7 +35,9 @@ def call_reasons(x: Tensor) -> list[str]:
     """About the call: what is recorded of it, and of what kind x is."""
     if not torch.is_grad_enabled():
         return ["no gradients are recorded"]
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+    # torch.compiler.is_exporting() reads this flag, but in what PyTorch 2.10 and 2.11 compile it is always true.
+    exporting = torch.compiler._is_exporting_flag
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or exporting:
         return ["the network is being traced or exported"]
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():

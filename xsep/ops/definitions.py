@@ -6,7 +6,8 @@ Inside an op the batch size is known at last, so the backend is chosen here, not
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, Union
+from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ _DEPTHWISE = (
 LIBRARY = torch.library.Library("xsep", "DEF")
 
 
-class ConvOp(NamedTuple):
+@dataclass(frozen=True)  # no NamedTuple: PyTorch 2.10 cannot compile a call of what one of its properties returns
+class ConvOp:
     """One differentiable convolution op and what the autograd code needs to know of it."""
 
     name: str

@@ -1,9 +1,10 @@
 """What Triton's interpreter gets wrong, put right for the tests.
 
-Up to Triton 3.6: a bfloat16 ``dot`` multiplies the bit patterns, a cast to bfloat16 truncates, and scalars are arrays
+Up to Triton 3.9: a bfloat16 ``dot`` multiplies the bit patterns, a cast to bfloat16 truncates, and scalars are arrays
 of one element, which NumPy 2.4 no longer turns into loop bounds. ``test_fixes`` shows that they are still needed; when
-it fails, the interpreter has been repaired and the fix can go. And ``erf`` is called element by element, which takes
-most of the time of a test with gelu.
+it fails, the interpreter has been repaired and the fix can go. Triton 3.9 takes masks of one bit alone, but makes
+integers of a comparison of scalars when it is spread over a block. And ``erf`` is called element by element, which
+takes most of the time of a test with gelu.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Builder = interpreter.InterpreterBuilder
 
 original_cast: Callable[..., Any] = Builder.cast_impl
 original_dot: Callable[..., Any] = Builder.create_dot
+_original_splat: Callable[..., Any] = Builder.create_splat
 _original_patch: Callable[..., Any] = interpreter._patch_lang_tensor
 
 
@@ -53,6 +55,11 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return original_dot(self, a, b, d, *rest)
 
 
+def create_splat(self: Any, kind: Any, arg: Any) -> Any:
+    made = _original_splat(self, kind, arg)
+    return Handle(made.data.astype(arg.data.dtype), made.dtype)
+
+
 def create_erf(self: Any, arg: Any) -> Any:
     return Handle(torch.erf(torch.from_numpy(np.ascontiguousarray(arg.data))).numpy(), arg.dtype.scalar)
 
@@ -65,5 +72,6 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
 def install() -> None:
     Builder.cast_impl = cast_impl
     Builder.create_dot = create_dot
+    Builder.create_splat = create_splat
     Builder.create_erf = create_erf
     interpreter._patch_lang_tensor = _patch_lang_tensor
