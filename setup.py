@@ -1,8 +1,8 @@
 """Builds the compiled parts: ``xsep._C`` (planner, build info), one CPU library a level, and the CUDA library.
 
 Environment: ``MAX_JOBS`` limits the compilers run at once, ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures,
-``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found), ``XSEP_BUILD_CPU=0`` leaves the
-CPU's kernels out. Metadata is in pyproject.toml.
+``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found, of PyTorch's CUDA where it has one),
+``XSEP_BUILD_CPU=0`` leaves the CPU's kernels out. Metadata is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shutil
+import subprocess
 import sys
 
 from setuptools import Extension, setup
@@ -54,6 +56,17 @@ CPU_LEVELS = {
 CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 HIDDEN = ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+
+
+def other_cuda() -> str:
+    """Where nvcc and PyTorch are of different CUDA major versions, which PyTorch refuses to build with, those two."""
+    if not torch.version.cuda:
+        return ""
+    said = subprocess.run([os.path.join(CUDA, "bin", "nvcc"), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None or release[1] == torch.version.cuda.partition(".")[0]:
+        return ""
+    return f"nvcc is of CUDA {release[1]}, PyTorch {torch.__version__} of CUDA {torch.version.cuda}"
 
 
 def files(*patterns: str) -> list[str]:
@@ -108,6 +121,9 @@ def cuda_library() -> list[Extension]:
     if wanted == "1" and not CUDA:
         sys.exit("XSEP_BUILD_CUDA=1, but no nvcc was found: install the CUDA toolkit, or set CUDA_HOME to where it is.")
     if wanted == "0" or not CUDA or not sources:
+        return []
+    if wanted == "auto" and other_cuda():
+        print(f"xsep: {other_cuda()}: the CUDA kernels are left out; CUDA_HOME may name another toolkit")
         return []
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     includes = [word for path in include_paths() for word in ("-isystem", path)]

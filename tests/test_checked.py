@@ -50,7 +50,12 @@ def test_the_second_call_gets_what_the_checks_would_say(layout: torch.memory_for
 
 def test_checks_run_once_for_equal_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(checked, "separable_args", lambda *a: calls.append(a) or separable_args(*a))
+
+    def note(*args: Any) -> Any:
+        calls.append(args)
+        return separable_args(*args)
+
+    monkeypatch.setattr(checked, "separable_args", note)
     for _ in range(3):
         xsep.separable_conv2d(*tensors(), padding=1)
     assert len(calls) == 1

@@ -6,7 +6,7 @@ Every refusal names the argument, what it is and what was expected, before anyth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
     return items[0], items[1]
 
 
-def sides(padding: Sequence[int]) -> Sequence[int]:
+def sides(padding: Sequence[Any]) -> Sequence[int]:
     """Four explicit paddings (left, right, top, bottom), each an int and at least 0."""
     if not _all_ints(padding):
         raise ValueError(f"padding (left, right, top, bottom) must be ints, got {padding!r}")

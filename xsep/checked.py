@@ -49,7 +49,8 @@ def checked_separable_args(
         args = separable_args(x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual)
         return args, _remember(key, args, separable_problem(args))
     return SeparableArgs(
-        x, w_dw, w_pw, bias, residual, *_vectors(prologue), *_vectors(middle), *_vectors(epilogue), *known[:3]
+        x, w_dw, w_pw, bias, residual, *_vectors(prologue), *_vectors(middle), *_vectors(epilogue),
+        known.geometry, known.activations, known.alphas,
     ), known.problem  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def checked_depthwise_args(
     if known is None:
         args = depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
         return args, _remember(key, args, depthwise_problem(args))
-    return DepthwiseArgs(x, w_dw, bias, *_vectors(prologue), *_vectors(epilogue), *known[:3]), known.problem
+    return DepthwiseArgs(
+        x, w_dw, bias, *_vectors(prologue), *_vectors(epilogue), known.geometry, known.activations, known.alphas
+    ), known.problem
 
 
 def _vectors(affine: Optional[ChannelAffine]) -> tuple[Optional[Tensor], Optional[Tensor]]:

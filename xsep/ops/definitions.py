@@ -65,9 +65,10 @@ class ConvOp:
         self, dy: Tensor, y: Optional[Tensor], args: Args, backend: str, problem: Problem, wanted: list[bool]
     ) -> list[Optional[Tensor]]:
         """The backward op itself, but None where the op gives an empty tensor."""
+        tensors: tuple[Any, ...] = args[: self.tensors]
         with torch._C._DisableAutocast():
             gradients = self.run_backward(select(problem, backend, "backward"), dy, args, y, wanted)
-        return conform_gradients(gradients, args[: self.tensors], self.weights, wanted, problem.memory_format, dy)
+        return conform_gradients(gradients, tensors, self.weights, wanted, problem.memory_format, dy)
 
     @property
     def forward_op(self) -> Any:

@@ -61,7 +61,7 @@ def conform_gradients(
 ) -> list[Optional[Tensor]]:
     """A backend's gradients as the schema promises: each in its tensor's type, none aliasing another or dy.
 
-    ``images`` is the layout of all 4-d ones but those of the tensors that ``weights`` counts. None where none is wanted.
+    None where none is wanted. ``images`` is the layout of all 4-d ones but those whose places ``weights`` names.
     """
     taken = {dy.untyped_storage().data_ptr()}
     out: list[Optional[Tensor]] = []

@@ -1,0 +1,52 @@
+"""What setup.py would build, by the toolkit and the PyTorch it finds."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+SETUP = Path(__file__).parent.parent / "setup.py"
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Names of the extensions beside a toolkit of CUDA 13.0 and a PyTorch of a version."""
+    for folder, name, content in (
+        ("bin", "nvcc", "#!/bin/sh\necho release 13.0, V13.0.88\n"),
+        ("lib64", "libcudart_static.a", ""),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.delenv("XSEP_BUILD_CUDA", raising=False)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+
+    def run(cuda: Optional[str]) -> set[str]:
+        found: dict[str, Any] = {}
+        monkeypatch.setattr("setuptools.setup", found.update)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        runpy.run_path(str(SETUP))
+        return {extension.name for extension in found["ext_modules"]}
+
+    return run
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0", "13.2"])
+def test_cuda_library_beside_a_cpu_pytorch_and_one_of_the_same_cuda(built: Any, cuda: Optional[str]) -> None:
+    assert "xsep._C_cuda" in built(cuda)
+
+
+def test_a_toolkit_of_another_cuda_is_left_alone(
+    built: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "xsep._C_cuda" not in built("12.8") and "xsep._C" in built("12.8")
+    assert "nvcc is of CUDA 13, PyTorch" in capsys.readouterr().out
+    monkeypatch.setenv("XSEP_BUILD_CUDA", "1")  # PyTorch's own refusal is what the user then sees
+    assert "xsep._C_cuda" in built("12.8")
