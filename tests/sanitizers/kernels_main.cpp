@@ -140,7 +140,9 @@ bool forward(const Problem& problem) {
   std::vector<std::vector<float>> products(kThreads);
   for (auto& mine : products) mine.resize(static_cast<size_t>(ceil_div(p.products_bytes(), 4)));
   run_tasks(p.plan.tasks(), kThreads, [&](int64_t panel, int thread) {
-    multiply_all_tiles<float>(p, panel, rows, p.pointwise.panel(panel), products[static_cast<size_t>(thread)].data());
+    const void* next = panel + 1 < panels ? p.pointwise.panel(panel + 1) : nullptr;
+    multiply_all_tiles<float>(p, panel, rows, p.pointwise.panel(panel), next,
+                              products[static_cast<size_t>(thread)].data());
   });
   good = good && std::memcmp(results[0].data(), z_first.data(), bytes) == 0;
   const std::vector<double> truth = plain(problem, x, w_dw, w_pw);
