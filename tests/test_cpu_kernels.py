@@ -68,6 +68,12 @@ def _matrix() -> list[Case]:
         add(n=1, c_in=40, c_out=330, h=6, w=7, dtype=dtype, bias=True)
         add(n=1, c_in=24, c_out=130, h=40, w=45, dtype=dtype, bias=True)
         add(n=1, c_in=9, multiplier=3, c_out=200, h=20, w=9, dtype=dtype, residual=True)
+    # Nothing between the convolutions or behind them but a bias: the whole backward is one operator.
+    for dtype in (torch.float32, torch.bfloat16):
+        for c_in, c_out, prologue in ((16, 34, None), (33, 64, "relu"), (64, 130, "silu"), (80, 20, "relu6")):
+            for layout in ("channels_last", "contiguous"):
+                add(c_in=c_in, c_out=c_out, dtype=dtype, layout=layout, h=9, w=13, bias=True,
+                    activations=(prologue, None, None), vectors=VECTORS[:2] if prologue else ())  # fmt: skip
     for dtype in TYPES:
         add(n=0, c_in=9, c_out=5, dtype=dtype, vectors=VECTORS, residual=True)
         add(n=3, c_in=130, c_out=131, h=5, w=5, dtype=dtype, wide_vectors=True, vectors=VECTORS)
