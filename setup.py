@@ -41,6 +41,8 @@ except ImportError as error:
         "    pip install --no-build-isolation ."
     )
 
+if torch.__version__ < "2.10":  # compared as versions: it is no plain str
+    sys.exit(f"xsep needs PyTorch 2.10 or newer, and {torch.__version__} is installed here.")
 if CUDA:
     # A CPU-only PyTorch looks for no CUDA, yet the library is built beside it too: nothing in it needs CUDA to load.
     cpp_extension.CUDA_HOME = CUDA

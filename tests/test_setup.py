@@ -50,3 +50,13 @@ def test_a_toolkit_of_another_cuda_is_left_alone(
     assert "nvcc is of CUDA 13, PyTorch" in capsys.readouterr().out
     monkeypatch.setenv("XSEP_BUILD_CUDA", "1")  # PyTorch's own refusal is what the user then sees
     assert "xsep._C_cuda" in built("12.8")
+
+
+@pytest.mark.parametrize("version, right", [("2.9.1+cpu", False), ("2.10.0", True), ("2.15.0+cu132", True)])
+def test_an_older_pytorch_is_named(built: Any, version: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    if right:
+        assert "xsep._C" in built(None)
+        return
+    with pytest.raises(SystemExit, match=r"needs PyTorch 2\.10 or newer, and 2\.9\.1\+cpu is installed"):
+        built(None)
