@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,13 @@ def test_what_is_equal_to_a_good_option_is_not_taken_for_it(name: str, good: Any
     before = refusal()
     xsep.separable_conv2d(*tensors(), **{name: good})
     assert refusal() == before
+
+
+def test_what_only_looks_like_an_affine_is_refused_after_one() -> None:
+    affine = ChannelAffine(torch.randn(4), None, "relu")
+    xsep.separable_conv2d(*tensors(), prologue=affine)
+    with pytest.raises(TypeError, match="prologue must be a ChannelAffine or None, got SimpleNamespace"):
+        xsep.separable_conv2d(*tensors(), prologue=SimpleNamespace(**affine._asdict()))  # type: ignore[arg-type]
 
 
 def test_tensors_that_are_not_dense_are_refused_after_dense_ones() -> None:

@@ -74,6 +74,10 @@ def _matrix() -> list[Case]:
             for layout in ("channels_last", "contiguous"):
                 add(c_in=c_in, c_out=c_out, dtype=dtype, layout=layout, h=9, w=13, bias=True,
                     activations=(prologue, None, None), vectors=VECTORS[:2] if prologue else ())  # fmt: skip
+    # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
+    for dtype in (torch.float32, torch.bfloat16):
+        for c_in in (64, 57):
+            add(n=3, c_in=c_in, c_out=128, h=70, w=67, dtype=dtype, activations=(None, None, None))
     for dtype in TYPES:
         add(n=0, c_in=9, c_out=5, dtype=dtype, vectors=VECTORS, residual=True)
         add(n=3, c_in=130, c_out=131, h=5, w=5, dtype=dtype, wide_vectors=True, vectors=VECTORS)
@@ -320,6 +324,19 @@ def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
         for c in MATRIX if c.op == "separable" and c.n and c.c_out > 128
     ]  # fmt: skip
     assert {True, False} == {p.z_first for p in plans if p.tiles > 1}
+
+
+def test_the_matrix_has_weight_gradients_of_one_group_of_pixels_and_of_several() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    groups = {
+        module.plan_cpu_wgrad(
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            c_out=c.c_out, threads=2, z_bytes=c.dtype.itemsize,
+        ).pixel_groups
+        for c in MATRIX if c.op == "separable" and c.n and c.multiplier == 1
+    }  # fmt: skip
+    assert 1 in groups and max(groups) > 2
 
 
 def test_z_is_not_made_twice_where_tiles_are_plenty() -> None:

@@ -100,7 +100,7 @@ def _key(
             else:
                 for v in (affine.scale, affine.shift):
                     key.append(None if v is None else (v.shape, v.dtype, v.device))
-                key.append((affine.activation, repr(affine.alpha)))
+                key.append((type(affine), affine.activation, repr(affine.alpha)))
         whole = tuple(key)
         hash(whole)
         return whole

@@ -39,6 +39,13 @@ def _wants_nchw(x: Tensor, *weights: Tensor) -> bool:
     return output_format(x, *weights) is torch.contiguous_format
 
 
+def _like(dx: Optional[Tensor], x: Tensor, *weights: Tensor) -> Optional[Tensor]:
+    """A gradient in NHWC in the layout that x's has to have; a glance at x, the usual case, is cheap."""
+    if dx is None or x.is_contiguous(memory_format=torch.channels_last) or not _wants_nchw(x, *weights):
+        return dx
+    return _to_nchw(dx)
+
+
 class CpuBackend(Backend):
     name = "cpu"
 
@@ -122,7 +129,7 @@ class CpuBackend(Backend):
         self, dy: Tensor, a: DepthwiseArgs, y: Optional[Tensor], wanted: Sequence[bool]
     ) -> Gradients:
         dx, *rest = super().depthwise_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
-        return (dx if dx is None or not _wants_nchw(a.x, a.w_dw) else _to_nchw(dx), *rest)
+        return (_like(dx, a.x, a.w_dw), *rest)
 
     def separable_backward(
         self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
@@ -131,9 +138,7 @@ class CpuBackend(Backend):
             dx, *rest = self._separable_bprop(dy, a, wanted)
         else:
             dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
-        if dx is not None and not a.x.is_contiguous(memory_format=torch.channels_last):
-            dx = _to_nchw(dx) if _wants_nchw(a.x, a.w_dw, a.w_pw) else dx
-        return (dx, *rest)
+        return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
     def _is_one_kernel(self, a: SeparableArgs, wanted: Sequence[bool]) -> bool:
         """Whether nothing stands between the convolutions or behind them but a bias, so that dy is the products'."""
