@@ -105,6 +105,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
       "How the depthwise forward is cut into tasks.");
   m.def(
+      "cpu_turns_rows",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits) {
+        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
+      py::arg("visits") = 1,
+      "Whether rows of an NCHW input are turned round as they are come to, or all of it beforehand; visits: how often "
+      "each row is read, once for every group of panels.");
+  m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
         return xsep::plan_cpu_backward(make_shape(x, filter, multiplier, geometry));

@@ -74,6 +74,19 @@ def _matrix() -> list[Case]:
             for layout in ("channels_last", "contiguous"):
                 add(c_in=c_in, c_out=c_out, dtype=dtype, layout=layout, h=9, w=13, bias=True,
                     activations=(prologue, None, None), vectors=VECTORS[:2] if prologue else ())  # fmt: skip
+    # NCHW, turned round row by row: short rows together, long ones alone, filters that skip rows and that reach far.
+    for dtype in TYPES:
+        for vectors in ((), VECTORS[:2]):
+            for activation in ("relu", None if vectors else "relu6"):
+                some: dict[str, Any] = {
+                    "dtype": dtype, "layout": "contiguous", "activations": (activation, None, None), "vectors": vectors
+                }  # fmt: skip
+                add(n=2, c_in=35, c_out=20, h=70, w=9, **some)
+                add(n=2, c_in=16, c_out=33, h=33, w=70, filter=(5, 5), padding=(0, 3, 2, 1), stride=(2, 2), **some)
+                add(n=3, c_in=7, multiplier=2, c_out=5, h=60, w=20, filter=(2, 3), stride=(3, 1), **some)
+                add(op="depthwise", n=4, c_in=65, h=64, w=33, filter=(3, 3), dilation=(3, 2), padding=(4,) * 4, **some)
+    for dtype in TYPES:
+        add(n=2, c_in=48, c_out=64, h=70, w=67, dtype=dtype, layout="contiguous", activations=(None, None, None))
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):
@@ -324,6 +337,18 @@ def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
         for c in MATRIX if c.op == "separable" and c.n and c.c_out > 128
     ]  # fmt: skip
     assert {True, False} == {p.z_first for p in plans if p.tiles > 1}
+
+
+def test_the_matrix_has_nchw_inputs_turned_row_by_row_and_as_a_whole() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    turned = [
+        module.cpu_turns_rows(
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation), threads=2
+        )
+        for c in MATRIX if c.layout == "contiguous" and c.n
+    ]  # fmt: skip
+    assert min(turned.count(True), turned.count(False)) > 10
 
 
 def test_the_matrix_has_weight_gradients_of_one_group_of_pixels_and_of_several() -> None:

@@ -57,6 +57,13 @@ struct CpuDepthwisePlan {
   int64_t tasks;
 };
 
+/// Rows of the input in a thread's memory, where they are not read as they lie.
+struct CpuRowsPlan {
+  int64_t slots;    // rows that are there at a time
+  int64_t at_once;  // rows brought together
+  int64_t columns;  // of a row, with the padding
+};
+
 /// Units of the depthwise backward. They depend on the shape alone, so that sums come out the same, bit for bit, on
 /// any number of threads.
 struct CpuBackwardPlan {
@@ -153,6 +160,27 @@ inline CpuDepthwisePlan plan_cpu_depthwise(const DepthwiseShape& shape, int thre
   const int64_t run = std::clamp<int64_t>(ceil_div(pixels, int64_t{4} * threads), std::min<int64_t>(shortest, pixels),
                                           std::min<int64_t>(512, pixels));
   return {run, ceil_div(pixels, run)};
+}
+
+/// Rows that the outputs of one row read, first to last.
+inline int64_t rows_read(const DepthwiseShape& s) { return (s.r - 1) * s.geometry.dilation_h + 1; }
+
+inline CpuRowsPlan plan_cpu_rows(const DepthwiseShape& s, bool nchw) {
+  // Rows of a plane follow each other, so that many short ones are turned round as squares of pixels and channels.
+  constexpr int64_t kLeastPixels = 64;
+  const Geometry& g = s.geometry;
+  CpuRowsPlan plan{};
+  plan.at_once = nchw ? std::min(ceil_div(kLeastPixels, s.w), s.h) : 1;
+  plan.slots = std::min(rows_read(s) + plan.at_once - 1, s.h);
+  plan.columns = std::max(g.pad_left + s.w, (s.q - 1) * g.stride_w + (s.s - 1) * g.dilation_w + 1);
+  return plan;
+}
+
+/// Whether each thread turns round the rows of an NCHW x as it comes to them, instead of all of x beforehand, through
+/// memory. visits: how often it would. What threads share of their neighbours' rows is turned by both.
+inline bool cpu_turns_rows(const DepthwiseShape& s, int threads, int64_t visits) {
+  const int64_t shared = std::max<int64_t>(rows_read(s) - s.geometry.stride_h, 0);
+  return visits == 1 && 4 * shared * threads <= s.n * s.h;
 }
 
 inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t z_bytes) {

@@ -15,7 +15,7 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
   const int64_t c_mid = shape.c * shape.multiplier;
   Tensor y = empty_nhwc(shape.n, c_mid, shape.p, shape.q, x);
   if (shape.n == 0) return y;
-  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
+  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);
   const AffineBuffers epilogue(scale_e, shift_e, shape.c, shape.multiplier, inputs.params.c_pad, activations[1],
                                alphas[1]);
   inputs.params.output = epilogue.affine();
@@ -23,27 +23,24 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
 
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t pixel_bytes = c_mid * y.element_size();
-  const int64_t scratch_floats = shape.multiplier == 1 ? 0 : plan.run_pixels * c_mid;
-  const Tensor scratch = empty_bytes(scratch_floats * at::get_num_threads() * static_cast<int64_t>(sizeof(float)));
+  const bool in_passes = shape.multiplier > 1;
+  const int64_t passes_bytes =
+      in_passes ? round_up(plan.run_pixels * c_mid * static_cast<int64_t>(sizeof(float)), 64) : 0;
+  const int64_t thread_bytes = passes_bytes + inputs.params.input.bytes();
+  const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    float* passes = static_cast<float*>(scratch.mutable_data_ptr()) + at::get_thread_num() * scratch_floats;
+    char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
+    RowWindow window(inputs.params.input, mine + passes_bytes);
     for (int64_t task = begin; task < end; ++task) {
       const Range pixels{task * plan.run_pixels, std::min((task + 1) * plan.run_pixels, shape.pixels_out())};
       char* to = out + pixels.begin * pixel_bytes;
-      with_storage(inputs.dtype(), [&](auto t) {
-        using T = decltype(t);
-        if (shape.multiplier == 1) {
-          return depthwise_fprop_run<T>(inputs.params, 0, pixels, {0, shape.c},
-                                        {to, c_mid, storage_of(y.scalar_type()), shape.q});
-        }
-        for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
-          depthwise_fprop_run<T>(inputs.params, pass, pixels, {0, shape.c},
-                                 {passes + pass * shape.c, c_mid, Storage::kFloat, 0});
-        }
-      });
-      if (shape.multiplier == 1) continue;
+      const RunOutput run = in_passes ? RunOutput{mine, c_mid, Storage::kFloat, 0}
+                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), shape.q};
+      with_storage(inputs.dtype(),
+                   [&](auto t) { depthwise_fprop_run<decltype(t)>(inputs.params, pixels, {0, shape.c}, run, window); });
+      if (!in_passes) continue;
       with_storage(y.scalar_type(), [&](auto t) {
-        interleave_passes(passes, pixels.end - pixels.begin, shape.c, shape.multiplier,
+        interleave_passes(reinterpret_cast<const float*>(mine), pixels.end - pixels.begin, shape.c, shape.multiplier,
                           reinterpret_cast<decltype(t)*>(to));
       });
     }

@@ -128,40 +128,64 @@ inline Tensor packed_depthwise(const Tensor& w_dw, const DepthwiseShape& shape, 
 /// x, weights and prologue of a depthwise forward, ready for the kernels. Holds the memory.
 class DepthwiseInputs {
  public:
+  /// visits: how often each row of x is read, by one task or another.
   DepthwiseInputs(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p, const OptionalTensor& shift_p,
-                  int64_t activation, double alpha, const DepthwiseShape& shape)
+                  int64_t activation, double alpha, const DepthwiseShape& shape, int64_t visits)
       : params{},
-        x_(to_nhwc(x)),
+        x_(turns_rows(x, shape, visits) ? x : to_nhwc(x)),
         c_pad_(round_up(shape.c, kChannelPad)),
         w_(packed_depthwise(w_dw, shape, c_pad_)),
-        prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha) {
+        prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha),
+        dtype_(x.scalar_type()) {
     params.shape = shape;
     params.c_pad = c_pad_;
     params.w = w_.const_data_ptr<float>();
-    const ChannelAffine& a = prologue_.affine();
-    if (a.is_identity()) {
-      params.prologue = Prologue::kNone;
-    } else if (a.activation == Activation::kIdentity || a.activation == Activation::kRelu ||
-               a.activation == Activation::kRelu6) {
-      clamp(a);
-    } else {
-      apply_beforehand(a);
-    }
-    params.x = x_.const_data_ptr();
+    params.input = input_rows(shape);
 #if defined(__AVX512BW__)
-    if (kHasBFloat16Instructions && x_.scalar_type() == at::kBFloat16 && params.prologue == Prologue::kNone &&
-        shape.c >= kPairChannels && slides(shape) && has_pairs(shape.s)) {
+    if (kHasBFloat16Instructions && dtype_ == at::kBFloat16 && shape.c >= kPairChannels && slides(shape) &&
+        has_pairs(shape.s)) {
       pack_pairs();
     }
 #endif
   }
 
-  /// Of params.x: float where the prologue was applied beforehand.
-  at::ScalarType dtype() const { return x_.scalar_type(); }
+  /// That the kernels read: float where a prologue's results would have to be rounded for x's own.
+  at::ScalarType dtype() const { return dtype_; }
 
   DepthwiseFprop params;
 
  private:
+  static bool turns_rows(const Tensor& x, const DepthwiseShape& shape, int64_t visits) {
+    return x.is_contiguous() && !x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+           cpu_turns_rows(shape, at::get_num_threads(), visits);
+  }
+
+  InputRows input_rows(const DepthwiseShape& s) {
+    const ChannelAffine& a = prologue_.affine();
+    InputRows in{};
+    in.x = x_.const_data_ptr();
+    in.nchw = !x_.is_contiguous(at::MemoryFormat::ChannelsLast);
+    in.c = s.c, in.h = s.h, in.w = s.w;
+    in.x_element_bytes = x_.element_size();
+    in.prologue = a;
+    if (!in.nchw && a.is_identity()) return in;
+    const bool exact = a.is_identity() || (!a.scale && !a.shift &&
+                                           (a.activation == Activation::kRelu || a.activation == Activation::kRelu6));
+    if (!exact) dtype_ = at::kFloat;
+    const CpuRowsPlan plan = plan_cpu_rows(s, in.nchw);
+    in.slots = plan.slots;
+    in.at_once = plan.at_once;
+    in.left = s.geometry.pad_left;
+    in.row_columns = plan.columns;
+    in.element_bytes = static_cast<int64_t>(at::elementSize(dtype_));
+    in.pixel_step = brought_pixel_step(s.c, in.element_bytes);
+    with_storage(x_.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      in.bring = dtype_ == at::kFloat ? bring_rows<T, float> : bring_rows<T, T>;
+    });
+    return in;
+  }
+
 #if defined(__AVX512BW__)
   void pack_pairs() {
     const DepthwiseShape& s = params.shape;
@@ -176,35 +200,11 @@ class DepthwiseInputs {
   }
 #endif
 
-  void clamp(const ChannelAffine& a) {
-    constants_ = zeros_float({2, c_pad_});
-    constants_.select(0, 0).fill_(1.0);
-    params.prologue = Prologue::kClampedAffine;
-    params.scale_p = a.scale ? a.scale : constants_.const_data_ptr<float>();
-    params.shift_p = a.shift ? a.shift : constants_.const_data_ptr<float>() + c_pad_;
-    params.low = a.activation == Activation::kIdentity ? -kInfinity : 0.0f;
-    params.high = a.activation == Activation::kRelu6 ? 6.0f : kInfinity;
-  }
-
-  void apply_beforehand(const ChannelAffine& a) {
-    const DepthwiseShape& s = params.shape;
-    const Tensor applied = empty_nhwc(s.n, s.c, s.h, s.w, zeros_float({0}));
-    float* out = applied.mutable_data_ptr<float>();
-    with_storage(x_.scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      const T* in = static_cast<const T*>(x_.const_data_ptr());
-      at::parallel_for(0, s.pixels_in(), std::max<int64_t>(4096 / s.c, 1),
-                       [&](int64_t begin, int64_t end) { apply_prologue(in, {begin, end}, s.c, a, out); });
-    });
-    params.prologue = Prologue::kNone;
-    x_ = applied;
-  }
-
   Tensor x_;
   int64_t c_pad_;
   Tensor w_, w_pairs_;
   AffineBuffers prologue_;
-  Tensor constants_;  // [2, c_pad]: ones, zeros
+  at::ScalarType dtype_;
 };
 
 inline Storage storage_of(at::ScalarType dtype) {

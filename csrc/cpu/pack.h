@@ -1,5 +1,4 @@
-// Rearrangements: weights into the kernels' order, a depth multiplier's passes back into channel order, and prologues
-// that are dearer than a clamp applied to the whole of x.
+// Rearrangements: weights into the kernels' order, a depth multiplier's passes back into channel order.
 #pragma once
 
 #include <algorithm>
@@ -136,19 +135,6 @@ inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const BFloat16* 
   const int64_t columns = std::min(kPanelColumns, c_mid - n0);
   if (columns < kPanelColumns) std::fill(out, out + c_out / 2 * kPanelColumns, 0u);
   interleave_rows(w_pw + n0, c_out, c_mid, columns, out, kPanelColumns);
-}
-
-/// Pixels [pixels.begin, pixels.end) of T [.., c] -> float [.., c], act(scale * x + shift).
-template <class T>
-void apply_prologue(const T* x, Range pixels, int64_t c_in, const ChannelAffine& affine, float* out) {
-  for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
-    for (int64_t c = 0; c < c_in; c += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, c_in - c);
-      Vec v[1] = {load_first(x + pixel * c_in + c, lanes)};
-      apply(affine, c, v);
-      store_first(out + pixel * c_in + c, v[0], lanes);
-    }
-  }
 }
 
 /// count pixels of passes [count, multiplier, c] -> T [count, c * multiplier] in channel order.

@@ -65,15 +65,16 @@ XSEP_INLINE void in_channel_order(Vec& low, Vec& high) {
   high = reinterpret_cast<Vec>(_mm512_permutex2var_ps(l, second, h));
 }
 
-/// Sums of kPixels outputs over rows [r_begin, r_end) of the filter, for 32 channels from x and w on. Columns outside
-/// [first, last) are no part of the picture where kEdges.
+/// Sums of kPixels outputs over rows [r_begin, r_end) of the filter, for 32 channels of x's rows from `offset` and of w
+/// on. Columns outside [first, last) are no part of the picture where kEdges.
 template <int kS, int kStride, int kPixels, bool kEdges>
-XSEP_INLINE void sum_pairs(const BFloat16* x, int64_t row_step, int64_t column_step, int64_t first, int64_t last,
+XSEP_INLINE void sum_pairs(const BFloat16* const* x, int64_t offset, int64_t column_step, int64_t first, int64_t last,
                            const uint32_t* w, int64_t rows, int64_t c_pairs, int64_t r_begin, int64_t r_end,
                            Vec (&low)[kPixels], Vec (&high)[kPixels]) {
   typedef VecBits BitsUnaligned __attribute__((aligned(4), may_alias));
   constexpr int kColumns = (kPixels - 1) * kStride + kS;
-  const auto add_rows = [&](const BFloat16* above, bool two, int64_t r) __attribute__((always_inline)) {
+  const auto add_rows = [&](const BFloat16* above, const BFloat16* below, int64_t r) __attribute__((always_inline)) {
+    const bool two = below != nullptr;
     const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * c_pairs;
     VecBits w_low[kS], w_high[kS];
     unroll<kS>([&](auto s) __attribute__((always_inline)) {
@@ -82,8 +83,7 @@ XSEP_INLINE void sum_pairs(const BFloat16* x, int64_t row_step, int64_t column_s
     });
     unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
       if (kEdges && (j < first || j >= last)) return;
-      const BFloat16* at = above + j * column_step;
-      const PairVectors v = load_pairs(at, two ? at + row_step : nullptr);
+      const PairVectors v = load_pairs(above + j * column_step, two ? below + j * column_step : nullptr);
       unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
         constexpr int s = j() - i() * kStride;
         if constexpr (s >= 0 && s < kS) {
@@ -94,8 +94,8 @@ XSEP_INLINE void sum_pairs(const BFloat16* x, int64_t row_step, int64_t column_s
     });
   };
   int64_t r = r_begin;
-  for (; r + 1 < r_end; r += 2, x += 2 * row_step) add_rows(x, true, r);
-  if (r < r_end) add_rows(x, false, r);
+  for (; r + 1 < r_end; r += 2, x += 2) add_rows(x[0] + offset, x[1] + offset, r);
+  if (r < r_end) add_rows(x[0] + offset, nullptr, r);
 }
 
 }  // namespace detail

@@ -24,7 +24,7 @@ Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, co
   const auto options = at::TensorOptions().dtype(dtype);
   if (shape.n == 0) return at::zeros({c_out, shape.c, 1, 1}, options);
 
-  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
+  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);
   const AffineBuffers middle(scale_m, shift_m, shape.c, 1, inputs.params.c_pad, activations[1], alphas[1]);
   const Tensor dv_rows = to_nhwc(dv);
   SeparableWgrad p{};
@@ -44,12 +44,13 @@ Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, co
   const Tensor scratch = empty_bytes(p.scratch_bytes() * at::get_num_threads());
   at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * p.scratch_bytes();
+    RowWindow window = p.window(mine);
     with_storage(x.scalar_type(), [&](auto t) {
       for (int64_t task = begin; task < end; ++task) {
         if (inputs.dtype() == x.scalar_type()) {
-          separable_wgrad_task<decltype(t), decltype(t)>(p, task, mine);
+          separable_wgrad_task<decltype(t), decltype(t)>(p, task, window, mine);
         } else {
-          separable_wgrad_task<float, decltype(t)>(p, task, mine);
+          separable_wgrad_task<float, decltype(t)>(p, task, window, mine);
         }
       }
     });

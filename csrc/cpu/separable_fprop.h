@@ -27,20 +27,20 @@ struct SeparableFprop {
     if (!gemm) return cpu::products_bytes(pointwise, plan.tile_pixels);
     return plan.tile_pixels * kPanelColumns * static_cast<int64_t>(sizeof(float));
   }
-  /// What one task needs: its z tile and products.
-  int64_t scratch_bytes() const { return tile_bytes() + round_up(products_bytes(), 64); }
+  /// What one thread needs: its z tile, products and rows of the input.
+  int64_t scratch_bytes() const { return tile_bytes() + round_up(products_bytes(), 64) + depthwise.input.bytes(); }
+  RowWindow window(void* scratch) const {
+    return {depthwise.input, static_cast<char*>(scratch) + tile_bytes() + round_up(products_bytes(), 64)};
+  }
 };
 
 /// z of some pixels, one row of p.pointwise.z_stride elements each. X is the type of the depthwise stage's input.
 template <class X>
-void make_z(const SeparableFprop& p, Range pixels, char* z) {
+void make_z(const SeparableFprop& p, Range pixels, RowWindow& window, char* z) {
   const DepthwiseShape& shape = p.depthwise.shape;
   const Pointwise& pw = p.pointwise;
   const Storage storage = pw.pairs ? Storage::kBFloat16 : Storage::kFloat;
-  for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
-    const RunOutput to{z + pass * shape.c * pw.z_bytes(), pw.z_stride, storage, 0};
-    depthwise_fprop_run<X>(p.depthwise, pass, pixels, {0, shape.c}, to);
-  }
+  depthwise_fprop_run<X>(p.depthwise, pixels, {0, shape.c}, {z, pw.z_stride, storage, 0}, window);
   if (pw.depth == shape.c * shape.multiplier) return;
   for (int64_t i = 0; i < pixels.end - pixels.begin; ++i) {
     std::memset(z + (i * pw.z_stride + pw.depth - 1) * pw.z_bytes(), 0, pw.z_bytes());
@@ -65,14 +65,14 @@ void multiply_tile(const SeparableFprop& p, const char* z, const void* w, const 
 
 /// Task `task` of a p.plan that makes z tile by tile. Tasks of one group of panels follow each other, so that a
 /// thread's panels stay in its cache. X is the depthwise stage's input type, T that of residual and y: they differ
-/// where a prologue was applied beforehand.
+/// where a prologue's results are kept in float. window is one that p gave for this scratch.
 template <class X, class T>
-void separable_fprop_task(const SeparableFprop& p, int64_t task, void* scratch) {
+void separable_fprop_task(const SeparableFprop& p, int64_t task, RowWindow& window, void* scratch) {
   const Range panels = p.plan.group_panels(task / p.plan.tiles);
   const Range pixels = p.plan.tile(task % p.plan.tiles);
   char* z = static_cast<char*>(scratch);
   float* products = reinterpret_cast<float*>(z + p.tile_bytes());
-  make_z<X>(p, pixels, z);
+  make_z<X>(p, pixels, window, z);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const void* w = p.pointwise.panel(panel);
     const void* next = panel + 1 < panels.end ? p.pointwise.panel(panel + 1) : nullptr;

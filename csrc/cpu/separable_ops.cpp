@@ -64,12 +64,13 @@ void parallel_with_scratch(const SeparableFprop& p, int64_t tasks, int64_t bytes
 
 void tile_by_tile(const SeparableFprop& p, at::ScalarType dtype, at::ScalarType input_dtype) {
   parallel_with_scratch(p, p.plan.tasks(), p.scratch_bytes(), [&](int64_t begin, int64_t end, char* scratch) {
+    RowWindow window = p.window(scratch);
     with_storage(dtype, [&](auto t) {
       for (int64_t task = begin; task < end; ++task) {
         if (input_dtype == dtype) {
-          separable_fprop_task<decltype(t), decltype(t)>(p, task, scratch);
+          separable_fprop_task<decltype(t), decltype(t)>(p, task, window, scratch);
         } else {
-          separable_fprop_task<float, decltype(t)>(p, task, scratch);
+          separable_fprop_task<float, decltype(t)>(p, task, window, scratch);
         }
       }
     });
@@ -83,9 +84,11 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
   const Tensor z = empty_bytes(p.plan.pixels * row_bytes);
   char* const rows = static_cast<char*>(z.mutable_data_ptr());
   const CpuDepthwisePlan runs = plan_cpu_depthwise(p.depthwise.shape, at::get_num_threads());
-  at::parallel_for(0, runs.tasks, 1, [&](int64_t begin, int64_t end) {
+  const InputRows& input = p.depthwise.input;
+  parallel_with_scratch(p, runs.tasks, input.bytes(), [&](int64_t begin, int64_t end, char* scratch) {
     const Range pixels{begin * runs.run_pixels, std::min(end * runs.run_pixels, p.plan.pixels)};
-    with_storage(input_dtype, [&](auto t) { make_z<decltype(t)>(p, pixels, rows + pixels.begin * row_bytes); });
+    RowWindow window(input, scratch);
+    with_storage(input_dtype, [&](auto t) { make_z<decltype(t)>(p, pixels, window, rows + pixels.begin * row_bytes); });
   });
   const char* const weights = static_cast<const char*>(w_pw.const_data_ptr());
   const int64_t panel_weights = kPanelColumns * w_pw.stride(0) * w_pw.element_size();
@@ -128,20 +131,18 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   }
   if (shape.n == 0) return y;
 
-  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape);
-  const int64_t c_pad = inputs.params.c_pad;
-  const AffineBuffers middle(scale_m, shift_m, shape.c, shape.multiplier, c_pad, activations[1], alphas[1]);
-  const int64_t panels = ceil_div(c_out, kPanelColumns);
-  const AffineBuffers epilogue(scale_e, shift_e, c_out, 1, panels * kPanelColumns, activations[2], alphas[2]);
   const PairGemm pair = pair_gemm(x.scalar_type());
   const bool pairs = pair != PairGemm::kNone;
   const PointwisePacking packing = pointwise_packing(w_pw, shape.multiplier);
-
+  const bool was_packed = is_packed(packed, packing);
   SeparableFprop p{};
+  p.plan = plan_cpu_separable(shape, c_out, at::get_num_threads(), l2_cache_bytes(), pairs ? 2 : 4, was_packed);
+  DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, p.plan.panel_groups);
+  const int64_t c_pad = inputs.params.c_pad;
+  const AffineBuffers middle(scale_m, shift_m, shape.c, shape.multiplier, c_pad, activations[1], alphas[1]);
+  const AffineBuffers epilogue(scale_e, shift_e, c_out, 1, p.plan.panels * kPanelColumns, activations[2], alphas[2]);
   p.depthwise = inputs.params;
   p.depthwise.output = middle.affine();
-  const bool was_packed = is_packed(packed, packing);
-  p.plan = plan_cpu_separable(shape, c_out, at::get_num_threads(), l2_cache_bytes(), pairs ? 2 : 4, was_packed);
   p.pointwise.c_out = c_out;
   p.pointwise.depth = packing.depth;
   p.pointwise.pairs = pairs;

@@ -25,12 +25,16 @@ struct SeparableWgrad {
   int64_t z_tile_bytes() const { return round_up(plan.tile_pixels * plan.group_columns * z_bytes(), 64); }
   /// dv as 32-bit elements: two pixels in one, or converted to float.
   int64_t dv_tile_bytes() const { return round_up(plan.tile_pixels * c_out * z_bytes(), 64); }
-  int64_t scratch_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
+  int64_t tile_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
+  /// What one thread needs: tiles, and rows of the input.
+  int64_t scratch_bytes() const { return tile_bytes() + depthwise.input.bytes(); }
+  RowWindow window(void* scratch) const { return {depthwise.input, static_cast<char*>(scratch) + tile_bytes()}; }
 };
 
 /// Task `task` of p.plan: the sums of its own pixels and columns. X is the depthwise stage's input type, T that of dv.
+/// window is one that p gave for this scratch.
 template <class X, class T>
-void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) {
+void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& window, void* scratch) {
   const CpuWgradPlan& plan = p.plan;
   const DepthwiseShape& shape = p.depthwise.shape;
   const int64_t group = task / plan.column_groups;
@@ -43,10 +47,11 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, void* scratch) 
   char* z_pairs = dv_tile + p.dv_tile_bytes();
   float* dw = p.dw + group * p.c_out * p.dw_row + column;
 
+  window.forget();
   for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += plan.tile_pixels) {
     const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
     const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
-    depthwise_fprop_run<X>(p.depthwise, 0, {pixel, pixel + count}, channels, to);
+    depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
     const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
     Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin, z, 0};
     if (p.pairs) {

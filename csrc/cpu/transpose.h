@@ -41,12 +41,19 @@ XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
   });
 }
 
+/// Values moved as they are, not as numbers.
 XSEP_INLINE Vec load_bits(const float* p) { return load(p); }
+XSEP_INLINE Vec load_first_bits(const float* p, int64_t n) { return load_first(p, n); }
 XSEP_INLINE void store_bits(float* p, Vec v) { store(p, v); }
 template <class T>
 XSEP_INLINE Vec load_bits(const T* p) {
   static_assert(sizeof(T) == 2);
   return as_float(__builtin_convertvector(*reinterpret_cast<const Vec16Unaligned*>(p), VecBits));
+}
+template <class T>
+XSEP_INLINE Vec load_first_bits(const T* p, int64_t n) {
+  static_assert(sizeof(T) == 2);
+  return as_float(__builtin_convertvector(load_first_16(p, n), VecBits));
 }
 template <class T>
 XSEP_INLINE void store_bits(T* p, Vec v) {

@@ -238,18 +238,25 @@ void from_floats(const float* from, int64_t count, T* out) {
   }
 }
 
-/// Brings N pixels' channels [c, c + kLanes) towards the second-level cache, to be read or written a row of the picture
-/// later: the hardware follows a few streams of lines, not one for each pixel of a block. from + offset may lie outside
+/// Brings N pieces of memory, `step` bytes apart, towards the second-level cache, to be read or written a row of the
+/// picture later: the hardware follows a few streams of lines, not one for each pixel of a block. They may lie outside
 /// of the tensor, which does no harm.
-template <int N, class T>
-XSEP_INLINE void prefetch_pixels(const T* from, int64_t offset, int64_t pixel_step, int64_t c) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  if (kLine > kLanes && c % kLine != 0) return;
-  const auto at = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset + c) * sizeof(T);
-  const auto step = static_cast<uintptr_t>(pixel_step) * sizeof(T);
+template <int N>
+XSEP_INLINE void prefetch_pieces(uintptr_t at, uintptr_t step) {
   unroll<N>([&](auto i) __attribute__((always_inline)) {
     __builtin_prefetch(reinterpret_cast<const void*>(at + i * step), 0, 2);
   });
+}
+
+constexpr int64_t kLineBytes = 64;
+
+/// N pixels' channels [c, c + kLanes), once a line.
+template <int N, class T>
+XSEP_INLINE void prefetch_pixels(const T* from, int64_t offset, int64_t pixel_step, int64_t c) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  if (kLine > kLanes && c % kLine != 0) return;
+  prefetch_pieces<N>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset + c) * sizeof(T),
+                     static_cast<uintptr_t>(pixel_step) * sizeof(T));
 }
 
 /// One value to and from storage.

@@ -52,16 +52,18 @@ struct Problem {
   int64_t c_out;
 };
 
-/// Value of x~ at an input position, zero in the padding.
-double input_at(const Problem& problem, const std::vector<float>& x, int64_t n, int64_t h, int64_t w, int64_t c) {
+/// Value of relu(scale * x + shift) at an input position, or of x where there is no scale; zero in the padding.
+double input_at(const Problem& problem, const std::vector<float>& x, const ChannelAffine& prologue, int64_t n,
+                int64_t h, int64_t w, int64_t c) {
   const DepthwiseShape& s = problem.shape;
   if (h < 0 || h >= s.h || w < 0 || w >= s.w) return 0;
-  return x[static_cast<size_t>(((n * s.h + h) * s.w + w) * s.c + c)];
+  const double value = x[static_cast<size_t>(((n * s.h + h) * s.w + w) * s.c + c)];
+  return prologue.scale ? std::fmax(prologue.scale[c] * value + prologue.shift[c], 0) : value;
 }
 
 /// y [n * p * q, c_out] in double.
-std::vector<double> plain(const Problem& problem, const std::vector<float>& x, const std::vector<float>& w_dw,
-                          const std::vector<float>& w_pw) {
+std::vector<double> plain(const Problem& problem, const std::vector<float>& x, const ChannelAffine& prologue,
+                          const std::vector<float>& w_dw, const std::vector<float>& w_pw) {
   const DepthwiseShape& s = problem.shape;
   const Geometry& g = s.geometry;
   const int64_t c_mid = s.c * s.multiplier;
@@ -74,7 +76,7 @@ std::vector<double> plain(const Problem& problem, const std::vector<float>& x, c
         const int64_t h = p * g.stride_h - g.pad_top + t / s.s * g.dilation_h;
         const int64_t w = q * g.stride_w - g.pad_left + t % s.s * g.dilation_w;
         z[static_cast<size_t>(j)] +=
-            input_at(problem, x, n, h, w, j / s.multiplier) * w_dw[static_cast<size_t>(j * s.taps() + t)];
+            input_at(problem, x, prologue, n, h, w, j / s.multiplier) * w_dw[static_cast<size_t>(j * s.taps() + t)];
       }
     }
     for (int64_t o = 0; o < problem.c_out; ++o) {
@@ -86,7 +88,38 @@ std::vector<double> plain(const Problem& problem, const std::vector<float>& x, c
   return y;
 }
 
-bool forward(const Problem& problem) {
+enum class Rows { kWhereTheyLie, kTurned, kWithPrologue };
+
+/// [n, h, w, c] -> [n, c, h, w]
+std::vector<float> in_planes(const DepthwiseShape& s, const std::vector<float>& x) {
+  std::vector<float> turned(x.size());
+  const int64_t plane = s.h * s.w;
+  for (int64_t i = 0; i < s.pixels_in() * s.c; ++i) {
+    const int64_t n = i / (plane * s.c), pixel = i / s.c % plane, c = i % s.c;
+    turned[static_cast<size_t>((n * s.c + c) * plane + pixel)] = x[static_cast<size_t>(i)];
+  }
+  return turned;
+}
+
+InputRows input_rows(const DepthwiseShape& s, Rows how, const std::vector<float>& x, const ChannelAffine& prologue) {
+  InputRows in{};
+  in.nchw = how == Rows::kTurned;
+  in.c = s.c, in.h = s.h, in.w = s.w;
+  in.x = x.data();
+  if (how == Rows::kWhereTheyLie) return in;
+  in.prologue = prologue;
+  const CpuRowsPlan plan = plan_cpu_rows(s, in.nchw);
+  in.bring = bring_rows<float, float>;
+  in.slots = plan.slots;
+  in.at_once = plan.at_once;
+  in.left = s.geometry.pad_left;
+  in.row_columns = plan.columns;
+  in.element_bytes = in.x_element_bytes = sizeof(float);
+  in.pixel_step = brought_pixel_step(s.c, sizeof(float));
+  return in;
+}
+
+bool forward(const Problem& problem, Rows how) {
   const DepthwiseShape& s = problem.shape;
   const int64_t c_mid = s.c * s.multiplier;
   const int64_t c_pad = round_up(s.c, kChannelPad);
@@ -101,12 +134,16 @@ bool forward(const Problem& problem) {
   std::vector<float> packed(static_cast<size_t>(panels * c_mid * kPanelColumns));
   for (int64_t i = 0; i < panels; ++i) pack_panel(packing, w_pw.data(), i, packed.data() + i * c_mid * kPanelColumns);
 
+  const std::vector<float> scale = random_values(c_pad, next), shift = random_values(c_pad, next);
+  const ChannelAffine prologue =
+      how == Rows::kWithPrologue ? ChannelAffine{scale.data(), shift.data(), Activation::kRelu, 0} : ChannelAffine{};
+  const std::vector<float> in_order = how == Rows::kTurned ? in_planes(s, x) : x;
+
   SeparableFprop p{};
   p.depthwise.shape = s;
   p.depthwise.c_pad = c_pad;
-  p.depthwise.x = x.data();
   p.depthwise.w = w.data();
-  p.depthwise.prologue = Prologue::kNone;
+  p.depthwise.input = input_rows(s, how, in_order, prologue);
   p.plan = plan_cpu_separable(s, problem.c_out, kThreads, 1 << 20, sizeof(float), true);
   p.pointwise.c_out = problem.c_out;
   p.pointwise.depth = c_mid;
@@ -120,9 +157,14 @@ bool forward(const Problem& problem) {
     results[run].assign(static_cast<size_t>(s.pixels_out() * problem.c_out), std::nanf(""));
     p.pointwise.y = results[run].data();
     std::vector<std::vector<float>> mine(static_cast<size_t>(threads));
-    for (auto& m : mine) m.resize(static_cast<size_t>(ceil_div(scratch, 4)));
+    std::vector<RowWindow> windows;
+    for (auto& m : mine) {
+      m.assign(static_cast<size_t>(ceil_div(scratch, 4)), std::nanf(""));
+      windows.push_back(p.window(m.data()));
+    }
     run_tasks(p.plan.tasks(), threads, [&](int64_t task, int thread) {
-      separable_fprop_task<float, float>(p, task, mine[static_cast<size_t>(thread)].data());
+      const auto i = static_cast<size_t>(thread);
+      separable_fprop_task<float, float>(p, task, windows[i], mine[i].data());
     });
   }
   const size_t bytes = results[0].size() * sizeof(float);
@@ -135,8 +177,15 @@ bool forward(const Problem& problem) {
   std::vector<float> z_first(results[0].size(), std::nanf(""));
   p.pointwise.y = z_first.data();
   char* const rows = reinterpret_cast<char*>(z.data());
-  run_tasks(s.pixels_out(), kThreads,
-            [&](int64_t pixel, int) { make_z<float>(p, {pixel, pixel + 1}, rows + pixel * row_bytes); });
+  std::vector<std::vector<float>> row_memory(kThreads);
+  std::vector<RowWindow> windows;
+  for (auto& mine : row_memory) {
+    mine.assign(static_cast<size_t>(ceil_div(p.depthwise.input.bytes(), 4)), std::nanf(""));
+    windows.push_back({p.depthwise.input, mine.data()});
+  }
+  run_tasks(s.pixels_out(), kThreads, [&](int64_t pixel, int thread) {
+    make_z<float>(p, {pixel, pixel + 1}, windows[static_cast<size_t>(thread)], rows + pixel * row_bytes);
+  });
   std::vector<std::vector<float>> products(kThreads);
   for (auto& mine : products) mine.resize(static_cast<size_t>(ceil_div(p.products_bytes(), 4)));
   run_tasks(p.plan.tasks(), kThreads, [&](int64_t panel, int thread) {
@@ -145,7 +194,7 @@ bool forward(const Problem& problem) {
                               products[static_cast<size_t>(thread)].data());
   });
   good = good && std::memcmp(results[0].data(), z_first.data(), bytes) == 0;
-  const std::vector<double> truth = plain(problem, x, w_dw, w_pw);
+  const std::vector<double> truth = plain(problem, x, prologue, w_dw, w_pw);
   for (size_t i = 0; i < truth.size(); ++i) {
     good = good && std::fabs(results[0][i] - truth[i]) <= 1e-4 * (1 + std::fabs(truth[i]));
   }
@@ -195,12 +244,14 @@ int main() {
       {"5x5 with a depth multiplier", {2, 5, 7, 8, 0, 0, 5, 5, 2, {1, 1, 2, 2, 2, 2, 1, 1}}, 33},
       {"7x7 wider than the picture", {1, 16, 3, 2, 0, 0, 7, 7, one, {1, 1, 3, 3, 3, 3, 1, 1}}, 64},
       {"2x3, dilated", {1, 19, 8, 9, 0, 0, 2, 3, one, {3, 1, 2, 0, 1, 1, 2, 3}}, 17},
+      {"3x3, wider than one turning", {2, 21, 7, 70, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 30},
       {"one channel", {3, 1, 5, 1, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 1},
   };
   int wrong = 0;
   for (Problem& problem : problems) {
     problem.shape.set_output_size();
-    const bool there = forward(problem);
+    const bool there = forward(problem, Rows::kWhereTheyLie) && forward(problem, Rows::kTurned) &&
+                       forward(problem, Rows::kWithPrologue);
     const bool back = backward(problem);
     std::printf("%s: forward %s, backward %s\n", problem.name, there ? "right" : "WRONG", back ? "right" : "WRONG");
     wrong += !there + !back;

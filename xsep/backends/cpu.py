@@ -1,12 +1,13 @@
 """The ``cpu`` backend: C++ kernels for float32, bfloat16 and float16, the fused forward among them.
 
-The kernels work on NHWC. An NCHW input is turned round once; the fused forward stores an NCHW output tile by tile.
+The kernels work on NHWC. Of an NCHW input the forward turns round each row as it comes to it, in the caches, and the
+fused forward stores an NCHW output tile by tile; the backward, whose kernels read x twice, turns it round once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -66,13 +67,13 @@ class CpuBackend(Backend):
         p = problem
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
         how = f"{threads} thread{'s' if threads > 1 else ''}, {extension.load_cpu().level}"
-        if not p.channels_last:
-            how += ", x converted to NHWC"
         if p.op == "depthwise":
             staged = module.plan_cpu_depthwise(*where, threads=threads)
+            how += self._turned(p, where, threads, 1)
             return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
         paired = p.dtype == torch.bfloat16 and torch.ops.xsep.cpu_has_bfloat16_gemm()
         fused = module.plan_cpu_separable(*where, c_out=p.c_out, threads=threads, z_bytes=2 if paired else 4)
+        how += self._turned(p, where, threads, fused.panel_groups)
         gemm = f"{'bfloat16' if paired else 'float32'} GEMM, {how}"
         if fused.z_first:
             return f"all of z first, kept in the cache, then {fused.panels} panels of 64 channels, {gemm}"
@@ -81,6 +82,16 @@ class CpuBackend(Backend):
             f"fused, {fused.tasks} tasks of at most {fused.tile_pixels} pixels, {fused.panels} panels of 64 channels"
             f"{groups}, {gemm}"
         )
+
+    @staticmethod
+    def _turned(p: Problem, where: tuple[Any, ...], threads: int, visits: int) -> str:
+        """What is said of x's layout."""
+        module = extension.binding()
+        if p.channels_last or module is None:
+            return ""
+        if module.cpu_turns_rows(*where, threads=threads, visits=visits):
+            return ", x turned to NHWC row by row"
+        return ", x converted to NHWC"
 
     def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
         return torch.ops.xsep.cpu_depthwise_fprop(
