@@ -245,6 +245,9 @@ int main() {
       {"7x7 wider than the picture", {1, 16, 3, 2, 0, 0, 7, 7, one, {1, 1, 3, 3, 3, 3, 1, 1}}, 64},
       {"2x3, dilated", {1, 19, 8, 9, 0, 0, 2, 3, one, {3, 1, 2, 0, 1, 1, 2, 3}}, 17},
       {"3x3, wider than one turning", {2, 21, 7, 70, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 30},
+      {"3x3, each picture once for every group of panels",
+       {1, 65, 9, 9, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}},
+       512},
       {"one channel", {3, 1, 5, 1, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 1},
   };
   int wrong = 0;

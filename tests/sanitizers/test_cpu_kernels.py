@@ -82,7 +82,7 @@ def test_kernels_without_torch(sanitizer: str) -> None:
     program = built("kernels", [MAIN, ROOT / "csrc" / "cpu" / "activate.cpp"], flags, ["-lpthread"])
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr[-6000:]
-    assert done.stdout.count("forward right, backward right") == 7
+    assert done.stdout.count("forward right, backward right") == 8
 
 
 DRIVER = """
