@@ -106,13 +106,15 @@ PYBIND11_MODULE(_C, m) {
       "How the depthwise forward is cut into tasks.");
   m.def(
       "cpu_turns_rows",
-      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits) {
-        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits);
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits,
+         int64_t element_bytes, int64_t l2_bytes) {
+        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits, element_bytes,
+                                    l2_bytes ? l2_bytes : xsep::l2_cache_bytes());
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
-      py::arg("visits") = 1,
+      py::arg("visits"), py::arg("element_bytes"), py::arg("l2_bytes") = 0,
       "Whether rows of an NCHW input are turned round as they are come to, or all of it beforehand; visits: how often "
-      "each row is read, once for every group of panels.");
+      "each row is read, once for every group of panels; l2_bytes as above.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

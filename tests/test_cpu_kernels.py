@@ -344,7 +344,8 @@ def test_the_matrix_has_nchw_inputs_turned_row_by_row_and_as_a_whole() -> None:
     assert module is not None, "the extension is not built"
     turned = [
         module.cpu_turns_rows(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation), threads=2
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            threads=2, visits=1, element_bytes=c.dtype.itemsize,
         )
         for c in MATRIX if c.layout == "contiguous" and c.n
     ]  # fmt: skip

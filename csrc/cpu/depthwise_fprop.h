@@ -62,7 +62,7 @@ struct Block {
   int64_t q;                // of the first pixel
   int64_t column;           // input column of the first pixel's tap 0: may lie outside [0, width)
   int64_t width;            // input columns
-  Ahead ahead;              // what the next row of outputs will read
+  const Ahead* ahead;       // what the next row of outputs will read
   const float* w;           // [r * s, c_pad], tap (0, 0)
   const uint32_t* w_pairs;  // of the pass, or null
   ChannelAffine output;
@@ -106,7 +106,7 @@ __attribute__((noinline)) void prefetch_planes(const Ahead& a, int64_t column, i
 /// What the next row of outputs reads and this one does not, and where it is stored.
 template <class T, int kS, int kStride, int kPixels>
 XSEP_INLINE void prefetch_for_next_row(const RunOutput& to, const Block<T>& b, int64_t c) {
-  const Ahead& a = b.ahead;
+  const Ahead& a = *b.ahead;
   if (a.planes) {
     prefetch_planes<kStride>(a, b.q * kStride, c);
   } else if (a.row && c * a.channel_bytes % kLineBytes == 0) {
@@ -288,7 +288,8 @@ void run_rows(const DepthwiseFprop& p, Range pixels, Range channels, const RunOu
   b.width = brought ? p.input.row_columns : shape.w;
   b.c_begin = channels.begin;
   b.c_end = channels.end;
-  b.ahead = {0, shape.c * kBytes, kBytes, row_elements * kBytes, false};
+  Ahead ahead{0, shape.c * kBytes, kBytes, row_elements * kBytes, false};
+  b.ahead = &ahead;
   // Below the last row of taps, right of the first output's last tap but for what the output to its left has read.
   const int64_t ahead_shift = (row_elements + (shape.s - g.stride_w - g.pad_left) * shape.c) * kBytes;
   for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
@@ -309,9 +310,9 @@ void run_rows(const DepthwiseFprop& p, Range pixels, Range channels, const RunOu
                   : static_cast<const T*>(p.input.x) + (picture * shape.h + at) * row_elements;
     }
     if (brought) {
-      b.ahead = window.ahead();
+      ahead = window.ahead();
     } else if (taps.begin < taps.end) {
-      b.ahead.row = reinterpret_cast<uintptr_t>(rows[static_cast<size_t>(taps.end - taps.begin - 1)]) + ahead_shift;
+      ahead.row = reinterpret_cast<uintptr_t>(rows[static_cast<size_t>(taps.end - taps.begin - 1)]) + ahead_shift;
     }
     for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
       b.w = p.w + pass * shape.taps() * p.c_pad;

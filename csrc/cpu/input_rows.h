@@ -106,8 +106,11 @@ class RowWindow {
 
 namespace detail {
 
-/// One type's values of pixels and channels, brought as another's. kBits: as they are.
-template <class T, class X, bool kBits>
+/// What happens to values on the way. By far the most common are told apart when compiled: a row is little work else.
+enum class OnTheWay { kNothing, kRelu, kPrologue };
+
+/// One type's values of pixels and channels, brought as another's.
+template <class T, class X, OnTheWay kWay>
 class RowBringer {
  public:
   RowBringer(const InputRows& in, int64_t picture, Range channels, char* memory)
@@ -128,16 +131,19 @@ class RowBringer {
   }
 
   static XSEP_INLINE Vec loaded(const T* p, int64_t lanes) {
-    if constexpr (kBits) return lanes == kLanes ? load_bits(p) : load_first_bits(p, lanes);
+    if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? load_bits(p) : load_first_bits(p, lanes);
     return lanes == kLanes ? load(p) : load_first(p, lanes);
   }
   static XSEP_INLINE void stored(X* p, Vec v) {
-    if constexpr (kBits) return store_bits(p, v);
+    if constexpr (kWay == OnTheWay::kNothing) return store_bits(p, v);
     store(p, v);
   }
   template <int N>
   XSEP_INLINE void apply_prologue(int64_t c, Vec (&v)[N]) const {
-    if constexpr (!kBits) apply(in_.prologue, c_begin_ + c, v);
+    if constexpr (kWay == OnTheWay::kPrologue) apply(in_.prologue, c_begin_ + c, v);
+    if constexpr (kWay == OnTheWay::kRelu) {
+      unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = relu(v[i]); });
+    }
   }
 
   void copy(int64_t row) const {
@@ -218,10 +224,16 @@ class RowBringer {
 /// InputRows::Bring of an x of type T for kernels that read X.
 template <class T, class X>
 void bring_rows(const InputRows& in, int64_t picture, Range rows, Range channels, char* memory) {
+  using detail::OnTheWay;
+  const auto bring = [&]<OnTheWay kWay>() {
+    detail::RowBringer<T, X, kWay>(in, picture, channels, memory).bring(rows);
+  };
+  const ChannelAffine& a = in.prologue;
   if constexpr (std::is_same_v<T, X>) {
-    if (in.prologue.is_identity()) return detail::RowBringer<T, X, true>(in, picture, channels, memory).bring(rows);
+    if (a.is_identity()) return bring.template operator()<OnTheWay::kNothing>();
+    if (!a.scale && !a.shift && a.activation == Activation::kRelu) return bring.template operator()<OnTheWay::kRelu>();
   }
-  detail::RowBringer<T, X, false>(in, picture, channels, memory).bring(rows);
+  bring.template operator()<OnTheWay::kPrologue>();
 }
 
 }  // namespace xsep::cpu
