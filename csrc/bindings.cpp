@@ -107,14 +107,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_turns_rows",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits,
-         int64_t element_bytes, int64_t l2_bytes) {
-        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits, element_bytes,
-                                    l2_bytes ? l2_bytes : xsep::l2_cache_bytes());
+         int64_t element_bytes) {
+        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits, element_bytes);
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
-      py::arg("visits"), py::arg("element_bytes"), py::arg("l2_bytes") = 0,
+      py::arg("visits"), py::arg("element_bytes"),
       "Whether rows of an NCHW input are turned round as they are come to, or all of it beforehand; visits: how often "
-      "each row is read, once for every group of panels; l2_bytes as above.");
+      "each row is read, once for every group of panels.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

@@ -81,10 +81,10 @@ def _matrix() -> list[Case]:
                 some: dict[str, Any] = {
                     "dtype": dtype, "layout": "contiguous", "activations": (activation, None, None), "vectors": vectors
                 }  # fmt: skip
-                add(n=2, c_in=35, c_out=20, h=70, w=9, **some)
-                add(n=2, c_in=16, c_out=33, h=33, w=70, filter=(5, 5), padding=(0, 3, 2, 1), stride=(2, 2), **some)
-                add(n=3, c_in=7, multiplier=2, c_out=5, h=60, w=20, filter=(2, 3), stride=(3, 1), **some)
-                add(op="depthwise", n=4, c_in=65, h=64, w=33, filter=(3, 3), dilation=(3, 2), padding=(4,) * 4, **some)
+                add(n=4, c_in=35, c_out=20, h=210, w=9, **some)
+                add(n=2, c_in=16, c_out=33, h=120, w=70, filter=(5, 5), padding=(0, 3, 2, 1), stride=(2, 2), **some)
+                add(n=3, c_in=7, multiplier=2, c_out=5, h=640, w=20, filter=(2, 3), stride=(3, 1), **some)
+                add(op="depthwise", n=2, c_in=65, h=64, w=33, filter=(3, 3), dilation=(3, 2), padding=(4,) * 4, **some)
     for dtype in TYPES:
         add(n=2, c_in=48, c_out=64, h=70, w=67, dtype=dtype, layout="contiguous", activations=(None, None, None))
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.

@@ -177,12 +177,12 @@ inline CpuRowsPlan plan_cpu_rows(const DepthwiseShape& s, bool nchw) {
 }
 
 /// Whether each thread turns round the rows of an NCHW x as it comes to them, instead of all of x beforehand. visits:
-/// how often it would. What threads share of their neighbours' rows is turned by both; and a thread's part that stays
-/// in its second-level cache is turned faster as a whole, in long rows.
-inline bool cpu_turns_rows(const DepthwiseShape& s, int threads, int64_t visits, int64_t element_bytes,
-                           int64_t l2_bytes) {
+/// how often it would. What threads share of their neighbours' rows is turned by both; and an x that stays in the
+/// second-level caches is turned faster as a whole, in long rows.
+inline bool cpu_turns_rows(const DepthwiseShape& s, int threads, int64_t visits, int64_t element_bytes) {
+  constexpr int64_t kLeastBytes = 512 * 1024;
   const int64_t shared = std::max<int64_t>(rows_read(s) - s.geometry.stride_h, 0);
-  return visits == 1 && 4 * shared * threads <= s.n * s.h && s.pixels_in() * s.c * element_bytes > l2_bytes * threads;
+  return visits == 1 && 4 * shared * threads <= s.n * s.h && s.pixels_in() * s.c * element_bytes >= kLeastBytes;
 }
 
 inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t z_bytes) {

@@ -157,7 +157,7 @@ class DepthwiseInputs {
  private:
   static bool turns_rows(const Tensor& x, const DepthwiseShape& shape, int64_t visits) {
     return x.is_contiguous() && !x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-           cpu_turns_rows(shape, at::get_num_threads(), visits, x.element_size(), l2_cache_bytes());
+           cpu_turns_rows(shape, at::get_num_threads(), visits, x.element_size());
   }
 
   InputRows input_rows(const DepthwiseShape& s) {
