@@ -105,15 +105,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
       "How the depthwise forward is cut into tasks.");
   m.def(
-      "cpu_turns_rows",
-      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits,
-         int64_t element_bytes) {
-        return xsep::cpu_turns_rows(make_shape(x, filter, multiplier, geometry), threads, visits, element_bytes);
+      "cpu_brings_rows",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, int threads,
+         int64_t visits, int64_t element_bytes) {
+        return xsep::cpu_brings_rows(make_shape(x, filter, multiplier, geometry), nchw, threads, visits, element_bytes);
       },
-      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
-      py::arg("visits"), py::arg("element_bytes"),
-      "Whether rows of an NCHW input are turned round as they are come to, or all of it beforehand; visits: how often "
-      "each row is read, once for every group of panels.");
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
+      py::arg("threads"), py::arg("visits"), py::arg("element_bytes"),
+      "Whether rows of an input that is NCHW, or has a prologue, are brought into NHWC with the prologue applied as "
+      "the "
+      "kernels come to them, or all of them beforehand; visits: how often each is read, once for every group of "
+      "panels.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

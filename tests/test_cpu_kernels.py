@@ -339,17 +339,19 @@ def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
     assert {True, False} == {p.z_first for p in plans if p.tiles > 1}
 
 
-def test_the_matrix_has_nchw_inputs_turned_row_by_row_and_as_a_whole() -> None:
+@pytest.mark.parametrize("nchw", [True, False], ids=["NCHW", "a prologue"])
+def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    turned = [
-        module.cpu_turns_rows(
+    by_rows = [
+        module.cpu_brings_rows(
             (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
-            threads=2, visits=1, element_bytes=c.dtype.itemsize,
+            nchw=nchw, threads=2, visits=1, element_bytes=c.dtype.itemsize,
         )
-        for c in MATRIX if c.layout == "contiguous" and c.n
+        for c in MATRIX
+        if c.n and (c.layout == "contiguous" if nchw else c.layout != "contiguous" and c.activations[0])
     ]  # fmt: skip
-    assert min(turned.count(True), turned.count(False)) > 10
+    assert min(by_rows.count(True), by_rows.count(False)) > 10
 
 
 def test_the_matrix_has_weight_gradients_of_one_group_of_pixels_and_of_several() -> None:

@@ -176,13 +176,14 @@ inline CpuRowsPlan plan_cpu_rows(const DepthwiseShape& s, bool nchw) {
   return plan;
 }
 
-/// Whether each thread turns round the rows of an NCHW x as it comes to them, instead of all of x beforehand. visits:
-/// how often it would. What threads share of their neighbours' rows is turned by both; and an x that stays in the
-/// second-level caches is turned faster as a whole, in long rows.
-inline bool cpu_turns_rows(const DepthwiseShape& s, int threads, int64_t visits, int64_t element_bytes) {
+/// Whether each thread brings the rows of x as it comes to them, or all of x is brought beforehand. visits: how often
+/// it would bring each. Rows at the edge of what two threads work on are brought by both, so there must be enough of
+/// them; and NCHW that stays in the second-level caches is turned round faster as a whole, in long rows.
+inline bool cpu_brings_rows(const DepthwiseShape& s, bool nchw, int threads, int64_t visits, int64_t element_bytes) {
   constexpr int64_t kLeastBytes = 512 * 1024;
-  const int64_t shared = std::max<int64_t>(rows_read(s) - s.geometry.stride_h, 0);
-  return visits == 1 && 4 * shared * threads <= s.n * s.h && s.pixels_in() * s.c * element_bytes >= kLeastBytes;
+  const int64_t shared = std::max<int64_t>(rows_read(s) - s.geometry.stride_h, 1);
+  const bool large = s.pixels_in() * s.c * element_bytes >= kLeastBytes;
+  return visits == 1 && 4 * shared * threads <= s.n * s.h && (large || !nchw);
 }
 
 inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t z_bytes) {

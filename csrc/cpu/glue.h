@@ -132,7 +132,7 @@ class DepthwiseInputs {
   DepthwiseInputs(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p, const OptionalTensor& shift_p,
                   int64_t activation, double alpha, const DepthwiseShape& shape, int64_t visits)
       : params{},
-        x_(turns_rows(x, shape, visits) ? x : to_nhwc(x)),
+        x_(x),
         c_pad_(round_up(shape.c, kChannelPad)),
         w_(packed_depthwise(w_dw, shape, c_pad_)),
         prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha),
@@ -140,7 +140,7 @@ class DepthwiseInputs {
     params.shape = shape;
     params.c_pad = c_pad_;
     params.w = w_.const_data_ptr<float>();
-    params.input = input_rows(shape);
+    params.input = input_rows(shape, visits);
 #if defined(__AVX512BW__)
     if (kHasBFloat16Instructions && dtype_ == at::kBFloat16 && shape.c >= kPairChannels && slides(shape) &&
         has_pairs(shape.s)) {
@@ -155,13 +155,11 @@ class DepthwiseInputs {
   DepthwiseFprop params;
 
  private:
-  static bool turns_rows(const Tensor& x, const DepthwiseShape& shape, int64_t visits) {
-    return x.is_contiguous() && !x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-           cpu_turns_rows(shape, at::get_num_threads(), visits, x.element_size());
-  }
-
-  InputRows input_rows(const DepthwiseShape& s) {
+  InputRows input_rows(const DepthwiseShape& s, int64_t visits) {
     const ChannelAffine& a = prologue_.affine();
+    const bool nchw = x_.is_contiguous() && !x_.is_contiguous(at::MemoryFormat::ChannelsLast);
+    const bool by_rows = cpu_brings_rows(s, nchw, at::get_num_threads(), visits, x_.element_size());
+    if (!nchw || (a.is_identity() && !by_rows)) x_ = to_nhwc(x_);
     InputRows in{};
     in.x = x_.const_data_ptr();
     in.nchw = !x_.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -169,20 +167,45 @@ class DepthwiseInputs {
     in.x_element_bytes = x_.element_size();
     in.prologue = a;
     if (!in.nchw && a.is_identity()) return in;
-    const bool exact = a.is_identity() || (!a.scale && !a.shift &&
-                                           (a.activation == Activation::kRelu || a.activation == Activation::kRelu6));
+    const bool clamps = a.activation == Activation::kRelu || a.activation == Activation::kRelu6;
+    const bool exact = a.is_identity() || (clamps && !a.scale && !a.shift);
     if (!exact) dtype_ = at::kFloat;
+    in.element_bytes = static_cast<int64_t>(at::elementSize(dtype_));
+    with_storage(x_.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      in.bring = dtype_ == at::kFloat ? bring_rows<T, float> : bring_rows<T, T>;
+    });
+    if (!by_rows) return brought_beforehand(in, s);
     const CpuRowsPlan plan = plan_cpu_rows(s, in.nchw);
     in.slots = plan.slots;
     in.at_once = plan.at_once;
     in.left = s.geometry.pad_left;
     in.row_columns = plan.columns;
-    in.element_bytes = static_cast<int64_t>(at::elementSize(dtype_));
     in.pixel_step = brought_pixel_step(s.c, in.element_bytes);
-    with_storage(x_.scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      in.bring = dtype_ == at::kFloat ? bring_rows<T, float> : bring_rows<T, T>;
+    return in;
+  }
+
+  /// The same rows side by side: NHWC, to be read where it lies.
+  InputRows brought_beforehand(InputRows in, const DepthwiseShape& s) {
+    const Tensor all =
+        empty_image({s.n, s.c, s.h, s.w}, at::empty({0}, x_.options().dtype(dtype_)), at::MemoryFormat::ChannelsLast);
+    in.slots = s.h;
+    in.row_columns = s.w;
+    in.pixel_step = s.c;
+    char* const out = static_cast<char*>(all.mutable_data_ptr());
+    const int64_t picture_bytes = s.h * in.row_bytes();
+    at::parallel_for(0, s.n * s.h, std::max<int64_t>(32768 / (s.w * s.c), 1), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end;) {
+        const int64_t picture = row / s.h, first = row - picture * s.h;
+        const Range rows{first, std::min(s.h, first + end - row)};
+        in.bring(in, picture, rows, {0, s.c}, out + picture * picture_bytes);
+        row += rows.end - rows.begin;
+      }
     });
+    x_ = all;
+    in.x = all.const_data_ptr();
+    in.nchw = false;
+    in.bring = nullptr;
     return in;
   }
 

@@ -134,9 +134,9 @@ class RowBringer {
     if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? load_bits(p) : load_first_bits(p, lanes);
     return lanes == kLanes ? load(p) : load_first(p, lanes);
   }
-  static XSEP_INLINE void stored(X* p, Vec v) {
-    if constexpr (kWay == OnTheWay::kNothing) return store_bits(p, v);
-    store(p, v);
+  static XSEP_INLINE void stored(X* p, Vec v, int64_t lanes) {
+    if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? store_bits(p, v) : store_first_bits(p, v, lanes);
+    lanes == kLanes ? store(p, v) : store_first(p, v, lanes);
   }
   template <int N>
   XSEP_INLINE void apply_prologue(int64_t c, Vec (&v)[N]) const {
@@ -157,7 +157,8 @@ class RowBringer {
         Vec v[pixels()];
         unroll<pixels()>([&](auto i) __attribute__((always_inline)) { v[i] = loaded(at + i * in_.c + c, lanes); });
         apply_prologue(c, v);
-        unroll<pixels()>([&](auto i) __attribute__((always_inline)) { stored(to + i * in_.pixel_step + c, v[i]); });
+        unroll<pixels()>([&](auto i)
+                             __attribute__((always_inline)) { stored(to + i * in_.pixel_step + c, v[i], lanes); });
       }
     };
     int64_t column = 0;
@@ -198,7 +199,7 @@ class RowBringer {
         });
         transpose(v);
         apply_prologue(c, v);
-        unroll<kLanes>([&](auto l) __attribute__((always_inline)) { stored(to[l] + c, v[l]); });
+        unroll<kLanes>([&](auto l) __attribute__((always_inline)) { stored(to[l] + c, v[l], kLanes); });
       }
       return;
     }
@@ -209,7 +210,7 @@ class RowBringer {
       for (int64_t l = 0; l < channels; ++l) v[l] = loaded(from + (c + l) * plane, pixels);
       transpose(v);
       apply_prologue(c, v);
-      for (int64_t l = 0; l < pixels; ++l) stored(to[l] + c, v[l]);
+      for (int64_t l = 0; l < pixels; ++l) stored(to[l] + c, v[l], channels);
     }
   }
 

@@ -45,6 +45,7 @@ XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
 XSEP_INLINE Vec load_bits(const float* p) { return load(p); }
 XSEP_INLINE Vec load_first_bits(const float* p, int64_t n) { return load_first(p, n); }
 XSEP_INLINE void store_bits(float* p, Vec v) { store(p, v); }
+XSEP_INLINE void store_first_bits(float* p, Vec v, int64_t n) { store_first(p, v, n); }
 template <class T>
 XSEP_INLINE Vec load_bits(const T* p) {
   static_assert(sizeof(T) == 2);
@@ -54,6 +55,11 @@ template <class T>
 XSEP_INLINE Vec load_first_bits(const T* p, int64_t n) {
   static_assert(sizeof(T) == 2);
   return as_float(__builtin_convertvector(load_first_16(p, n), VecBits));
+}
+template <class T>
+XSEP_INLINE void store_first_bits(T* p, Vec v, int64_t n) {
+  static_assert(sizeof(T) == 2);
+  store_first_16(p, __builtin_convertvector(as_bits(v), Vec16), n);
 }
 template <class T>
 XSEP_INLINE void store_bits(T* p, Vec v) {

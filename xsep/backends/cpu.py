@@ -89,7 +89,7 @@ class CpuBackend(Backend):
         module = extension.binding()
         if p.channels_last or module is None:
             return ""
-        if module.cpu_turns_rows(*where, threads=threads, visits=visits, element_bytes=p.dtype.itemsize):
+        if module.cpu_brings_rows(*where, nchw=True, threads=threads, visits=visits, element_bytes=p.dtype.itemsize):
             return ", x turned to NHWC row by row"
         return ", x converted to NHWC"
 
