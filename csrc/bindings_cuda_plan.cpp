@@ -60,6 +60,15 @@ void bind_cuda_plan(py::module_& m) {
       .def_readonly("halo_rows", &SeparablePlan::halo_rows)
       .def_readonly("halo_columns", &SeparablePlan::halo_columns)
       .def_readonly("shared_bytes", &SeparablePlan::shared_bytes);
+  py::class_<ChainBackwardPlan>(m, "CudaChainBackwardPlan")
+      .def_readonly("fused", &ChainBackwardPlan::fused)
+      .def_readonly("tile_rows", &ChainBackwardPlan::tile_rows)
+      .def_readonly("tiles_down", &ChainBackwardPlan::tiles_down)
+      .def_readonly("tiles_across", &ChainBackwardPlan::tiles_across)
+      .def_readonly("tiles", &ChainBackwardPlan::tiles)
+      .def_readonly("workers", &ChainBackwardPlan::workers)
+      .def_readonly("shares", &ChainBackwardPlan::shares)
+      .def_readonly("shared_bytes", &ChainBackwardPlan::shared_bytes);
   define_depthwise(m, "plan_cuda_depthwise_fprop", &plan_depthwise_fprop,
                    "How the CUDA depthwise forward is cut into CTAs. shape: N, H, W, C_in, P, Q, C_mid, R, S, stride h "
                    "and w, padding top and left, dilation h and w.");
@@ -82,4 +91,14 @@ void bind_cuda_plan(py::module_& m) {
       },
       py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("multiprocessors"),
       py::arg("shared_bytes") = 0, py::arg("l2_bytes"), "Pictures at a time of a staged layer in the training chain.");
+  m.def(
+      "plan_cuda_chain_backward",
+      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
+         int l2_bytes) {
+        return plan_chain_backward(make_shape(shape), c_out, element_bytes, aligned,
+                                   {multiprocessors, shared_bytes, l2_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes"),
+      "How a layer's backward in the training chain is cut into the tiles of one pass, or a plan that is not fused.");
 }

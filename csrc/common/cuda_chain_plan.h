@@ -1,5 +1,5 @@
 // How the CUDA kernels of the training chain that do no convolution are cut, and a layer's backward into slices of the
-// batch: pure functions, as in cuda_plan.h.
+// batch or into the tiles of one pass: pure functions, as in cuda_plan.h.
 #pragma once
 
 #include "cuda_plan.h"
@@ -47,18 +47,122 @@ inline int merge_groups(int64_t tiles) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, (tiles + 31) / 32)));
 }
 
+// Bytes of one picture's r or dr, and z or dz.
+inline int64_t intermediate_bytes(const ConvShape& c, int c_out, int element_bytes) {
+  const int64_t pixels = static_cast<int64_t>(c.p) * c.q;
+  return std::max<int64_t>(1, pixels * (static_cast<int64_t>(c_out) + c.c_mid) * element_bytes);
+}
+
 // Pictures of a slice of a layer's forward or backward: r or dr, and z or dz, of so many stay in half of L2 between the
 // kernels that write and read them; but enough pictures to fill the card with tiles of a GEMM.
 inline int plan_chain_slice(const ConvShape& c, int c_out, int element_bytes, const DeviceProperties& device) {
   const int64_t pixels = static_cast<int64_t>(c.p) * c.q;
-  const int64_t picture = std::max<int64_t>(1, pixels * (static_cast<int64_t>(c_out) + c.c_mid) * element_bytes);
   const int64_t tiles = std::max<int64_t>(1, (pixels + 127) / 128 * ((c.c_mid + 127) / 128));
-  const int64_t fitting = device.l2_bytes / 2 / picture;
+  const int64_t fitting = device.l2_bytes / 2 / intermediate_bytes(c, c_out, element_bytes);
   const int64_t filling = (2 * static_cast<int64_t>(device.multiprocessors) + tiles - 1) / tiles;
   const int64_t most = std::max(fitting, filling);
   // None more than one picture smaller than another.
   const int64_t slices = (c.n + most - 1) / std::max<int64_t>(1, most);
   return static_cast<int>(std::max<int64_t>(1, (c.n + slices - 1) / std::max<int64_t>(1, slices)));
+}
+
+// A layer's backward in one pass: a CTA forms dr, z, dz and dx of one tile of pixels after the other in shared memory.
+// Its threads are one wave of the card: registers hold all of dw_pw and dw_dw from a CTA's first tile to its last.
+inline constexpr int kChainTileColumns = 16;  // one step of mma along the pixels
+inline constexpr int kChainVec = 2;           // channels a thread of the depthwise steps
+inline constexpr int kChainThreads = 512;
+inline constexpr int kChainWarps = kChainThreads / 32;
+inline constexpr int kChainBlock = 32;  // pixels or channels of a warp's block of a product, both ways
+inline constexpr int kMostChainChannels = 128;
+static_assert((kMostChainChannels / kChainBlock) * (kMostChainChannels / kChainBlock) <= kChainWarps,
+              "every block of dw_pw has a warp");
+inline constexpr int kFewestChainRows = 4;  // with fewer, about half of what is read would be halo
+inline constexpr int kMostChainRows = 16;
+
+// Whole blocks of channels of 2 bytes, and 16 bytes more: an odd number of ldmatrix's units, so that the 8 rows that it
+// reads lie in different banks.
+constexpr int chain_pitch(int blocks) { return blocks * kChainBlock * 2 + 16; }
+static_assert(chain_pitch(1) / 16 % 2 == 1 && chain_pitch(2) / 16 % 2 == 1, "an odd number of units");
+
+struct ChainBackwardLayout {
+  int dr, x, z, dz, w_pw, taps, affines, coef;
+};
+
+struct ChainBackwardPlan {
+  bool fused;                    // else slice by slice through memory, a kernel after the other
+  int tile_rows;                 // of kChainTileColumns pixels
+  int halo_pixels;               // of a tile and its border of one pixel
+  int tiles_down, tiles_across;  // a picture
+  int tiles;                     // of all pictures
+  int workers;                   // CTAs that share them
+  int blocks_in, blocks_out;     // kChainBlock channels each; the last may be padded
+  int shares;                    // warps that share the pixels of one block of dw_pw
+  int pitch_in, pitch_out;       // bytes from one pixel's channels to the next pixel's
+  int dr_bytes;                  // of the buffer that holds dr, and in the end the sums
+  ChainBackwardLayout layout;
+  int shared_bytes;
+};
+
+namespace detail {
+
+inline void lay_out_shared_memory(ChainBackwardPlan& plan, int c_in, int c_out) {
+  plan.shared_bytes = 0;
+  const auto take = [&](int bytes) {
+    const int place = plan.shared_bytes;
+    plan.shared_bytes += shared_bytes_of(bytes);
+    return place;
+  };
+  // In the end a filter row of every thread's sums takes the place of dr.
+  constexpr int kSums = 3 * kChainVec * kChainThreads * 4;
+  plan.dr_bytes = std::max(kSums, plan.halo_pixels * plan.pitch_out);
+  plan.layout.dr = take(plan.dr_bytes);
+  plan.layout.x = take(plan.halo_pixels * plan.pitch_in);
+  plan.layout.z = take(plan.tile_rows * kChainTileColumns * plan.pitch_in);
+  plan.layout.dz = take(plan.halo_pixels * plan.pitch_in);
+  plan.layout.w_pw = take(plan.blocks_out * kChainBlock * plan.pitch_in);
+  plan.layout.taps = take(9 * c_in * 4);
+  plan.layout.affines = take((2 + kMostGradientSums - 1) * c_in * 4);
+  plan.layout.coef = take(3 * c_out * 4);
+}
+
+}  // namespace detail
+
+// In one pass where the channels allow it and no slice is small enough: where all that a layer's kernels touch of one
+// picture (du, r, dr; x, z or dz, dx) is more than half of L2. That is counted in bytes; no card has measured it yet.
+inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int element_bytes, bool aligned,
+                                             const DeviceProperties& device) {
+  const ChainBackwardPlan staged{};
+  const bool filter = c.r == 3 && c.s == 3 && c.stride_h == 1 && c.stride_w == 1 && c.dilation_h == 1 &&
+                      c.dilation_w == 1 && c.pad_top == 1 && c.pad_left == 1 && c.p == c.h && c.q == c.w;
+  const bool channels =
+      c.c_mid == c.c_in && c.c_in % 8 == 0 && c_out % 8 == 0 && std::max(c.c_in, c_out) <= kMostChainChannels;
+  if (!aligned || element_bytes != 2 || !filter || !channels || c.n < 1) return staged;
+  if (3 * intermediate_bytes(c, c_out, element_bytes) <= device.l2_bytes / 2) return staged;
+  ChainBackwardPlan best = staged;
+  int64_t fewest = std::numeric_limits<int64_t>::max();
+  for (int rows = kFewestChainRows; rows <= kMostChainRows; ++rows) {
+    ChainBackwardPlan plan{};
+    plan.fused = true;
+    plan.tile_rows = rows;
+    plan.halo_pixels = (rows + 2) * (kChainTileColumns + 2);
+    plan.tiles_down = ceil_div(c.h, rows);
+    plan.tiles_across = ceil_div(c.w, kChainTileColumns);
+    const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
+    // The kernel counts pixels and channels of one picture's tile in 32 bits.
+    const int64_t reach = static_cast<int64_t>(rows + 2) * c.w * std::max(c.c_in, c_out);
+    if (std::max(tiles, reach) > std::numeric_limits<int>::max()) continue;
+    plan.tiles = static_cast<int>(tiles);
+    plan.workers = std::min(plan.tiles, device.multiprocessors);
+    plan.blocks_in = ceil_div(c.c_in, kChainBlock), plan.blocks_out = ceil_div(c_out, kChainBlock);
+    plan.pitch_in = chain_pitch(plan.blocks_in), plan.pitch_out = chain_pitch(plan.blocks_out);
+    plan.shares = kChainWarps / (plan.blocks_in * plan.blocks_out);
+    detail::lay_out_shared_memory(plan, c.c_in, c_out);
+    if (plan.shared_bytes > device.shared_bytes_per_cta) break;
+    // What all tiles multiply, and about what they read.
+    const int64_t work = tiles * ceil_div(plan.halo_pixels, kChainBlock);
+    if (work < fewest) best = plan, fewest = work;
+  }
+  return best;
 }
 
 }  // namespace xsep::cuda

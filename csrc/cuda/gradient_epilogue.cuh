@@ -2,6 +2,7 @@
 // sums. Both the depthwise backward and the gradient of a load alone end with it.
 #pragma once
 
+#include "activation.cuh"
 #include "numeric.cuh"
 #include "params.h"
 
@@ -50,6 +51,35 @@ __device__ __forceinline__ void add_to_sums(float (&sums)[1 + kMostOperands][VEC
 #pragma unroll
     for (int v = 0; v < VEC; ++v) sums[1 + k][v] = fmaf(d[v], operand[v] - middle[v], sums[1 + k][v]);
   }
+}
+
+// The image of x, and dx of the same layout.
+struct InputImages {
+  const void* x;
+  void* dx;
+  int height, width, channels;
+};
+
+// From d, the gradient of act(scale x + shift), to dx as it is stored, and its part of a thread's sums.
+template <class T, int VEC, class Centre>
+__device__ __forceinline__ void finish_gradient(float (&d)[VEC], float (&sums)[1 + kMostOperands][VEC],
+                                                const GradientEpilogue& epilogue, const InputImages& images,
+                                                const PixelPlace& place, int c, const float (&x)[VEC],
+                                                const float (&scale)[VEC], const float (&shift)[VEC],
+                                                const ActivationChoice& activation, Centre centre) {
+  const bool joins = epilogue.shortcut != nullptr, before = epilogue.before_mask != 0;
+  if (joins && before) add_shortcut<T>(d, epilogue, place, images.height, images.width, images.channels, c);
+  float slope[VEC];
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) slope[v] = fmaf(scale[v], x[v], shift[v]);
+  activation_slope(slope, activation);
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) d[v] *= slope[v];
+  if (joins && !before) add_shortcut<T>(d, epilogue, place, images.height, images.width, images.channels, c);
+  const auto rounded = Pack<T, VEC>::round(d);
+  rounded.store(static_cast<T*>(images.dx) + place.at);
+  rounded.widen(d);
+  add_to_sums<T>(sums, d, epilogue, images.x, x, place.at, centre);
 }
 
 }  // namespace xsep::cuda

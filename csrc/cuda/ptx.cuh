@@ -19,6 +19,13 @@ __device__ __forceinline__ unsigned block_index_again() {
   return index;
 }
 
+// threadIdx.x likewise.
+__device__ __forceinline__ unsigned thread_index_again() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // Starts copying 16 bytes from global to shared memory, zeros where !valid (then source is not read, but must be
 // a valid address). Both 16-byte aligned. Bypasses L1: what is copied is read once a CTA.
 __device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
@@ -39,6 +46,14 @@ __device__ __forceinline__ void cp_async_wait() {
 // 16 bytes and so aligned; lane l receives the 4 bytes number l % 4 of row l / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, each matrix transposed on the way: lane l receives elements 2 (l % 4) and the next of column l / 4.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");

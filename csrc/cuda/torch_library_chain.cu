@@ -19,56 +19,17 @@
 namespace xsep::cuda {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-// Windows of 3 x 3 and stride 2 over s, one for each element of t; taps lie as t does.
-struct Windows {
-  ImageShape shape;
-  int pad_top, pad_left;
-
-  Windows(const Tensor& t, const ImageShape& s, const Ints& pads) : shape(s) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == (s.h + 1) / 2 && t.size(3) == (s.w + 1) / 2,
-                    "pooled images must have half of the height and width");
-    STD_TORCH_CHECK(pads.size() == 2, "pads must hold 2 numbers: top, left");
-    shape.h = narrow(t.size(2), "pooled H"), shape.w = narrow(t.size(3), "pooled W");
-    pad_top = narrow(pads[0], "the padding above"), pad_left = narrow(pads[1], "the padding left");
-    STD_TORCH_CHECK(pad_top < 2 && pad_left < 2, "pads must be 0 or 1");
-  }
-};
-
-const uint8_t* taps_of(const Tensor& taps, const Tensor& x, const ImageShape& s) {
-  STD_TORCH_CHECK(
-      taps.is_cuda() && taps.get_device_index() == x.get_device_index() && taps.scalar_type() == ScalarType::Byte,
-      "taps must be uint8, on the device of r");
-  return static_cast<const uint8_t*>(nhwc(taps, taps, "taps", s.n, s.c, s.h, s.w));
-}
-
 template <class Params>
 void plan_for(Params& p, const DeviceScope& device, bool aligned, int ctas_per_sm, int64_t pixels) {
   p.plan = plan_images(pixels, p.shape.c, element_bytes(p.type), aligned, ctas_per_sm, device.properties(p));
 }
 
 Tensor cuda_chain_raw_gradient(Tensor du, OptionalTensor taps, Tensor r, Tensor coef, Ints pads) {
-  RawGradientParams p{};
-  const ImageShape& s = p.shape = image_shape(r, "r");
-  p.type = type_of(r, "r");
-  p.r = image(r, r, "r", s);
-  p.coef = floats(coef, r, "coef", 3 * static_cast<int64_t>(s.c));
-  Tensor dr = new_image(r, s);
+  RawGradientParams p = raw_gradient_of({du, taps, r, coef}, pads);
+  Tensor dr = new_image(r, p.shape);
   p.dr = dr.mutable_data_ptr();
-  if (taps.has_value()) {
-    const Windows windows(du, s, pads);
-    p.du = image(du, r, "du", windows.shape);
-    p.taps = taps_of(*taps, r, windows.shape);
-    p.pooled_h = windows.shape.h, p.pooled_w = windows.shape.w;
-    p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;
-  } else {
-    p.du = image(du, r, "du", s);
-  }
   const DeviceScope device(r, p);
-  const bool aligned = is_aligned(p.du) && is_aligned(p.taps) && is_aligned(p.r) && is_aligned(p.dr);
-  plan_for(p, device, aligned, kMapCtasPerSm, s.pixels());
+  plan_for(p, device, is_aligned(p) && is_aligned(p.dr), kMapCtasPerSm, p.shape.pixels());
   raw_gradient(p, device.stream());
   return dr;
 }

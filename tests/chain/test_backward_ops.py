@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.chain.support import DTYPES, WAY_IDS, WAYS, affine, hold, image, last, layer, same, vector, wide
+from tests.chain.support import CHANNELS, DTYPES, WAY_IDS, WAYS, affine, hold, image, last, layer, same, vector, wide
 from tests.chain.test_forward_ops import starts, torch_pool
 from xsep.activations import activate
 from xsep.backends.chain import Load, RawGradient, Shortcut
@@ -41,9 +41,12 @@ def coefficients(c: int, dtype: torch.dtype) -> Tensor:
 class Case:
     """One layer's backward with everything that may come with it."""
 
-    def __init__(self, dtype: torch.dtype, code: int, g: Geometry, short: str, operands: int, pool: str, vec: bool):
-        c, c_out = 11, 17
-        h, w = (10, 9) if pool else (9, 7)
+    def __init__(
+        self, dtype: torch.dtype, code: int, g: Geometry, short: str, operands: int, pool: str, vec: bool,
+        size: Optional[tuple[int, int]] = None, channels: Optional[tuple[int, int]] = None,
+    ) -> None:  # fmt: skip
+        c, c_out = channels or CHANNELS
+        h, w = size or ((10, 9) if pool else (9, 7))
         self.code, self.geometry, self.dtype = code, g, dtype
         self.vec = vector(c, dtype) if vec else None
         self.x = image(3, c, h, w, self.vec, dtype)

@@ -35,8 +35,12 @@ LIBRARIES = {
         "entry_separable.cpp",
     ],
     "chain": [
-        *(f"chain/{p.name}" for p in sorted((CUDA_SOURCES / "chain").glob("*.cu"))),
+        *(f"chain/{p.name}" for p in sorted((CUDA_SOURCES / "chain").glob("*.cu")) if "fused" not in p.name),
         "entry_chain.cpp",
+    ],
+    "fused_backward": [
+        *(f"chain/fused_backward{suffix}.cu" for suffix in ("", "_fp16", "_bf16")),
+        "entry_fused_backward.cpp",
     ],
 }
 

@@ -36,6 +36,23 @@ class RawGradient(ctypes.Structure):
     _fields_ = [*_START, *_pointers("du taps r coef dr"), *_ints("pooled_h pooled_w pad_top pad_left")]
 
 
+class BackwardPlan(ctypes.Structure):
+    """ChainBackwardPlan, its layout written out."""
+
+    _fields_ = [
+        ("fused", ctypes.c_bool),
+        *_ints("tile_rows halo_pixels tiles_down tiles_across tiles workers blocks_in blocks_out shares pitch_in"),
+        *_ints("pitch_out dr_bytes dr x z dz w_pw taps affines coef shared_bytes"),
+    ]
+
+
+class FusedBackward(ctypes.Structure):
+    _fields_ = [
+        ("plan", BackwardPlan), ("gradient", RawGradient), ("depthwise", emulated.DepthwiseBprop),
+        *_pointers("w_pw dw_pw_partials dw_pw"),
+    ]  # fmt: skip
+
+
 class Statistics(ctypes.Structure):
     _fields_ = [*_START, *_pointers("r partials counts")]
 
@@ -91,9 +108,11 @@ class EmulatedChain:
     def __init__(self, seed: int = 0, multiprocessors: int = 1, aligned: bool = True) -> None:
         self.library = Library(emulated.build("chain"), seed)
         self.depthwise = Library(emulated.build("depthwise"), seed)
-        self.device = emulated.Device(multiprocessors, 99 * 1024, 1 << 20)
+        self.fused = Library(emulated.build("fused_backward"), seed)
+        self.device = emulated.Device(multiprocessors, 227 * 1024, 0)
         self.aligned = aligned
         self.kept: list[Guarded] = []
+        self.fused_backwards = 0
 
     def image(self, t: Maybe) -> Optional[int]:
         check_nhwc(t)
@@ -117,8 +136,16 @@ class EmulatedChain:
         )  # fmt: skip
         return ImageShape(n, h, w, c), plan, emulated.TYPES[x.dtype]
 
+    def conv_shape(self, x: Tensor, w_dw: Tensor, geometry: list[int]) -> emulated.ConvShape:
+        (n, c, h, w), g = x.shape, Geometry(*geometry)
+        return emulated.ConvShape(
+            n, h, w, c, *g.output_size(h, w, *w_dw.shape[2:]), c, *w_dw.shape[2:], g.stride_h, g.stride_w, g.pad_top,
+            g.pad_left, g.dilation_h, g.dilation_w,
+        )  # fmt: skip
+
     def call(self, name: str, params: ctypes.Structure) -> None:
-        self.library.call(f"emulate_{name}", params)
+        library = self.fused if name == "fused_backward" else self.library
+        library.call(f"emulate_{name}", params)
         for guarded in self.kept:
             guarded.check()
         self.kept.clear()
@@ -198,12 +225,9 @@ class EmulatedChain:
     ) -> None:  # fmt: skip
         """By the depthwise library; dx and partials are written, each in the place it has in a larger tensor."""
         check_nhwc(dx)
-        (n, c, h, w), (p, q), g = x.shape, dz.shape[2:], Geometry(*geometry)
-        assert (p, q) == g.output_size(h, w, *w_dw.shape[2:]) and w_dw.is_contiguous() and partials.is_contiguous()
-        shape = emulated.ConvShape(
-            n, h, w, c, p, q, c, *w_dw.shape[2:], g.stride_h, g.stride_w, g.pad_top, g.pad_left, g.dilation_h,
-            g.dilation_w,
-        )  # fmt: skip
+        n, c, h, w = x.shape
+        shape = self.conv_shape(x, w_dw, geometry)
+        assert dz.shape[2:] == (shape.p, shape.q) and w_dw.is_contiguous() and partials.is_contiguous()
         plan = emulated.DepthwisePlan()
         self.depthwise.lib.emulate_plan_depthwise_bprop(
             ctypes.byref(shape), x.dtype.itemsize, int(self.aligned), ctypes.byref(self.device), ctypes.byref(plan)
@@ -230,6 +254,42 @@ class EmulatedChain:
         ))  # fmt: skip
         self.kept.clear()
         return dw_dw.check(), totals.check()
+
+    def backward_plan(self, shape: emulated.ConvShape, c_out: int) -> BackwardPlan:
+        plan = BackwardPlan()
+        self.fused.lib.emulate_plan_chain_backward(
+            ctypes.byref(shape), c_out, 2, int(self.aligned), ctypes.byref(self.device), ctypes.byref(plan)
+        )
+        return plan
+
+    def cuda_chain_fused_backward(
+        self, du: Tensor, taps: Maybe, r: Tensor, coef: Tensor, pads: list[int], w_pw: Tensor, w_dw: Tensor, x: Tensor,
+        vec: Maybe, shortcut: Maybe, operand_1: Maybe, operand_2: Maybe, centres: Maybe, before_mask: bool,
+        geometry: list[int], activation: int, alpha: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        (n, c, h, w), c_out = x.shape, r.shape[1]
+        shape, kind = self.conv_shape(x, w_dw, geometry), emulated.TYPES[x.dtype]
+        assert r.shape == (n, c_out, shape.p, shape.q) and w_pw.is_contiguous() and w_dw.is_contiguous()
+        plan = self.backward_plan(shape, c_out)
+        assert plan.fused
+        self.fused_backwards += 1
+        gradient = RawGradient(
+            ImageShape(n, h, w, c_out), ImagePlan(), kind, self.image(du), self.image(taps), self.image(r),
+            self.keep(coef), None, *du.shape[2:], *pads,
+        )  # fmt: skip
+        dx, dw_pw = self.new(n, h, w, c, dtype=x.dtype), self.new(c_out, c)
+        partials, rows = self.new(plan.workers, 12, c), self.new(plan.workers * plan.shares, c_out, c)
+        x_place = self.image(x)
+        epilogue = self.epilogue(x, x_place, shortcut, (operand_1, operand_2), centres, before_mask)
+        self.call("fused_backward", FusedBackward(
+            plan, gradient, emulated.DepthwiseBprop(
+                shape, emulated.DepthwisePlan(), kind, None, x_place, self.keep(w_dw), pointer(dx.tensor), None, None,
+                None, None, pointer(partials.tensor), load_of(vec, activation, alpha), epilogue,
+            ), self.keep(w_pw), pointer(rows.tensor), pointer(dw_pw.tensor),
+        ))  # fmt: skip
+        rows.check()
+        sums = self.cuda_chain_sum_partials(partials.check(), w_dw, epilogue.sums)
+        return dx.check().permute(0, 3, 1, 2), sums[0], dw_pw.check(), sums[1]
 
     def cuda_chain_bn_pool_add(
         self, r: Tensor, vec: Tensor, s: Tensor, vec_s: Tensor, pads: list[int]

@@ -107,6 +107,37 @@ def test_slices_of_a_backward_stay_in_l2(planner: Any, layer: tuple[int, int, in
     assert p.n - (slices - 1) * pictures >= pictures - slices, "the last slice is nearly as large as the others"
 
 
+def backward(planner: Any, p: Problem, device: cuda.DeviceFacts, l2: int) -> Any:
+    return planner.plan_cuda_chain_backward(
+        cuda.shape_of(p), c_out=p.c_out, element_bytes=p.dtype.itemsize,
+        **device._replace(l2_bytes=l2 << 20)._asdict(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+def test_backward_in_one_pass_where_one_picture_is_too_much_for_l2(planner: Any, layer: tuple[int, int, int]) -> None:
+    """du, r, dr, x, z or dz, and dx of 64 -> 128 channels are 24.9 MB a picture, of 128 -> 128 33.2."""
+    p = problem(*layer)
+    large = p.h == 147
+    widest = layer == (128, 128, 147)  # more than 99 KB of shared memory hold
+    for device, l2, expected in ((H100, 60, widest), (A100, 40, large), (A10, 6, large and not widest)):
+        plan = backward(planner, p, device, l2)
+        assert plan.fused == expected
+        if plan.fused:
+            assert plan.shared_bytes <= device.shared_bytes
+            assert plan.tiles_down * plan.tile_rows >= p.h and plan.tiles_across * 16 >= p.w
+            assert plan.tiles == p.n * plan.tiles_down * plan.tiles_across
+            assert plan.workers == device.multiprocessors
+
+
+def test_tiles_of_a_fused_backward_grow_with_shared_memory(planner: Any) -> None:
+    rows = [
+        backward(planner, problem(128, 128, 147), cuda.DeviceFacts(132, kilobytes * 1024), 0).tile_rows
+        for kilobytes in (99, 160, 227)
+    ]
+    assert rows == [0, 4, 8], "none where only slivers fit"
+
+
 def test_more_than_int32_tiles_goes_to_the_general_kernel(planner: Any) -> None:
     shape = (2**20, 64, 2**20, 8, 64, 2**20, 8, 3, 3, 1, 1, 1, 1, 1, 1)
     plan = planner.plan_cuda_depthwise_fprop(

@@ -1,4 +1,4 @@
-"""The emulator catches what it is there to catch: faults planted into a copy of the kernels fail the same checks."""
+"""The tests catch what they are there to catch: faults planted into a copy of the kernels fail the same checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from . import emulated
+from . import emulated, test_emulated_fused_backward
+from .emulated_chain import EmulatedChain
 from .test_emulated_separable import CASES, check, draw
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
@@ -49,3 +50,89 @@ def test_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
     case = CASES[6]  # several chunks, so that the pipeline turns over
     with pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared"):
         check(library, case, "bf16", draw(case, "bf16"))
+
+
+class Switch(NamedTuple):
+    """A fault of the fused backward that is there while ``planted_fault`` says so: one build serves them all."""
+
+    name: str
+    file: str  # below csrc/cuda
+    right: str  # occurs once in it
+    wrong: str
+
+
+SWITCHES = [
+    Switch(
+        "missing-barrier",
+        "chain/fused_backward.cuh",
+        "form_dz<T>(p.plan, memory);\n    __syncthreads();",
+        "form_dz<T>(p.plan, memory);\n    if (!FAULT) __syncthreads();",
+    ),
+    Switch(
+        "dz-off-by-one",
+        "chain/fused_backward.cuh",
+        "memory.dz.get() + ((i + k) * kHaloColumns + j)",
+        "memory.dz.get() + ((i + k) * kHaloColumns + j + FAULT)",
+    ),
+    Switch(
+        "sums-before-rounding",
+        "gradient_epilogue.cuh",
+        "  rounded.widen(d);\n",
+        "  if (!FAULT) rounded.widen(d);\n",
+    ),
+    Switch(
+        "dr-not-zero-outside",
+        "chain/fused_backward.cuh",
+        "    float dr[8] = {};\n",
+        "    float dr[8] = {};\n    for (float& v : dr) v = FAULT * 0.25f;\n",
+    ),
+    Switch(
+        "missing-row-of-the-reduction",
+        "chain/fused_backward.cu",
+        "for (int row = 0; row < rows; ++row)",
+        "for (int row = FAULT; row < rows; ++row)",
+    ),
+    Switch(
+        "a-share-of-dw_pw-twice",
+        "chain/fused_multiply.cuh",
+        "int row = block.share; row < plan.tile_rows; row += plan.shares",
+        "int row = FAULT ? 0 : block.share; row < plan.tile_rows; row += plan.shares",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> emulated.Library:
+    folder = tmp_path_factory.mktemp("switched")
+    shutil.copytree(emulated.CUDA_SOURCES.parent / "common", folder / "common")
+    sources = folder / "cuda"
+    shutil.copytree(emulated.CUDA_SOURCES, sources)
+    for number, switch in enumerate(SWITCHES, 1):
+        file = sources / switch.file
+        text = file.read_text()
+        assert text.count(switch.right) == 1, f"the line to spoil has moved: {switch.name}"
+        file.write_text(text.replace(switch.right, switch.wrong.replace("FAULT", f"(planted_fault == {number})")))
+    header = sources / "params.h"
+    visible = 'extern "C" inline __attribute__((used, visibility("default")))'
+    header.write_text(
+        f"{header.read_text()}\n"
+        "inline int planted_fault = 0;\n"
+        f"{visible} void plant_fault(int number) {{ planted_fault = number; }}\n"
+    )
+    return emulated.Library(emulated.build("fused_backward", sources))
+
+
+@pytest.mark.parametrize("number", range(len(SWITCHES) + 1), ids=["none", *(s.name for s in SWITCHES)])
+def test_fault_of_the_fused_backward_is_caught(
+    monkeypatch: pytest.MonkeyPatch, switched: emulated.Library, number: int
+) -> None:
+    layer = test_emulated_fused_backward.LAYERS["pool-same"]
+    case, chain = layer.case("bf16"), EmulatedChain(0, layer.ctas)
+    chain.fused = switched
+    switched.lib.plant_fault(number)
+    found = test_emulated_fused_backward.run(monkeypatch, case, layer.ctas, chain)
+    if number == 0:
+        test_emulated_fused_backward.check(case, found)
+        return
+    with pytest.raises(AssertionError, match=r"off by"):
+        test_emulated_fused_backward.check(case, found)

@@ -2,6 +2,7 @@
 
 Staged forward and backward go over slices of the batch, so small that what one kernel writes for the next is found in
 L2: z and r for its statistics, or dr, formed in one pass, and z or dz between two products and one depthwise pass.
+Where a picture is too much for that, all of a layer's backward is one kernel: by counted bytes, not by measurement.
 """
 
 from __future__ import annotations
@@ -141,18 +142,26 @@ class CudaChain(KernelChain):
         problem = _problem(x, w_dw, w_pw, geometry, load.activation)
         c_out, c_in = w_pw.shape[:2]
         with_input = wanted[0] or wanted[1]
-        dw_pw = launch.zeros(x, c_out, c_in) if wanted[2] else None
         if x.numel() == 0:
             found = Backward(
                 torch.empty_like(x), launch.zeros(x, *w_dw.shape), None, launch.zeros(x, 1 + len(operands), c_in)
             )
-            return (found if with_input else Backward(*(None,) * 4))._replace(dw_pw=_as_filter(dw_pw))
+            found = found if with_input else Backward(*(None,) * 4)
+            return found._replace(dw_pw=launch.zeros(x, c_out, c_in, 1, 1) if wanted[2] else None)
         plan = launch.backward_plan(problem, device_facts(x.get_device()))
         if plan is None:
             return super().sep_backward(
                 dr, w_pw, w_dw, x, load, geometry, shortcut, operands, centres, wanted
             )  # fmt: skip
         dr, x = launch.dense(dr), launch.ready(x)
+        if plan.fused:
+            # Whatever is wanted, so that no bit depends on that.
+            dx, dw_dw, whole, sums = launch.fused_backward(
+                dr, w_pw, w_dw, x, load, geometry, shortcut, operands, centres
+            )  # fmt: skip
+            found = Backward(dx, dw_dw, None, sums) if with_input else Backward(*(None,) * 4)
+            return found._replace(dw_pw=_as_filter(whole) if wanted[2] else None)
+        dw_pw = launch.zeros(x, c_out, c_in) if wanted[2] else None
         last = None
         if with_input:
             last = launch.InputGradient(x, w_dw, load, geometry, shortcut, operands, centres, plan)

@@ -39,10 +39,11 @@ def _floats(t: Optional[Tensor]) -> Optional[Tensor]:
 
 
 class BackwardPlan(NamedTuple):
-    """How a layer's backward goes over the batch, some pictures at a time."""
+    """How a layer's backward goes over the batch: all of it in one pass, or some pictures at a time."""
 
     slices: tuple[slice, ...]
     rows: tuple[int, ...]  # of partial sums that each slice leaves
+    fused: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -63,15 +64,27 @@ def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPla
     module = extension.binding()
     if module is None:
         return None
-    parts = slices(problem, device)
+    parts, facts = slices(problem, device), device._asdict()
+    fused = module.plan_cuda_chain_backward(
+        shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **facts
+    ).fused
     rows = (
         module.plan_cuda_depthwise_bprop(
-            shape_of(problem._replace(n=part.stop - part.start)), element_bytes=problem.dtype.itemsize,
-            **device._asdict(),
+            shape_of(problem._replace(n=part.stop - part.start)), element_bytes=problem.dtype.itemsize, **facts
         ).workers
         for part in parts
     )  # fmt: skip
-    return BackwardPlan(parts, tuple(rows))
+    return BackwardPlan(parts, tuple(rows), fused)
+
+
+def describe_backward(problem: Problem, device: DeviceFacts) -> str:
+    """How a layer's backward goes over the batch, in one line."""
+    plan = backward_plan(problem, device)
+    if plan is None:
+        return "by single operators: the planner is not built"
+    if plan.fused:
+        return "one pass, nothing of it in memory between its steps"
+    return f"kernel by kernel, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
 
 
 def slices_of(n: int, pictures: int) -> tuple[slice, ...]:
@@ -168,6 +181,20 @@ def two(x: Tensor, operands: Sequence[Tensor]) -> tuple[Optional[Tensor], Option
     """Up to two operands; ``x`` itself where one is that, so that the kernels see it and read it once."""
     found = [*(x if o.data_ptr() == x.data_ptr() else ready(o) for o in operands), None, None]
     return found[0], found[1]
+
+
+def fused_backward(
+    dr: RawGradient, w_pw: Tensor, w_dw: Tensor, x: Tensor, load: Load, geometry: Geometry,
+    shortcut: Optional[Shortcut], operands: Sequence[Tensor], centres: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dw_dw, dw_pw [C_out, C_in], sums) in one pass; ``dr`` and ``x`` are dense."""
+    w_pw = w_pw.contiguous()
+    dx, dw_dw, dw_pw, sums = torch.ops.xsep.cuda_chain_fused_backward(
+        dr.du, dr.taps, dr.r, dr.coef, list(dr.pads), w_pw if is_aligned(w_pw) else w_pw.clone(), w_dw.contiguous(), x,
+        _floats(load.vec), None if shortcut is None else ready(shortcut.g), *two(x, operands), _floats(centres),
+        shortcut is not None and shortcut.activated, list(geometry), load.activation, load.alpha,
+    )  # fmt: skip
+    return dx, dw_dw, dw_pw, sums
 
 
 class InputGradient:

@@ -10,6 +10,7 @@ import torch
 
 from .. import dispatch, plans
 from ..backends import cuda as cuda_backend
+from ..backends.chain_cuda_launch import describe_backward
 from ..problem import Problem
 from ..tuning.device import DeviceProperties, published, running
 from ..tuning.findings import DIRECTIONS
@@ -49,6 +50,8 @@ def on_card(problem: Problem, device: DeviceProperties) -> dict[str, Any]:
             result[key][direction] = {"backend": name, "why": why}
     if "cuda" in able:
         result["cuda_plan"] = cuda_backend.describe(problem, plans.cuda_facts(device))
+        if problem.op == "separable" and problem.multiplier == 1:
+            result["cuda_chain_backward"] = describe_backward(problem, plans.cuda_facts(device))
     return result
 
 

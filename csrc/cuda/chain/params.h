@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../common/cuda_chain_plan.h"
-#include "../params.h"
+#include "../depthwise/params.h"
 
 namespace xsep::cuda {
 
@@ -24,6 +24,16 @@ struct RawGradientParams {
   void* dr;             // [N, H, W, C]
   int pooled_h, pooled_w;  // windows
   int pad_top, pad_left;   // how far the first window begins above and left of the picture
+};
+
+// All of a layer's backward in one pass.
+struct FusedBackwardParams {
+  ChainBackwardPlan plan;
+  RawGradientParams gradient;      // of r [N, H, W, C_out]; without a dr and a plan
+  DepthwiseBpropParams depthwise;  // without a dz and a plan; its partials are [workers, 9 + kMostGradientSums, C_in]
+  const void* w_pw;                // [C_out, C_in]
+  float* dw_pw_partials;           // [workers shares, C_out, C_in]: scratch
+  float* dw_pw;                    // [C_out, C_in]
 };
 
 struct StatisticsParams {
@@ -151,6 +161,10 @@ inline std::string describe(const RawGradientParams& p) {
   words << describe_images(p) << ", gradient of " << p.pooled_h << " x " << p.pooled_w << " windows from " << p.pad_top
         << " above and " << p.pad_left << " left";
   return words.str();
+}
+
+inline std::string describe(const FusedBackwardParams& p) {
+  return describe(p.depthwise) + ", from " + std::to_string(p.gradient.shape.c) + " outputs";
 }
 
 inline std::string describe(const InputGradientParams& p) {

@@ -6,6 +6,9 @@
 
 namespace xsep::cuda {
 
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
 inline ImageShape image_shape(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, name, " must be a CUDA tensor [N, C, H, W]");
   const ImageShape s{narrow(x.size(0), "N"), narrow(x.size(2), "H"), narrow(x.size(3), "W"), narrow(x.size(1), "C")};
@@ -71,5 +74,55 @@ inline bool is_aligned(const GradientEpilogue& epilogue, int bytes = 16) {
   return is_aligned(epilogue.shortcut, bytes) && is_aligned(epilogue.operands[0], bytes) &&
          is_aligned(epilogue.operands[1], bytes);
 }
+
+// Windows of 3 x 3 and stride 2 over s, one for each element of t; taps lie as t does.
+struct Windows {
+  ImageShape shape;
+  int pad_top, pad_left;
+
+  Windows(const Tensor& t, const ImageShape& s, const Ints& pads) : shape(s) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == (s.h + 1) / 2 && t.size(3) == (s.w + 1) / 2,
+                    "pooled images must have half of the height and width");
+    STD_TORCH_CHECK(pads.size() == 2, "pads must hold 2 numbers: top, left");
+    shape.h = narrow(t.size(2), "pooled H"), shape.w = narrow(t.size(3), "pooled W");
+    pad_top = narrow(pads[0], "the padding above"), pad_left = narrow(pads[1], "the padding left");
+    STD_TORCH_CHECK(pad_top < 2 && pad_left < 2, "pads must be 0 or 1");
+  }
+};
+
+inline const uint8_t* taps_of(const Tensor& taps, const Tensor& x, const ImageShape& s) {
+  STD_TORCH_CHECK(
+      taps.is_cuda() && taps.get_device_index() == x.get_device_index() && taps.scalar_type() == ScalarType::Byte,
+      "taps must be uint8, on the device of r");
+  return static_cast<const uint8_t*>(nhwc(taps, taps, "taps", s.n, s.c, s.h, s.w));
+}
+
+struct RawGradientTensors {
+  const Tensor& du;
+  const std::optional<Tensor>& taps;
+  const Tensor &r, &coef;
+};
+
+// All but dr and the plan.
+inline RawGradientParams raw_gradient_of(const RawGradientTensors& tensors, const Ints& pads) {
+  RawGradientParams p{};
+  const Tensor& r = tensors.r;
+  const ImageShape& s = p.shape = image_shape(r, "r");
+  p.type = type_of(r, "r");
+  p.r = image(r, r, "r", s);
+  p.coef = floats(tensors.coef, r, "coef", 3 * static_cast<int64_t>(s.c));
+  if (tensors.taps.has_value()) {
+    const Windows windows(tensors.du, s, pads);
+    p.du = image(tensors.du, r, "du", windows.shape);
+    p.taps = taps_of(*tensors.taps, r, windows.shape);
+    p.pooled_h = windows.shape.h, p.pooled_w = windows.shape.w;
+    p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;
+  } else {
+    p.du = image(tensors.du, r, "du", s);
+  }
+  return p;
+}
+
+inline bool is_aligned(const RawGradientParams& p) { return is_aligned(p.du) && is_aligned(p.taps) && is_aligned(p.r); }
 
 }  // namespace xsep::cuda

@@ -7,44 +7,19 @@
 // partial; a second kernel adds the partials.
 #pragma once
 
-#include "../channels.cuh"
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
 #include "params.h"
+#include "strip.cuh"
 
 namespace xsep::cuda {
-
-// Adds one filter row's sums over the strips of the CTA, in the order of the strips, and stores the totals.
-template <int VEC, int COUNT>
-__device__ void reduce_over_strips(float (&sum)[COUNT][VEC], SharedBuffer<float> scratch, float* out,
-                                   int out_row_length, int c, int channels, int vectors, int strips, bool active,
-                                   int vector, int strip) {
-  const int width = vectors * VEC;
-  if (active) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) scratch[(strip * COUNT + i) * width + vector * VEC + v] = sum[i][v];
-    }
-  }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < COUNT * width; i += static_cast<int>(blockDim.x)) {
-    float total = 0.0f;
-    for (int s = 0; s < strips; ++s) total += scratch[s * COUNT * width + i];
-    if (c + i % width < channels) out[static_cast<int64_t>(i / width) * out_row_length + c + i % width] = total;
-  }
-  __syncthreads();
-}
 
 template <class T, int K, int STRIDE, int VEC, int ROWS>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     depthwise_bprop_kernel(const __grid_constant__ DepthwiseBpropParams p) {
   constexpr int kTaps = K * K;
-  // dz rows and columns that reach a strip, and how far the first lies before the strip's own.
-  constexpr int kBefore = (K - 1) / STRIDE;
-  constexpr int kHeight = (ROWS - 1) / STRIDE + kBefore + 1;
-  constexpr int kWidth = (kStripWidth - 1) / STRIDE + kBefore + 1;
-  static_assert(ROWS % STRIDE == 0 && kStripWidth % STRIDE == 0, "all strips of a plane start on an even tap");
+  constexpr int kBefore = DzReach<K, STRIDE>::kBefore, kWidth = DzReach<K, STRIDE>::kWidth;
+  constexpr int kHeight = (ROWS - 1) / STRIDE + kBefore + 1;  // rows of dz that reach a strip
 
   const ConvShape& s = p.shape;
   const int vectors = p.plan.vectors, strips = p.plan.strips_down * p.plan.strips_across;
@@ -128,26 +103,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         (dz_inside ? Pack<T, VEC>::load(source + static_cast<int64_t>(j) * s.c_mid) : Pack<T, VEC>::zero())
             .widen(dz[j]);
       }
-#pragma unroll
-      for (int y = 0; y < ROWS; ++y) {
-        const int r = y - (i - kBefore) * STRIDE;
-        if (r < 0 || r >= K) continue;
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          float weight[VEC];
-          weights.read(weight, r * K + k, vector);
-#pragma unroll
-          for (int j = 0; j < kStripWidth; ++j) {
-            if ((j - k) % STRIDE != 0) continue;
-            const int at = (j - k) / STRIDE + kBefore;
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) {
-              dx[y][j][v] = fmaf(dz[at][v], weight[v], dx[y][j][v]);
-              dw[r * K + k][v] = fmaf(dz[at][v], x[y][j][v], dw[r * K + k][v]);
-            }
-          }
-        }
-      }
+      add_dz_row<K, STRIDE>(dx, dw, x, dz, i, weights, vector);
     }
     if (p.dx == nullptr && !with_sums) continue;
 
@@ -163,9 +119,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         if (!inside(y, j)) continue;
         const int64_t at = origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
         float (&du)[VEC] = dx[y][j];
-        const PixelPlace place{picture, h0 + y, w0 + j, at};
-        const bool joins = p.epilogue.shortcut != nullptr, before = p.epilogue.before_mask != 0;
-        if (joins && before) add_shortcut<T>(du, p.epilogue, place, s.h, s.w, s.c_in, c);
+        if (in_chain) {
+          float value[VEC];
+          read_pixel<T>(value, p.x, at);
+          finish_gradient<T>(du, sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in}, {picture, h0 + y, w0 + j, at}, c,
+                             value, scale, shift, activation,
+                             [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+          continue;
+        }
         if (activation.code != Activation::kIdentity || with_sums) {
           float value[VEC], slope[VEC];
           read_pixel<T>(value, p.x, at);
@@ -174,15 +135,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
           activation_slope(slope, activation);
 #pragma unroll
           for (int v = 0; v < VEC; ++v) du[v] *= slope[v];
-          if (in_chain) {
-            if (joins && !before) add_shortcut<T>(du, p.epilogue, place, s.h, s.w, s.c_in, c);
-            const auto rounded = Pack<T, VEC>::round(du);
-            rounded.store(static_cast<T*>(p.dx) + at);
-            rounded.widen(du);
-            add_to_sums<T>(sums, du, p.epilogue, p.x, value, at,
-                           [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
-            continue;
-          }
 #pragma unroll
           for (int v = 0; v < VEC; ++v) {
             sums[0][v] = fmaf(du[v], value[v] - centre[v], sums[0][v]);

@@ -10,6 +10,7 @@
 
 #include "../launch.cuh"
 #include "epilogue.cuh"
+#include "window.cuh"
 
 namespace xsep::cuda {
 
@@ -114,7 +115,6 @@ template <class T, int K, int STRIDE>
 __device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, const FusedTile& tile,
                                                 const FusedMemory& memory, int chunk) {
   constexpr int kVec = (K == 3 ? 8 : 4) / static_cast<int>(sizeof(T));
-  constexpr int kWidth = (kStripWidth - 1) * STRIDE + K;
   constexpr int kBytes = kVec * static_cast<int>(sizeof(T));
   static_assert(16 % kBytes == 0, "a vector lies in one unit");
   const SeparablePlan& plan = p.plan;
@@ -129,24 +129,7 @@ __device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, c
     const int corner = memory.slot[row] * plan.halo_pitch + column * STRIDE;
     const unsigned char* source = memory.halo[chunk] + corner * plan.chunk_bytes + vector * kBytes;
     float sum[kStripWidth][kVec] = {};
-#pragma unroll 1
-    for (int r = 0; r < K; ++r) {
-      Pack<float, kVec> weight[K];
-#pragma unroll
-      for (int k = 0; k < K; ++k) weight[k] = Pack<float, kVec>::load(taps + (r * K + k) * table);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        float x[kVec];
-        Pack<T, kVec>::load(reinterpret_cast<const T*>(source + (r * plan.halo_pitch + i) * plan.chunk_bytes)).widen(x);
-#pragma unroll
-        for (int j = 0; j < kStripWidth; ++j) {
-          const int k = i - j * STRIDE;
-          if (k < 0 || k >= K) continue;
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) sum[j][v] = fmaf(x[v], weight[k].v[v], sum[j][v]);
-        }
-      }
-    }
+    slide_window<T, K, STRIDE>(sum, source, plan.chunk_bytes, plan.halo_pitch * plan.chunk_bytes, taps, table);
     if (p.has_middle != 0) {
       const auto scale = Pack<float, kVec>::load(taps + (K * K + 2) * table);
       const auto shift = Pack<float, kVec>::load(taps + (K * K + 3) * table);

@@ -10,12 +10,6 @@
 
 using namespace xsep::cuda;
 
-#define XSEP_ENTRY(name, Params)                                     \
-  int emulate_##name(const Params* p, char* message, size_t bytes) { \
-    return guarded([&] { name(*p, nullptr); }, message, bytes);      \
-  }                                                                  \
-  size_t emulate_sizeof_##name() { return sizeof(Params); }
-
 extern "C" {
 
 XSEP_ENTRY(raw_gradient, RawGradientParams)

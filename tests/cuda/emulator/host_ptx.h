@@ -7,6 +7,7 @@
 namespace xsep::cuda {
 
 inline unsigned block_index_again() { return blockIdx.x; }
+inline unsigned thread_index_again() { return threadIdx.x; }
 
 inline void cp_async_16(void* destination, const void* source, bool valid) {
   emulator::copy_async(destination, source, 16, valid);
@@ -25,6 +26,21 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
     const auto* source = static_cast<const std::byte*>(rows[i * 8 + lane / 4]);
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("ldmatrix row not aligned to 16 bytes");
     std::memcpy(&out[i], source + lane % 4 * 4, 4);
+  }
+}
+
+// Lane l receives element l/4 of rows 2(l%4) and 2(l%4)+1.
+inline void ldmatrix_x4_transposed(uint32_t (&out)[4], const void* row) {
+  const auto rows = emulator::gather("ldmatrix.trans", row);
+  const int lane = emulator::lane();
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int k = 0; k < 2; ++k) {
+      const auto* source = static_cast<const std::byte*>(rows[i * 8 + lane % 4 * 2 + k]);
+      if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("ldmatrix row not aligned to 16 bytes");
+      std::memcpy(&pair[k], source + lane / 4 * 2, 2);
+    }
+    out[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }
 }
 

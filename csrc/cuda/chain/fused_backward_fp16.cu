@@ -1,0 +1,7 @@
+#include "fused_backward.cuh"
+
+namespace xsep::cuda {
+
+template void launch_fused_backward<__half>(const FusedBackwardParams&, cudaStream_t);
+
+}  // namespace xsep::cuda
