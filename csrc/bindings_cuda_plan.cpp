@@ -75,6 +75,10 @@ void bind_cuda_plan(py::module_& m) {
   define_depthwise(m, "plan_cuda_depthwise_bprop", &plan_depthwise_bprop,
                    "The same for the depthwise backward; workers is also the number of partial sums.");
   m.def(
+      "plan_cuda_depthwise_statistics",
+      [](const Sizes& shape, const DepthwisePlan& plan) { return fprop_statistics_tiles(plan, make_shape(shape)); },
+      py::arg("shape"), py::arg("plan"), "Tiles of the statistics that come with a depthwise forward of this plan.");
+  m.def(
       "plan_cuda_separable_fprop",
       [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
          int l2_bytes) {

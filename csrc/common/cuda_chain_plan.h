@@ -41,6 +41,20 @@ inline ImagePlan plan_images(int64_t pixels, int channels, int element_bytes, bo
   return plan;
 }
 
+// Tiles of the statistics that come with a depthwise forward: what one CTA walks over, or behind the general kernel
+// kStatisticsPixels each.
+inline int64_t fprop_statistics_tiles(const DepthwisePlan& plan, const ConvShape& c) {
+  const int64_t pixels = static_cast<int64_t>(c.n) * c.p * c.q;
+  return plan.sliding_window ? plan.workers : (pixels + kStatisticsPixels - 1) / kStatisticsPixels;
+}
+
+// Pixels that one CTA of the sliding window walks over, at most.
+inline int64_t most_pixels_of_a_worker(const DepthwisePlan& plan, const ConvShape& c) {
+  const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
+  return (tiles + plan.workers - 1) / plan.workers * plan.strips_down * plan.strips_across * plan.strip_rows *
+         kStripWidth;
+}
+
 // CTAs along the tiles that merge statistics: enough to read them at speed, few enough for one thread a channel to add
 // them up.
 inline int merge_groups(int64_t tiles) {

@@ -135,6 +135,11 @@ inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes,
   return detail::share_out(plan, c, device, kFpropCtasPerSm) ? plan : detail::general_plan(device);
 }
 
+// What the forward adds to shared_bytes to take statistics of y: three floats a thread and channel, and a count.
+inline int fprop_statistics_bytes(const DepthwisePlan& plan) {
+  return shared_bytes_of(3 * kDepthwiseThreads * plan.vec * 4) + shared_bytes_of(kDepthwiseThreads * 4);
+}
+
 // Rows of a partial: one a tap, then the sums for the prologue's scale and shift, or up to three of the training
 // chain's.
 inline constexpr int kMostGradientSums = 3;

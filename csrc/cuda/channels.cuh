@@ -23,7 +23,7 @@ class ChannelTable {
 
   __device__ ChannelTable(SharedBuffer<float> memory, int vectors) : memory_(memory), vectors_(vectors) {}
 
-  static __device__ int size(int rows, int vectors) { return rows * vectors * VEC; }
+  static constexpr __host__ __device__ int size(int rows, int vectors) { return rows * vectors * VEC; }
 
   __device__ float& at(int row, int channel) const {
     const int vector = channel / VEC, i = channel % VEC;
@@ -37,6 +37,16 @@ class ChannelTable {
       const auto pack = Pack<float, kPlane>::load(source);
 #pragma unroll
       for (int i = 0; i < kPlane; ++i) out[plane * kPlane + i] = pack.v[i];
+    }
+  }
+
+  __device__ __forceinline__ void write(int row, int vector, const float (&values)[VEC]) const {
+#pragma unroll
+    for (int plane = 0; plane < VEC / kPlane; ++plane) {
+      Pack<float, kPlane> pack;
+#pragma unroll
+      for (int i = 0; i < kPlane; ++i) pack.v[i] = values[plane * kPlane + i];
+      pack.store(memory_.get() + ((row * (VEC / kPlane) + plane) * vectors_ + vector) * kPlane);
     }
   }
 

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "chain/statistics.h"
 #include "depthwise/bprop.h"
 #include "depthwise/fprop.h"
 #include "device_scope.h"
@@ -17,9 +18,33 @@ using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using Doubles = std::vector<double>;
 
+struct Statistics {
+  Tensor partials, counts;  // [tiles, 3, C] and [tiles], without elements where not asked for
+
+  explicit Statistics(const Tensor& x, int64_t tiles = 0, int64_t channels = 0)
+      : partials(new_flat(x, {tiles, 3, channels}, ScalarType::Float)), counts(new_flat(x, {tiles}, ScalarType::Int)) {}
+
+  float* floats() { return static_cast<float*>(partials.mutable_data_ptr()); }
+  int* ints() { return static_cast<int*>(counts.mutable_data_ptr()); }
+};
+
+// Statistics of y behind a kernel that leaves none.
+void take_statistics(const DepthwiseFpropParams& p, Statistics& found, const DeviceScope& device) {
+  const ConvShape& s = p.shape;
+  StatisticsParams of_y{};
+  of_y.shape = {s.n, s.p, s.q, s.c_mid};
+  of_y.type = p.type;
+  of_y.r = p.y;
+  of_y.partials = found.floats(), of_y.counts = found.ints();
+  of_y.plan = plan_images(of_y.shape.pixels(), s.c_mid, element_bytes(p.type), is_aligned(p.y), kMapCtasPerSm,
+                          device.properties(p));
+  tile_statistics(of_y, device.stream());
+}
+
+// statistics: null where they are not wanted.
 Tensor run_depthwise_fprop(DepthwiseFpropParams p, const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
                            const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                           const Ints& activations, const Doubles& alphas) {
+                           const Ints& activations, const Doubles& alphas, Statistics* statistics = nullptr) {
   STD_TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "two activations and alphas: prologue, epilogue");
   const ConvShape& s = p.shape;
   p.type = type_of(x, "x");
@@ -32,7 +57,17 @@ Tensor run_depthwise_fprop(DepthwiseFpropParams p, const Tensor& x, const Tensor
   const DeviceScope device(x, p);
   const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.residual) && is_aligned(p.x_pre);
   p.plan = plan_depthwise_fprop(s, element_bytes(p.type), aligned, device.properties(p));
+  if (statistics == nullptr) {
+    depthwise_fprop(p, device.stream());
+    return y;
+  }
+  *statistics = Statistics(x, narrow(fprop_statistics_tiles(p.plan, s), "tiles of the statistics"), s.c_mid);
+  if (p.plan.sliding_window) {
+    narrow(most_pixels_of_a_worker(p.plan, s), "pixels of a tile of the statistics");
+    p.statistics = statistics->floats(), p.counts = statistics->ints();
+  }
   depthwise_fprop(p, device.stream());
+  if (!p.plan.sliding_window) take_statistics(p, *statistics, device);
   return y;
 }
 
@@ -54,6 +89,26 @@ Tensor cuda_depthwise_fprop_residual(Tensor x, Tensor w_dw, Tensor residual, Opt
   nhwc(x_pre, x, "x_pre", s.n, s.c_in, s.h, s.w);
   p.x_pre = x_pre.mutable_data_ptr();
   return run_depthwise_fprop(p, x, w_dw, scale_p, shift_p, scale_e, shift_e, activations, alphas);
+}
+
+// A depthwise layer that ends in a raw output: (y, statistics [tiles, 3, C_mid], counts [tiles], x_pre), of the rounded
+// y. The last three have no elements where there are no statistics or no residual.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_depthwise_fprop_chain(Tensor x, OptionalTensor residual, Tensor w_dw,
+                                                                      OptionalTensor scale_p, OptionalTensor shift_p,
+                                                                      OptionalTensor scale_e, OptionalTensor shift_e,
+                                                                      Ints geometry, Ints activations, Doubles alphas,
+                                                                      bool with_statistics) {
+  DepthwiseFpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  Tensor x_pre = residual.has_value() ? new_nhwc(x, s.n, s.c_in, s.h, s.w) : new_flat(x, {0}, x.scalar_type());
+  if (residual.has_value()) {
+    p.residual = nhwc(*residual, x, "residual", s.n, s.c_in, s.h, s.w);
+    p.x_pre = x_pre.mutable_data_ptr();
+  }
+  Statistics found(x);
+  Tensor y = run_depthwise_fprop(p, x, w_dw, scale_p, shift_p, scale_e, shift_e, activations, alphas,
+                                 with_statistics ? &found : nullptr);
+  return {y, found.partials, found.counts, x_pre};
 }
 
 // dx, dw_dw, dscale_p, dshift_p; what is not wanted comes back empty.
@@ -204,6 +259,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, float[] alphas, Tensor(a!) x_pre) -> "
       "Tensor");
   m.def(
+      "cuda_depthwise_fprop_chain(Tensor x, Tensor? residual, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, "
+      "Tensor? scale_e, Tensor? shift_e, int[] geometry, int[] activations, float[] alphas, bool statistics) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "cuda_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? centre, "
       "int[] geometry, int activation, float alpha, int[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -223,6 +282,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
 STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
   m.impl("cuda_depthwise_fprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop));
   m.impl("cuda_depthwise_fprop_residual", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_residual));
+  m.impl("cuda_depthwise_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_chain));
   m.impl("cuda_depthwise_bprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_bprop));
   m.impl("cuda_separable_fprop", TORCH_BOX(&xsep::cuda::cuda_separable_fprop));
   m.impl("cuda_separable_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_chain));

@@ -158,7 +158,8 @@ class DepthwiseFprop(ctypes.Structure):
     _fields_ = [
         ("shape", ConvShape), ("plan", DepthwisePlan), ("type", ctypes.c_int), ("x", ctypes.c_void_p),
         ("residual", ctypes.c_void_p), ("w_dw", ctypes.c_void_p), ("x_pre", ctypes.c_void_p),
-        ("y", ctypes.c_void_p), ("prologue", ChannelAffine), ("epilogue", ChannelAffine),
+        *((name, ctypes.c_void_p) for name in ("y", "statistics", "counts")), ("prologue", ChannelAffine),
+        ("epilogue", ChannelAffine),
     ]  # fmt: skip
 
 
@@ -239,6 +240,19 @@ class Guarded:
 
 def nhwc(t: Tensor, offset: int = 0) -> Guarded:
     return Guarded.of(t.permute(0, 2, 3, 1), offset)
+
+
+def check_statistics(y: Tensor, statistics: Tensor, counts: Tensor) -> None:
+    """Merged in float64, [T, 3, C] are the statistics of y, NCHW, as it is stored; every pixel counted once."""
+    rows = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).double()
+    mean_of_tile, s, q = statistics.double().unbind(1)
+    n = counts.double()[:, None]
+    assert float(n.sum()) == rows.shape[0]
+    tile_mean = mean_of_tile + s / n
+    mean = (n * tile_mean).sum(0) / n.sum()
+    m2 = (q - s.square() / n + n * (tile_mean - mean).square()).sum(0)
+    torch.testing.assert_close(mean, rows.mean(0), rtol=0, atol=1e-6 * float(rows.abs().max()))
+    torch.testing.assert_close(m2, (rows - rows.mean(0)).square().sum(0), rtol=2e-6, atol=1e-30)
 
 
 class Library:

@@ -99,13 +99,25 @@ def plan_of(
     return plan
 
 
+class Outputs(NamedTuple):
+    y: Tensor  # NCHW
+    x_pre: Optional[Tensor]  # NCHW, beside a residual
+    statistics: Tensor  # [workers, 3, C_mid], empty where not asked for
+    counts: Tensor  # [workers], likewise
+
+
 def fprop(
     library: emulated.Library, case: Case, x: Tensor, w: Tensor, prologue: emulated.Affine = PLAIN,
     epilogue: emulated.Affine = PLAIN, residual: Optional[Tensor] = None, multiprocessors: int = 1,
-) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-    """y and, with a residual, x_pre; both NCHW."""
+    statistics: bool = False, workers: Optional[int] = None,
+) -> Outputs:  # fmt: skip
+    """workers: CTAs that share the pixels, where the planner's number is not wanted."""
     shape = shape_of(case)
     plan = plan_of(library, "fprop", case, x.dtype, case.offset == 0, multiprocessors)
+    plan.workers = plan.workers if workers is None else workers
+    tiles = plan.workers if statistics else 0
+    partials = emulated.Guarded((tiles, 3, shape.c_mid), torch.float32)
+    counts = emulated.Guarded((tiles,), torch.int32)
     y = emulated.Guarded((shape.n, shape.p, shape.q, shape.c_mid), x.dtype)
     source, weights = emulated.nhwc(x, case.offset), emulated.Guarded.of(w)
     other = None if residual is None else emulated.nhwc(residual)
@@ -113,10 +125,11 @@ def fprop(
     library.call("emulate_depthwise_fprop", emulated.DepthwiseFprop(
         shape, plan, emulated.TYPES[x.dtype], source.tensor.data_ptr(),
         None if other is None else other.tensor.data_ptr(), weights.tensor.data_ptr(),
-        None if x_pre is None else x_pre.tensor.data_ptr(), y.tensor.data_ptr(), prologue.raw(), epilogue.raw(),
+        None if x_pre is None else x_pre.tensor.data_ptr(), y.tensor.data_ptr(),
+        *((g.tensor.data_ptr() if statistics else None) for g in (partials, counts)), prologue.raw(), epilogue.raw(),
     ))  # fmt: skip
     pre = None if x_pre is None else x_pre.check().permute(0, 3, 1, 2)
-    return y.check().permute(0, 3, 1, 2), pre
+    return Outputs(y.check().permute(0, 3, 1, 2), pre, partials.check(), counts.check())
 
 
 def double(affine: emulated.Affine) -> AtenAffine:
@@ -137,7 +150,7 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None
 def test_forward(library: emulated.Library, case: Case, kind: str) -> None:
     x, w = draw(case, DTYPES[kind])
     assert plan_of(library, "fprop", case, x.dtype, case.offset == 0, 1).sliding_window == case.fast
-    ours, _ = fprop(library, case, x, w)
+    ours = fprop(library, case, x, w).y
     plain = AtenAffine()
     theirs = ATEN.depthwise(x, w, plain, plain, case.geometry)
     assert_close("y", ours, theirs, ATEN.depthwise(x.double(), w.double(), plain, plain, case.geometry))
@@ -149,7 +162,7 @@ def test_forward_prologue_and_epilogue(library: emulated.Library, case: Case, ac
     x, w = draw(case, torch.float32, activation)
     prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), activation, 0.3)
     epilogue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), activation, 0.3)
-    ours, _ = fprop(library, case, x, w, prologue, epilogue)
+    ours = fprop(library, case, x, w, prologue, epilogue).y
     theirs = ATEN.depthwise(x, w, AtenAffine(*prologue), AtenAffine(*epilogue), case.geometry)
     truth = ATEN.depthwise(x.double(), w.double(), double(prologue), double(epilogue), case.geometry)
     assert_close("y", ours, theirs, truth)
@@ -161,7 +174,7 @@ def test_forward_residual_prologue(library: emulated.Library, case: Case, kind: 
     x, w = draw(case, DTYPES[kind])
     residual = torch.randn_like(x)
     prologue = emulated.Affine(torch.randn(case.c), torch.randn(case.c), 1)
-    ours, x_pre = fprop(library, case, x, w, prologue, residual=residual)
+    ours, x_pre, *_ = fprop(library, case, x, w, prologue, residual=residual)
     assert x_pre is not None
     plain, relu = AtenAffine(), AtenAffine(activation=1)
 
@@ -273,7 +286,7 @@ def test_same_bits_for_any_order_of_threads(case: Case) -> None:
     found: list[dict[str, Any]] = []
     for seed in (1, 2, 3):
         seeded = emulated.Library(emulated.build("depthwise"), seed)
-        y, _ = fprop(seeded, case, x, w, prologue, multiprocessors=3)
+        y = fprop(seeded, case, x, w, prologue, multiprocessors=3).y
         found.append({"y": y, **bprop(seeded, case, dz, x, w, prologue, multiprocessors=3)})
     for other in found[1:]:
         for name, value in other.items():

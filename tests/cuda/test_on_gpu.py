@@ -150,13 +150,40 @@ def test_chain_forward(size: tuple[int, ...], kind: str, joined: bool) -> None:
         truth = a.x.double() * scale.double() + shift.double() + addend.double()
         assert_close("x_pre", ours.x_pre, rounded, truth)
     assert ours.partials is not None and ours.counts is not None
-    k, s, q = ours.partials.double().unbind(1)
-    count = ours.counts.double()[:, None]
-    y = ours.r.double()
+    check_statistics(ours.r.double(), ours.partials, ours.counts)
+
+
+def check_statistics(y: Tensor, partials: Tensor, counts: Tensor) -> None:
+    k, s, q = partials.double().unbind(1)
+    count = counts.double()[:, None]
+    assert int(count.sum()) == y[:, 0].numel()
     mean = (count * k + s).sum(0) / count.sum()
     m2 = (q - s.square() / count + count * (k + s / count - mean).square()).sum(0)
     torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=0, atol=1e-6 * float(y.abs().max()))
     torch.testing.assert_close(m2 / count.sum(), y.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_depthwise_statistics(size: tuple[int, ...], kind: str, joined: bool) -> None:
+    """Sliding windows and the general kernel: y is what it is without them, mean 100 and deviation about 0.1."""
+    a, (_, c, *_) = draw(size, DTYPES[kind]), size
+    residual = torch.randn_like(a.x) if joined else None
+    ones = torch.ones(c, device="cuda")
+    vectors = torch.randn(c, device="cuda"), torch.randn(c, device="cuda"), 0.03 * ones, 100 * ones
+
+    def run(statistics: bool) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.xsep.cuda_depthwise_fprop_chain(
+            a.x, residual, a.w_dw, *vectors, a.geometry, [RELU, 0], [0.0, 0.0], statistics
+        )
+        return found
+
+    (y, partials, counts, x_pre), again, plain = run(True), run(True), run(False)
+    check_statistics(y.double(), partials, counts)
+    assert all(torch.equal(first, second) for first, second in zip((y, partials, counts, x_pre), again))
+    assert torch.equal(y, plain[0]) and torch.equal(x_pre, plain[3])
+    assert plain[1].numel() == plain[2].numel() == 0 and x_pre.shape == (a.x.shape if joined else (0,))
 
 
 #: Shortcut, whether it joins before the activation, pool.

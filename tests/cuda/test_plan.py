@@ -146,6 +146,19 @@ def test_more_than_int32_tiles_goes_to_the_general_kernel(planner: Any) -> None:
     assert not plan.sliding_window
 
 
+@pytest.mark.parametrize("c_in, sliding", [(728, True), (13, False)], ids=["sliding", "general"])
+def test_tiles_of_a_depthwise_forwards_statistics(planner: Any, c_in: int, sliding: bool) -> None:
+    """One a CTA along the pixels, which all of them have some of; 128 pixels each behind the general kernel."""
+    shape = cuda.shape_of(problem(c_in, 8, 19))
+    plan = planner.plan_cuda_depthwise_fprop(
+        shape, element_bytes=2, multiprocessors=132, shared_bytes=H100.shared_bytes
+    )
+    tiles = planner.plan_cuda_depthwise_statistics(shape, plan)
+    assert plan.sliding_window == sliding
+    assert tiles == (plan.workers if sliding else -(-64 * 19 * 19 // 128))
+    assert not sliding or tiles <= 64 * plan.tiles_down * plan.tiles_across
+
+
 def test_plan_in_words(planner: Any) -> None:
     assert "fused" in cuda.describe(problem(128, 128, 147), H100)
     assert "staged, depthwise by sliding windows" in cuda.describe(problem(728, 728, 19), H100)

@@ -11,14 +11,16 @@ import pytest
 from . import emulated, test_emulated_fused_backward
 from .emulated_chain import EmulatedChain
 from .test_emulated_separable import CASES, check, draw
+from .test_emulated_statistics import check_far_from_zero
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
 
 
 class Fault(NamedTuple):
     name: str
-    right: str  # occurs once in separable/fprop.cuh
+    right: str  # occurs once in the file
     wrong: str
+    file: str = "separable/fprop.cuh"
 
 
 FAULTS = [
@@ -30,14 +32,24 @@ FAULTS = [
     Fault("missing-cp-async-wait", "    cp_async_wait<0>();\n", ""),
     Fault("one-past-the-halo", "while (row < plan.halo_rows) {", "while (row <= plan.halo_rows) {"),
 ]
+STATISTICS = "depthwise/statistics.cuh"
+FAULTS_OF_STATISTICS = [
+    Fault("missing-barrier", "    __syncthreads();\n", "", STATISTICS),
+    Fault("pixels-beside-the-picture", " && pixel % kStripWidth < columns;", ";", STATISTICS),
+    Fault("sums-of-unrounded-values", "round_to<T>(strip[i][v]) - centre", "strip[i][v] - centre", STATISTICS),
+]
+
+
+def copied(folder: Path) -> Path:
+    """A copy of csrc/cuda, beside what it includes."""
+    shutil.copytree(emulated.CUDA_SOURCES.parent / "common", folder / "common")
+    return Path(shutil.copytree(emulated.CUDA_SOURCES, folder / "cuda"))
 
 
 def with_fault(folder: Path, fault: Fault) -> Path:
     """A copy of csrc/cuda with the fault in it."""
-    shutil.copytree(emulated.CUDA_SOURCES.parent / "common", folder / "common")
-    sources = folder / "cuda"
-    shutil.copytree(emulated.CUDA_SOURCES, sources)
-    kernel = sources / "separable" / "fprop.cuh"
+    sources = copied(folder)
+    kernel = sources / fault.file
     text = kernel.read_text()
     assert text.count(fault.right) == 1, "the line to spoil has moved"
     kernel.write_text(text.replace(fault.right, fault.wrong))
@@ -50,6 +62,13 @@ def test_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
     case = CASES[6]  # several chunks, so that the pipeline turns over
     with pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared"):
         check(library, case, "bf16", draw(case, "bf16"))
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_STATISTICS, ids=lambda fault: str(fault.name))
+def test_fault_in_the_statistics_is_caught(fault: Fault, tmp_path: Path) -> None:
+    library = emulated.Library(emulated.build("depthwise", with_fault(tmp_path, fault)))
+    with pytest.raises(AssertionError):
+        check_far_from_zero(library, "many-tiles", "bf16")
 
 
 class Switch(NamedTuple):
@@ -103,10 +122,7 @@ SWITCHES = [
 
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory: pytest.TempPathFactory) -> emulated.Library:
-    folder = tmp_path_factory.mktemp("switched")
-    shutil.copytree(emulated.CUDA_SOURCES.parent / "common", folder / "common")
-    sources = folder / "cuda"
-    shutil.copytree(emulated.CUDA_SOURCES, sources)
+    sources = copied(tmp_path_factory.mktemp("switched"))
     for number, switch in enumerate(SWITCHES, 1):
         file = sources / switch.file
         text = file.read_text()

@@ -43,8 +43,9 @@ def test_no_report() -> None:
         "XSEP_EMULATOR_SANITIZED": "1",
         "OMP_NUM_THREADS": "1",
     }
+    names = ("depthwise", "separable", "chain", "statistics")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOICE,
-               *(str(HERE / f"test_emulated_{name}.py") for name in ("depthwise", "separable", "chain"))]  # fmt: skip
+               *(str(HERE / f"test_emulated_{name}.py") for name in names)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=emulated.ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout and "runtime error" not in done.stderr

@@ -29,6 +29,7 @@ from xsep.backends.triton_plans import (
     chain_tile,
     fprop_tile,
     pointwise_tile,
+    separable_plan,
     share_of,
 )
 from xsep.problem import Affine, Geometry, Problem
@@ -154,9 +155,10 @@ def launch_of(job: Job) -> launch.Launch:
         return launch.finalize_statistics(floats(32, 3, c).double(), vectors, 0.1, 1e-5)
     assert job.kernel in ("separable", "pointwise")
     problem = problem._replace(op="separable", c_out=job.outputs)
-    chosen = pointwise_tile(dtype, device, job.tf32) if job.kernel == "pointwise" else chain_tile(
-        problem, device, job.tf32
-    )  # fmt: skip
+    # Where there are statistics it is a layer of the chain.
+    chosen = chain_tile(problem, device, job.tf32) if job.statistics else separable_plan(problem, device, job.tf32).tile
+    if job.kernel == "pointwise":
+        chosen = pointwise_tile(dtype, device, job.tf32)
     y, o = _image(n, job.outputs, p, q, dtype), vector(job.outputs)
     sep = SeparableTile(*job.tile) if job.tile else chosen
     tensors = launch.SeparableTensors(

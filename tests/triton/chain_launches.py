@@ -60,7 +60,7 @@ class ChainLaunches:
     def _wgrad(self, weight: Optional[Tensor], x: Tensor, geometry: Geometry, k: int, load: Affine) -> launch.Launch:
         tile = plans.wgrad_tile(
             self.dtype, self.c, 0 if weight is None else k * k, load.activation, self.device, self.tf32,
-            self.job.pooled, 1 if weight is None else self.job.stride,
+            self.job.pooled, 1 if weight is None else self.job.stride, launch.wide(x, self.r),
         )  # fmt: skip
         tiles = chain.wgrad_tiles(self.r, geometry, tile)
         groups = plans.wgrad_groups(tiles, 1, self.device)

@@ -135,10 +135,11 @@ def all_jobs() -> Iterator[Job]:
             tf32 = not hip and dtype == "fp32"
             for k in (3, 5, 7):
                 for stride in (1, 2):
-                    for rows in plans.FPROP_ROWS:
-                        if (rows - 1) * stride + k <= plans.FPROP_LOADED:
-                            tile = (rows, 128 * vec // 64, 64, warps)
-                            yield Job("fprop", target, dtype, k, stride, tile=tile)
+                    for rows in plans.fprop_rows(k, stride, TYPES[dtype].itemsize):
+                        tile = (rows, 128 * vec // 64, 64, warps)
+                        yield Job("fprop", target, dtype, k, stride, tile=tile)
+                    for activation in (*plans.COSTLY, ELU):
+                        yield Job("fprop", target, dtype, k, stride, activation=activation)
                     for activation, vectors in ((IDENTITY, False), (RELU, True), (SILU, True), (GELU, True)):
                         yield Job("backward", target, dtype, k, stride, activation=activation, vectors=vectors)
                     for outputs in fused:
@@ -217,7 +218,10 @@ def all_loads_are_wide(job: Job) -> bool:
         return job.k == 3 and job.activation in COMPARISONS
     if job.kernel == "chain_wgrad":
         return job.k == 3 and not job.pooled and job.dtype != "fp32"
-    return job.kernel == "fprop" or (job.kernel == "backward" and job.k == 3)
+    if job.kernel == "backward":
+        crowded = job.stride == 2 and job.activation not in COMPARISONS and job.dtype != "fp32"
+        return job.k == 3 and (job.target == "gfx942" or not crowded)
+    return job.kernel == "fprop"
 
 
 def loaded_rows(job: Job) -> int:

@@ -79,6 +79,8 @@ def test_what_wants_registers_gets_narrower_tiles() -> None:
     for crowded in (tile(taps=25), tile(code=SILU), tile(pooled=True), tile(c_in=64), tile(c_in=131)):
         assert crowded == plans.WGRAD_NARROW
     assert tile(device="gfx942") == plans.WGRAD_HIP and tile(taps=49) == plans.WGRAD_LARGE_FILTER
+    half = (torch.float16, 128, 9, RELU, DEVICES["sm_90"], False)
+    assert plans.wgrad_tile(*half) == plans.WGRAD and plans.wgrad_tile(*half, wide=True) == plans.WGRAD_NARROW
 
 
 @pytest.mark.parametrize("target", DEVICES)

@@ -15,7 +15,7 @@ from xsep.backends import triton as backend
 from xsep.backends import triton_launch as launch
 from xsep.backends import triton_plans as plans
 from xsep.backends.triton import TRITON
-from xsep.problem import Affine, Geometry, Problem
+from xsep.problem import GELU, RELU, SILU, Affine, Geometry, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = DEVICES["sm_90"]
@@ -49,6 +49,38 @@ def test_few_lanes_idle_on_xceptions_maps(size: int) -> None:
     assert tile is not None
     made = -(-size // tile.rows) * tile.rows
     assert made <= 1.11 * size, f"{tile.rows} rows a program waste {made - size} of {made}"
+
+
+def test_what_an_activation_costs_registers_for_gets_smaller_tiles() -> None:
+    """Each of them spilled where the tile was that of a ReLU; the compilations ahead of time hold all of them."""
+
+    def rows(k: int, stride: int, code: int) -> int:
+        tile = plans.fprop_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0)), H200)
+        assert tile is not None
+        return tile.rows
+
+    for code in plans.COSTLY:
+        assert [rows(3, 1, code), rows(5, 1, code), rows(3, 2, code)] == [6, 5, 4]
+    assert [rows(3, 1, RELU), rows(5, 1, RELU), rows(3, 2, RELU)] == [8, 8, 5]
+    assert plans.fprop_rows(7, 1, 4) == [6, 5, 4, 1] and plans.fprop_rows(7, 1, 2) == [6, 5, 4, 2, 1]
+
+    def lanes(k: int, stride: int, code: int, device: str = "sm_90") -> tuple[int, int]:
+        tile = plans.backward_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0)), DEVICES[device])
+        assert tile is not None
+        return tile.rows, tile.cols
+
+    for code in (SILU, GELU):
+        assert [lanes(3, 2, code), lanes(5, 2, code), lanes(7, 1, code)] == [(2, 8), (2, 4), (2, 2)]
+        assert lanes(3, 1, code) == lanes(3, 1, RELU) and lanes(7, 1, code, "gfx942") == (4, 2)
+    assert [lanes(3, 2, RELU), lanes(5, 2, RELU), lanes(7, 1, RELU)] == [(2, 16), (2, 8), (4, 2)]
+
+
+def test_the_chain_in_tf32_has_room_for_its_statistics() -> None:
+    wide, narrow = (problem(128, c_out, 147, k, dtype=torch.float32) for c_out, k in ((256, 3), (64, 7)))
+    assert plans.separable_plan(wide, H200, True).tile == plans.FUSED_TILES[256]
+    assert plans.chain_tile(wide, H200, True) == plans.FUSED_TILES[128]
+    assert plans.chain_tile(narrow, H200, True).depth == 16
+    assert plans.chain_tile(wide, DEVICES["gfx942"], True) == plans.FUSED_TILES_HIP[256]
 
 
 def test_what_the_unrolled_kernels_do_not_take_goes_to_the_general_ones() -> None:

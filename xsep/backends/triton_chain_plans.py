@@ -13,8 +13,8 @@ from typing import Optional
 
 import torch
 
-from ..problem import IDENTITY, LEAKY_RELU, RELU, RELU6, Problem
-from .triton_plans import DepthwiseTile, Device, backward_tile
+from ..problem import IDENTITY, Problem
+from .triton_plans import COMPARISONS, INT32, DepthwiseTile, Device, backward_tile
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ PRODUCT_IEEE = ProductTile(128, 32, 16, 8, 1)
 GRADIENT_POOLED = ProductTile(128, 128, 32, 8, 1)
 
 #: The weight gradient. What else wants registers (filters of more than FUSED_TAPS, a stride, un-pooling on load, 32-bit
-#: values, an activation that is no comparison, narrow accesses) leaves room for half as many sums: at 128 inputs ptxas
-#: spilled up to 624 bytes.
+#: values, an activation that is no comparison, narrow accesses, 64-bit offsets in float16) leaves room for half as many
+#: sums: at 128 inputs ptxas spilled up to 624 bytes.
 WGRAD = WgradTile(2, 32, 128, 128, 8, 1)
 WGRAD_NARROW = WgradTile(2, 32, 128, 64, 8, 1)
 WGRAD_LARGE_FILTER = WgradTile(1, 64, 128, 64, 8, 1)
@@ -82,7 +82,6 @@ WGRAD_PLAIN = WgradTile(1, 64, 128, 128, 8, 2)
 WGRAD_PLAIN_TF32 = WgradTile(1, 32, 128, 128, 8, 2)
 WGRAD_HIP = WgradTile(2, 32, 128, 64, 4, 1)
 FUSED_TAPS = 9
-COMPARISONS = (IDENTITY, RELU, RELU6, LEAKY_RELU)
 WGRAD_IEEE = WgradTile(1, 16, 64, 32, 4, 1)
 WGRAD_PLAIN_IEEE = WgradTile(1, 16, 64, 32, 4, 2)
 #: Programs a multiprocessor gets: two even out, and more would be more rows of partial sums. Eight, where those are
@@ -114,9 +113,9 @@ def gradient_tile(dtype: torch.dtype, c_in: int, device: Device, tf32: bool, poo
 
 def wgrad_tile(
     dtype: torch.dtype, c_in: int, taps: int, activation: int, device: Device, tf32: bool, pooled: bool = False,
-    stride: int = 1,
+    stride: int = 1, wide: bool = False,
 ) -> WgradTile:  # fmt: skip
-    """``taps``: R * S of the depthwise filter, 0 where there is none; ``activation`` on load."""
+    """``taps``: R * S of the depthwise filter, 0 where there is none; ``activation`` on load; ``wide`` offsets."""
     if dtype is torch.float32 and not tf32:
         return WGRAD_IEEE if taps > 0 or pooled or device.kind == "hip" else WGRAD_PLAIN_IEEE
     if device.kind == "hip":
@@ -126,7 +125,7 @@ def wgrad_tile(
     if taps > 25:
         return WGRAD_LARGE_FILTER
     crowded = taps > FUSED_TAPS or stride > 1 or pooled or dtype is torch.float32
-    crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0
+    crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0 or (wide and dtype is torch.float16)
     return WGRAD_NARROW if crowded or c_in <= 64 else WGRAD
 
 
@@ -170,9 +169,10 @@ def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = F
     picture = p * q * problem.c_in * size
     taps = problem.r * problem.s
     stride = max(problem.geometry.stride)
-    tile = wgrad_tile(problem.dtype, problem.c_in, taps, problem.activations[0], device, tf32, pooled, stride)
     x_bytes = problem.n * problem.h * problem.w * problem.c_in * size
     z_bytes, r_bytes = pixels * problem.c_in * size, pixels * problem.c_out * size
+    wide = max(x_bytes, r_bytes) // size > INT32
+    tile = wgrad_tile(problem.dtype, problem.c_in, taps, problem.activations[0], device, tf32, pooled, stride, wide)
     exact = problem.dtype is torch.float32 and not tf32
     rate = 0.7 * device.lane_rate if exact else device.matrix_rate / (1 if size == 2 else 2)
     matrix = pixels * problem.c_in * problem.c_out / rate
@@ -201,7 +201,8 @@ def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = F
 
 def chain_backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     """The one-pass backward's tile where a shortcut and the sums of dx want registers beside the sums of dw_dw."""
-    tile, taps = backward_tile(problem, device), problem.r * problem.s
+    # What activations cost is in the rules below.
+    tile, taps = backward_tile(problem._replace(activations=(IDENTITY,) * 3), device), problem.r * problem.s
     if tile is None:
         return None
     if taps > 25:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Affine, Geometry
-from .triton_plans import DepthwiseTile, SeparableTile, step_of
-
-INT32 = 2**31 - 2**24  # offsets below this leave room for a tile's overhang
+from .triton_plans import INT32, DepthwiseTile, SeparableTile, step_of
 
 
 @dataclass

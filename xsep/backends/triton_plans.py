@@ -6,18 +6,20 @@ time; the choices among them never depend on a measurement made at run time, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import ceil, gcd
 from typing import NamedTuple, Optional
 
 import torch
 
-from ..problem import GELU, Problem
+from ..problem import GELU, GELU_TANH, IDENTITY, LEAKY_RELU, RELU, RELU6, SILU, Problem
 
 #: Filters and strides up to these are unrolled; anything larger runs the general kernels.
 UNROLLED_FILTER = 7
 UNROLLED_STRIDE = 2
+#: Offsets below this leave room for a tile's overhang.
+INT32 = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,13 @@ class SeparablePlan:
 #: flight, are what the registers hold.
 FPROP_ROWS = (8, 6, 5, 4, 2, 1)
 FPROP_LOADED = 12
-#: erf keeps so many values at once that 8 sums beside it spilled (32 bytes on sm_80 and sm_90).
-FPROP_LOADED_GELU = 8
+#: exp, tanh and erf keep so many values at once that 8 sums beside them spilled (up to 96 bytes on sm_80 and sm_90); in
+#: float32, where a thread has half as many channels, erf alone.
+FPROP_LOADED_COSTLY = 9
+COSTLY = (SILU, GELU, GELU_TANH)
+COSTLY_FP32 = (GELU,)
+#: Activations that want no registers of their own.
+COMPARISONS = (IDENTITY, RELU, RELU6, LEAKY_RELU)
 
 #: (R * S up to, elements a thread holds of 16-bit and of 32-bit types, rows at stride 1): what leaves registers for
 #: the sums. At stride 2 it is 2 rows.
@@ -160,6 +167,12 @@ def _threads(device: Device) -> tuple[int, int]:
     return 128 // device.warp, 128
 
 
+def fprop_rows(r: int, tap: int, itemsize: int, most: int = FPROP_LOADED) -> list[int]:
+    """Those of FPROP_ROWS that a program can have; 2 of 7 float32 taps spilled, 8 bytes, where 1 and 4 do not."""
+    fitting = [rows for rows in FPROP_ROWS if (rows - 1) * tap + r <= most]
+    return [rows for rows in fitting if (rows, r, tap, itemsize) != (2, 7, 1, 4)]
+
+
 def fprop_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     """The tile of the unrolled forward kernel, or None where the general one has to run."""
     if not unrolled(problem):
@@ -179,8 +192,9 @@ def fprop_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
         idle = waves * 4 * device.multiprocessors / (around * per_phase * step.row)
         return (made + 0.5 * loaded / step.tap) * idle, -rows
 
-    most = FPROP_LOADED_GELU if GELU in problem.activations else FPROP_LOADED
-    fitting = [rows for rows in FPROP_ROWS if (rows - 1) * step.tap + problem.r <= most]
+    costly = COSTLY if problem.dtype.itemsize == 2 else COSTLY_FP32
+    most = FPROP_LOADED_COSTLY if any(code in costly for code in problem.activations) else FPROP_LOADED
+    fitting = fprop_rows(problem.r, step.tap, problem.dtype.itemsize, most)
     return DepthwiseTile(min(fitting, key=cost), cols, channels, warps)
 
 
@@ -193,7 +207,14 @@ def backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     _, narrow, wide, rows = next(step for step in BACKWARD_STEPS if problem.r * problem.s <= step[0])
     elements = wide if problem.dtype.itemsize == 4 else narrow
     channels, cols = _channels_and_cols(problem.c_in, elements, threads)
-    return DepthwiseTile(rows if max(g.stride) == 1 else 2, cols, channels, warps)
+    strided = max(g.stride) > 1
+    tile = DepthwiseTile(2 if strided else rows, cols, channels, warps)
+    if problem.activations[0] in COMPARISONS or device.kind == "hip":
+        return tile
+    # An activation's slope beside as many sums spilled up to 48 bytes.
+    if problem.r * problem.s > 25:
+        return replace(tile, rows=min(tile.rows, 2))
+    return replace(tile, cols=max(cols // 2, 1)) if strided and problem.dtype.itemsize == 2 else tile
 
 
 def share_of(tiles: int, blocks: int, device: Device) -> int:
@@ -222,7 +243,13 @@ def pointwise_tile(dtype: torch.dtype, device: Device, tf32: bool) -> SeparableT
 
 def chain_tile(problem: Problem, device: Device, tf32: bool) -> SeparableTile:
     """The fused tile of the training chain: the same for every batch size, so that traced code knows the partials."""
-    return _matrix_tile(problem._replace(n=2**20), device, tf32)
+    tile = _matrix_tile(problem._replace(n=2**20), device, tf32)
+    if not tf32 or device.kind == "hip" or problem.dtype is not torch.float32:
+        return tile
+    # The statistics and what the addend wants spilled up to 148 bytes beside TF32's wider operands.
+    if tile.outputs > 128:
+        return FUSED_TILES[128]
+    return replace(tile, depth=16) if problem.r * problem.s > 25 and tile.outputs == 64 else tile
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@
 #include "../channels.cuh"
 #include "../launch.cuh"
 #include "params.h"
+#include "statistics.cuh"
 
 namespace xsep::cuda {
 
@@ -96,15 +97,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   load_channel_vector<T>(affines, 1, p.prologue.shift, 0.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 2, p.epilogue.scale, 1.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 3, p.epilogue.shift, 0.0f, first, s.c_in, vectors);
+  const FpropStatistics<T, kVec, ROWS> statistics(p, arena);
   __syncthreads();
 
   const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
   const int c = first + vector * kVec;
-  if (strip >= p.plan.strips_down * p.plan.strips_across || c >= s.c_in) return;
+  const bool idle = strip >= p.plan.strips_down * p.plan.strips_across || c >= s.c_in;
   const bool with_prologue = !p.prologue.is_identity() || p.residual != nullptr;
 
   const int tiles = s.n * p.plan.tiles_down * p.plan.tiles_across;
-  for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
+  for (int tile = idle ? tiles : static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
     const int tile_p = rest % p.plan.tiles_down;
     const int64_t picture = rest / p.plan.tiles_down;
@@ -161,18 +163,21 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         Pack<T, kVec>::round(sum[y * kStripWidth + j]).store(out + static_cast<int64_t>(j) * s.c_mid);
       }
     }
+    statistics.add(sum, s.p - p0, s.q - q0);
     if (p.x_pre != nullptr) {
       affines.read(scale, 0, vector);
       affines.read(shift, 1, vector);
       store_x_pre<T, kVec, STRIDE, ROWS>(p, picture, p0, q0, c, scale, shift);
     }
   }
+  statistics.store();
 }
 
 template <class T>
 void launch_depthwise_fprop(const DepthwiseFpropParams& p, cudaStream_t stream) {
   const LaunchShape shape{dim3(static_cast<unsigned>(p.plan.workers), static_cast<unsigned>(p.plan.slices)),
-                          kDepthwiseThreads, p.plan.shared_bytes};
+                          kDepthwiseThreads,
+                          p.plan.shared_bytes + (p.statistics == nullptr ? 0 : fprop_statistics_bytes(p.plan))};
   void (*kernel)(DepthwiseFpropParams) = nullptr;
   switch (p.shape.r * 10 + p.shape.stride_h) {
     case 31:

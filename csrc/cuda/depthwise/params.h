@@ -13,6 +13,9 @@ struct DepthwiseFpropParams {
   const void* w_dw;        // [C_mid, 1, R, S]
   void* x_pre;             // [N, H, W, C_in], what the prologue's activation is applied to; null without a residual
   void* y;                 // [N, P, Q, C_mid]
+  float* statistics;       // [workers, 3, C_mid]: of what each CTA stores of y, its mean K, sum of y - K and of
+                           // (y - K)^2; may be null, and is where there is no sliding window
+  int* counts;             // [workers], pixels of each CTA; null without statistics
   ChannelAffine prologue;  // over C_in
   ChannelAffine epilogue;  // over C_mid
 };
