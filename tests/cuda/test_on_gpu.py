@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Optional
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.chain.support import hold, image, last, vector
+from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.backends.chain_cuda import CUDA_CHAIN
-from xsep.backends.cuda import CUDA
+from xsep.backends.cuda import CUDA, device_facts
 from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs, separable_problem
 
 pytestmark = pytest.mark.gpu
@@ -195,11 +197,8 @@ JOINTS = {
 }
 
 
-@pytest.mark.parametrize("joint", JOINTS)
-@pytest.mark.parametrize("size", SIZES[1:], ids=ids)
-@pytest.mark.parametrize("kind", DTYPES)
-def test_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
-    """A layer's whole backward, in as many slices as the card's L2 asks for, and the same bits twice."""
+def check_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
+    """A layer's whole backward against float64, and the same bits twice."""
     (short, before, pool), (n, c_in, c_out, h, w, *_), dtype = JOINTS[joint], size, DTYPES[kind]
     a = draw(size, dtype)
     geometry, load = Geometry(*a.geometry), Load(vector(c_in, dtype), RELU)
@@ -238,6 +237,31 @@ def test_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
             hold(name, mine, exact, peer, dtype, size_of_terms)
         else:
             assert_close(name, mine, peer, exact)
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("size", SIZES[1:], ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
+    """In as many slices as the card's L2 asks for."""
+    check_chain_backward(size, kind, joint)
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, joint: str) -> None:
+    """Pictures so large that the card's L2 is too small for one."""
+    side = math.isqrt(device_facts(torch.cuda.current_device()).l2_bytes // (2 * 3 * (128 + 128) * 2)) + 1
+    kernel, calls = launch.fused_backward, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return kernel(*arguments)
+
+    monkeypatch.setattr(launch, "fused_backward", counted)
+    check_chain_backward((2, 128, 128, side, side + 3, 3, 1), kind, joint)
+    assert calls == 2
 
 
 def test_current_stream_is_used() -> None:
