@@ -17,7 +17,7 @@ namespace xsep::cpu {
 struct DepthwiseBprop {
   DepthwiseShape shape;
   CpuBackwardPlan plan;
-  int64_t c_pad;           // shape.c rounded up to kChannelPad
+  int64_t c_pad;           // table_row(shape.c)
   const void* x;           // T [n, h, w, c]
   const void* dz;          // T [n, p, q, multiplier, c]
   const float* w;          // [multiplier, r * s, c_pad]
@@ -54,7 +54,7 @@ class UnitSums {
         count_(to ? count : 0),
         c_pad_(c_pad),
         channels_(channels),
-        stride_(round_up(channels.end - channels.begin, kChannelPad)),
+        stride_(table_row(channels.end - channels.begin)),
         short_(static_cast<size_t>(count_ * stride_), 0.0f) {
     for (int64_t i = 0; i < count_; ++i) std::fill(row(i) + channels.begin, row(i) + channels.end, 0.0);
   }

@@ -35,7 +35,7 @@ constexpr bool has_pairs(int64_t filter_width) { return filter_width == 3 || fil
 /// per-channel array stored pass by pass.
 struct DepthwiseFprop {
   DepthwiseShape shape;
-  int64_t c_pad;            // shape.c rounded up to kChannelPad
+  int64_t c_pad;            // table_row(shape.c)
   InputRows input;          // of the type the kernels are called for, once they are brought
   const float* w;           // [multiplier, r * s, c_pad]
   const uint32_t* w_pairs;  // [multiplier, pair_weights_size], or null where pairs are not multiplied
@@ -193,12 +193,13 @@ template <int kS, int kStride, int kPixels, bool kBorder>
 void pair_block(const DepthwiseFprop& p, const RunOutput& to, const Block<BFloat16>& b) {
   const int64_t first = std::max<int64_t>(-b.column, 0);
   const int64_t last = std::min<int64_t>(b.width - b.column, (kPixels - 1) * kStride + kS);
+  const int64_t w_row = table_row(p.c_pairs);
   for (int64_t c = b.c_begin; c < b.c_end; c += kPairChannels) {
     prefetch_for_next_row<BFloat16, kS, kStride, kPixels>(to, b, c);
     Vec low[kPixels] = {};
     Vec high[kPixels] = {};
     sum_pairs<kS, kStride, kPixels, kBorder>(b.rows, b.column * b.pixel_step + c, b.pixel_step, first, last,
-                                             b.w_pairs + c, p.shape.r, p.c_pairs, b.r_begin, b.r_end, low, high);
+                                             b.w_pairs + c, p.shape.r, w_row, b.r_begin, b.r_end, low, high);
     unroll<kPixels>([&](auto i) __attribute__((always_inline)) { in_channel_order(low[i], high[i]); });
     apply(b.output, c, low);
     store_pixels<BFloat16>(to, b.out, c, low, kLanes);

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   DepthwiseBprop p{};
   p.shape = shape;
   p.plan = plan_cpu_backward(shape);
-  p.c_pad = round_up(shape.c, kChannelPad);
+  p.c_pad = table_row(shape.c);
   const Tensor x_rows = to_nhwc(x);
   const Tensor dz_rows = in_pass_order(dz, shape);
   const Tensor w = packed_depthwise(w_dw, shape, p.c_pad);

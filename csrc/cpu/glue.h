@@ -133,7 +133,7 @@ class DepthwiseInputs {
                   int64_t activation, double alpha, const DepthwiseShape& shape, int64_t visits)
       : params{},
         x_(x),
-        c_pad_(round_up(shape.c, kChannelPad)),
+        c_pad_(table_row(shape.c)),
         w_(packed_depthwise(w_dw, shape, c_pad_)),
         prologue_(scale_p, shift_p, shape.c, 1, c_pad_, activation, alpha),
         dtype_(x.scalar_type()) {

@@ -9,9 +9,9 @@ namespace xsep::cpu {
 /// Channels of one step: a vector of BFloat16.
 constexpr int64_t kPairChannels = 32;
 
-/// Weights as pairs, in the order in which two rows of pixels are interleaved: [2, R, S, c_pairs], c_pairs whole steps
-/// of channels. [0, r] pairs row r with row r + 1, [1, r] with nothing.
-inline int64_t pair_weights_size(int64_t r, int64_t s, int64_t c_pairs) { return 2 * r * s * c_pairs; }
+/// Weights as pairs, in the order in which two rows of pixels are interleaved: [2, R, S, table_row(c_pairs)], c_pairs
+/// whole steps of channels. [0, r] pairs row r with row r + 1, [1, r] with nothing.
+inline int64_t pair_weights_size(int64_t r, int64_t s, int64_t c_pairs) { return 2 * r * s * table_row(c_pairs); }
 
 #if defined(__AVX512BW__)
 /// From w [R * S, c_pad] of values that are BFloat16: their low halves are zero.
@@ -23,11 +23,12 @@ inline void pack_pair_weights(const float* w, int64_t r, int64_t s, int64_t c_pa
     _mm512_storeu_si512(to, _mm512_maskz_shuffle_i32x4(0xffff, a, b, 0x88));
     _mm512_storeu_si512(to + kLanes, _mm512_maskz_shuffle_i32x4(0xffff, a, b, 0xdd));
   };
+  const int64_t row = table_row(c_pairs);
   for (int64_t tap = 0; tap < r * s; ++tap) {
     const float* above = w + tap * c_pad;
     const float* below = tap < (r - 1) * s ? above + s * c_pad : nullptr;
-    uint32_t* paired = out + tap * c_pairs;
-    uint32_t* alone = paired + r * s * c_pairs;
+    uint32_t* paired = out + tap * row;
+    uint32_t* alone = paired + r * s * row;
     for (int64_t c = 0; c < c_pairs; c += kPairChannels) {
       const VecBits low[2] = {as_bits(load(above + c)) >> 16, as_bits(load(above + c + kLanes)) >> 16};
       store_pairs(low[0], low[1], alone + c);
@@ -69,17 +70,17 @@ XSEP_INLINE void in_channel_order(Vec& low, Vec& high) {
 /// on. Columns outside [first, last) are no part of the picture where kEdges.
 template <int kS, int kStride, int kPixels, bool kEdges>
 XSEP_INLINE void sum_pairs(const BFloat16* const* x, int64_t offset, int64_t column_step, int64_t first, int64_t last,
-                           const uint32_t* w, int64_t rows, int64_t c_pairs, int64_t r_begin, int64_t r_end,
+                           const uint32_t* w, int64_t rows, int64_t w_row, int64_t r_begin, int64_t r_end,
                            Vec (&low)[kPixels], Vec (&high)[kPixels]) {
   typedef VecBits BitsUnaligned __attribute__((aligned(4), may_alias));
   constexpr int kColumns = (kPixels - 1) * kStride + kS;
   const auto add_rows = [&](const BFloat16* above, const BFloat16* below, int64_t r) __attribute__((always_inline)) {
     const bool two = below != nullptr;
-    const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * c_pairs;
+    const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * w_row;
     VecBits w_low[kS], w_high[kS];
     unroll<kS>([&](auto s) __attribute__((always_inline)) {
-      w_low[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * c_pairs);
-      w_high[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * c_pairs + kLanes);
+      w_low[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * w_row);
+      w_high[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * w_row + kLanes);
     });
     unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
       if (kEdges && (j < first || j >= last)) return;

@@ -37,6 +37,14 @@ constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(float));
 constexpr int64_t kChannelPad = 16;
 static_assert(kChannelPad % kLanes == 0);
 
+/// From row to row of a table of 32-bit values for each channel, one row a tap of the filter. A distance of many powers
+/// of two would put a channel's taps into few sets of the first-level cache: at 1024 channels all of them into one.
+constexpr int64_t table_row(int64_t channels) {
+  constexpr int64_t kBadDistance = 512 / 4;
+  const int64_t row = (channels + kChannelPad - 1) / kChannelPad * kChannelPad;
+  return row % kBadDistance == 0 ? row + kChannelPad : row;
+}
+
 typedef float Vec __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecInt __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecBits __attribute__((vector_size(kVecBytes)));

@@ -122,7 +122,7 @@ InputRows input_rows(const DepthwiseShape& s, Rows how, const std::vector<float>
 bool forward(const Problem& problem, Rows how) {
   const DepthwiseShape& s = problem.shape;
   const int64_t c_mid = s.c * s.multiplier;
-  const int64_t c_pad = round_up(s.c, kChannelPad);
+  const int64_t c_pad = table_row(s.c);
   const int64_t panels = ceil_div(problem.c_out, kPanelColumns);
   Random next;
   const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
@@ -209,7 +209,7 @@ bool backward(const Problem& problem) {
   DepthwiseBprop p{};
   p.shape = s;
   p.plan = plan_cpu_backward(s);
-  p.c_pad = round_up(s.c, kChannelPad);
+  p.c_pad = table_row(s.c);
   const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
   const std::vector<float> dz = random_values(s.pixels_out() * c_mid, next);
   const std::vector<float> w = random_values(s.multiplier * s.taps() * p.c_pad, next);
