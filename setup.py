@@ -1,4 +1,5 @@
-"""Builds the compiled parts: ``xsep._C`` (planner, build info), one CPU library a level, and the CUDA library.
+"""Builds the compiled parts: ``xsep._C`` (planner, build info), ``xsep._repeated`` (calls on the CPU that were made
+before), one CPU library a level, and the CUDA library.
 
 Environment: ``MAX_JOBS`` limits the compilers run at once, ``TORCH_CUDA_ARCH_LIST`` chooses GPU architectures,
 ``XSEP_BUILD_CUDA`` is ``0``, ``1`` or ``auto`` (the default: where nvcc is found, of PyTorch's CUDA where it has one),
@@ -54,6 +55,7 @@ CPU_LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c"],
 }
+BUILD_CPU = os.environ.get("XSEP_BUILD_CPU") != "0"
 #: Without -fopenmp, ``at::parallel_for`` silently runs one thread.
 CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
@@ -99,16 +101,32 @@ def binding_module() -> Extension:
     )
 
 
+def torch_options() -> list[str]:
+    """What whatever is compiled against PyTorch's headers needs."""
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    return [*(f"-isystem{path}" for path in include_paths()), *HIDDEN, *WARNINGS, abi]
+
+
+def repeated_calls() -> Extension:
+    """``xsep._repeated``: a Python module that makes calls on the CPU without Python's checks."""
+    return Extension(
+        "xsep._repeated",
+        files("csrc/eager/*.cpp"),
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu", "torch", "torch_python"],
+        extra_compile_args=["-O2", "-g0", *torch_options()],
+        language="c++",
+    )
+
+
 def cpu_library(level: str, flags: list[str]) -> Extension:
     """``xsep/_cpu_<level>.so``: the CPU operators compiled for one instruction set."""
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    system_includes = [f"-isystem{path}" for path in include_paths()]
     return Extension(
         f"xsep._cpu_{level}",
         files("csrc/cpu/*.cpp"),
         library_dirs=library_paths(),
         libraries=["c10", "torch_cpu", "torch"],
-        extra_compile_args=[*system_includes, *CPU_FLAGS, *HIDDEN, *WARNINGS, abi, *flags],
+        extra_compile_args=[*torch_options(), *CPU_FLAGS, *flags],
         extra_link_args=["-fopenmp"],
         language="c++",
     )
@@ -173,11 +191,8 @@ class Build(BuildExtension):
 setup(
     ext_modules=[
         binding_module(),
-        *(
-            cpu_library(level, flags)
-            for level, flags in cpu_levels().items()
-            if os.environ.get("XSEP_BUILD_CPU") != "0"
-        ),
+        *([repeated_calls()] if BUILD_CPU else []),
+        *(cpu_library(level, flags) for level, flags in cpu_levels().items() if BUILD_CPU),
         *cuda_library(),
     ],
     cmdclass={"build_ext": Build},

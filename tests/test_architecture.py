@@ -20,7 +20,7 @@ LAYERS = (
     ("backends",),
     ("plans", "tuning", "dispatch"),
     ("ops", "arguments"),
-    ("checked",),
+    ("checked", "repeated"),
     ("functional",),
     ("modules", "cases", "testing", "measuring"),
     ("chain",),
@@ -82,7 +82,16 @@ def test_importing_xsep_is_light() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = out.split()
     assert "xsep.ops.definitions" in loaded
-    heavy = {"triton", "matplotlib", "rich", "lightning", "xsep.backends.triton", "xsep.backends.cuda", "xsep._C"}
+    heavy = {
+        "triton",
+        "matplotlib",
+        "rich",
+        "lightning",
+        "xsep.backends.triton",
+        "xsep.backends.cuda",
+        "xsep._C",
+        "xsep._repeated",
+    }
     assert not heavy & set(loaded)
 
 

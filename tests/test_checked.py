@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import xsep
-from xsep import ChannelAffine, checked
+from xsep import ChannelAffine, checked, repeated
 from xsep.arguments import depthwise_args, separable_args
 from xsep.problem import depthwise_problem, separable_problem
 
@@ -18,6 +18,7 @@ from xsep.problem import depthwise_problem, separable_problem
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     known: dict[Any, Any] = {}
     monkeypatch.setattr(checked, "_known", known)
+    monkeypatch.setattr(repeated, "again", repeated._never)  # those calls do not come here
     return known
 
 

@@ -145,3 +145,29 @@ def test_checksum_sees_every_word_and_their_order() -> None:
     seen.add(checksum(data.flip(0)))
     assert len(seen) == 2 + len(range(0, data.numel(), 7))
     assert checksum(data.clone()) == checksum(data) == checksum(data.t().contiguous().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(256, 256), (1024, 256), (728, 728), (31, 1)], ids=str)
+@pytest.mark.parametrize("constant", [False, True])
+def test_checksum_sees_what_changes_all_words_alike(dtype: torch.dtype, size: tuple[int, int], constant: bool) -> None:
+    """Doubled, halved or negated: the same bits change in every word, and sums of such changes like to cancel."""
+    data = (torch.full(size, 0.75) if constant else torch.randn(size)).to(dtype)
+    rows = torch.arange(size[0])[:, None] % 2 == 0
+    changed = [
+        data, -data, 2 * data, 4 * data, data / 2, data / 65536, torch.where(rows, data, -data), torch.zeros_like(data),
+        data.roll(64) if not constant else data + 1, torch.where(rows, data, 2 * data), data.flip(0) + data,
+    ]  # fmt: skip
+    bits = {t.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy().tobytes() for t in changed}
+    assert len({torch.ops.xsep.cpu_checksum(t) for t in changed}) == len(bits) >= 9
+
+
+@pytest.mark.parametrize("factor", [-1.0, 2.0, 0.5])
+def test_scaled_in_place_past_the_version_counter(factor: float) -> None:
+    layer = xsep.FusedSeparableConv2d(256, 256, 3, padding=1, bias=False).eval()
+    x = torch.randn(1, 256, 5, 5)
+    with torch.no_grad():
+        before = layer(x)
+        layer.conv_pw.weight.data.mul_(factor)
+        assert torch.equal(layer(x), factor * before)
+    xsep.forget_packed_weights()

@@ -17,6 +17,7 @@ import torch
 
 from .backends.aten import ATEN
 from .backends.base import Backend
+from .extension import forget_repeated
 from .problem import Problem
 from .tuning import findings
 from .tuning.device import cpu_name, running
@@ -182,6 +183,7 @@ def recording() -> Iterator[dict[Problem, None]]:
     """Notes every problem that runs meanwhile, each once, in the order of its first call."""
     global _recorded
     before, _recorded = _recorded, {}
+    forget_repeated()  # those would pass by unseen
     try:
         yield _recorded
     finally:
@@ -191,6 +193,7 @@ def recording() -> Iterator[dict[Problem, None]]:
 def forget_choices() -> None:
     """Lets every problem be decided anew, by what is known now."""
     _select.cache_clear()
+    forget_repeated()
 
 
 def work(problem: Problem) -> tuple[int, int]:

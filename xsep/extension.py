@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,24 @@ def _binding() -> tuple[Optional[ModuleType], Optional[str]]:
 def binding() -> Optional[ModuleType]:
     """The module ``xsep._C``, or None where it was not built or does not load."""
     return _binding()[0]
+
+
+@cache
+def repeated() -> Optional[ModuleType]:
+    """The module ``xsep._repeated`` beside the CPU operators, or None where one of the two is missing."""
+    if load_cpu().reason is not None:
+        return None
+    try:
+        return importlib.import_module("xsep._repeated")
+    except ImportError:
+        return None
+
+
+def forget_repeated() -> None:
+    """Has calls that were made before checked anew, and decided by what is known now."""
+    module = sys.modules.get("xsep._repeated")
+    if module is not None:
+        module.forget()
 
 
 def cpu_level() -> str:

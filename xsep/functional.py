@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import dispatch
+from . import dispatch, repeated
 from .arguments import ChannelAffine, Padding, Pair, backend_name, depthwise_args, separable_args
 from .backends.aten import ATEN
 from .checked import checked_depthwise_args, checked_separable_args
@@ -62,6 +62,10 @@ def separable_conv2d(
     Float32 uses TF32 only where ``torch.backends.cudnn.allow_tf32`` lets PyTorch's convolutions use it. Under autocast
     the convolution's tensors are cast as ``conv2d`` casts its own; the affines' vectors keep their type.
     """
+    call = (x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual, backend)
+    y = None if torch.compiler.is_dynamo_compiling() else repeated.again(*call)
+    if y is not None and y is not NotImplemented:
+        return y
     everything = (x, w_dw, w_pw, bias, residual, *_tensors(prologue), *_tensors(middle), *_tensors(epilogue))
     if has_torch_function(everything):
         return handle_torch_function(
@@ -76,7 +80,9 @@ def separable_conv2d(
         args, problem = checked_separable_args(
             x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual
         )
-        return separable(args, name, problem)
+        if y is NotImplemented:
+            y = repeated.first(call, args, problem, name)
+        return separable(args, name, problem) if y is None else y
     args = separable_args(x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual)
     return ATEN.separable_forward(args) if torch.onnx.is_in_onnx_export() else separable.traced(args, name)
 

@@ -60,8 +60,8 @@ Tensor pack_pointwise(const Tensor& w_pw, int64_t multiplier) {
   return packed_pointwise(w_pw, pointwise_packing(w_pw, multiplier));
 }
 
-/// Of one block: lanes of sums h = h * odd + word. An odd factor loses nothing, so a change of one word always shows;
-/// several changes in one of the lanes cancel out in one case of 2^32.
+/// Of one block: lanes of sums h = rotated(h ^ word) * odd. Each step loses nothing, so a change of one word always
+/// shows; the rotation keeps equal changes of many words, as where all are negated or doubled, from cancelling out.
 uint64_t block_checksum(const char* data, int64_t bytes) {
   constexpr int kStreams = 4;
   constexpr int64_t kStep = kStreams * kVecBytes;
@@ -72,7 +72,8 @@ uint64_t block_checksum(const char* data, int64_t bytes) {
     unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
       VecBits words;
       std::memcpy(&words, data + at + i * kVecBytes, kVecBytes);
-      sums[i] = sums[i] * odd + words;
+      const VecBits mixed = sums[i] ^ words;
+      sums[i] = ((mixed << 13) | (mixed >> 19)) * odd;
     });
   }
   uint64_t sum = static_cast<uint64_t>(bytes);

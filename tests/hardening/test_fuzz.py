@@ -76,11 +76,13 @@ def problems(draw: Any, dtype: torch.dtype) -> Case:
 
 
 def hold(case: Case, backend: str) -> None:
-    """The rule; the strides PyTorch's convolutions would give; inputs left as they were."""
+    """The rule; the strides PyTorch's convolutions would give; inputs left as they were; the same when called again."""
     inputs = testing.make_inputs(case)
     before = {name: t.detach().clone() for name, t in inputs.tensors.items()}
     ours = testing.run_xsep(case, inputs, backend)
     found = testing.violations(ours, testing.run_truth(case, inputs), testing.run_pytorch(case, inputs), case.dtype)
+    second = testing.run_xsep(case, inputs, backend)
+    found += [f"{name} does not repeat" for name, t in ours.items() if not same(t, second[name])]
     found += [f"{name} was changed" for name, t in inputs.tensors.items() if not same(t, before[name])]
     filters = [inputs.tensors[name] for name in ("x", "w_dw", "w_pw") if name in inputs.tensors]
     last = any(is_channels_last(t) for t in filters)

@@ -145,17 +145,18 @@ class CpuBackend(Backend):
     def separable_backward(
         self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
     ) -> Gradients:
-        if self._is_one_kernel(a, wanted):
+        if not wanted[4] and self.is_one_kernel(a):
             dx, *rest = self._separable_bprop(dy, a, wanted)
         else:
             dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
-    def _is_one_kernel(self, a: SeparableArgs, wanted: Sequence[bool]) -> bool:
-        """Whether nothing stands between the convolutions or behind them but a bias, so that dy is the products'."""
+    def is_one_kernel(self, a: SeparableArgs) -> bool:
+        """Whether one kernel makes all gradients but the residual's: nothing stands between the convolutions or behind
+        them but a bias, so that dy is the products'."""
         plain = a.activations[1] == a.activations[2] == IDENTITY
         none = a.scale_m is None and a.shift_m is None and a.scale_e is None and a.shift_e is None
-        return plain and none and not wanted[4] and a.w_dw.shape[0] == a.x.shape[1] and _has_dgrad(a.w_pw)
+        return plain and none and a.w_dw.shape[0] == a.x.shape[1] and _has_dgrad(a.w_pw)
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
         dbias = channel_sum(dy) if wanted[3] else None
