@@ -336,6 +336,27 @@ void run_stride(const DepthwiseFprop& p, Range pixels, Range channels, const Run
 
 }  // namespace detail
 
+/// Addresses in x of what a run of outputs will be the first to read, after those before it; empty where that is not
+/// one piece.
+inline Range input_of_next_run(const DepthwiseFprop& p, Range pixels, const RowWindow& window) {
+  const DepthwiseShape& s = p.shape;
+  const Geometry& g = s.geometry;
+  if (pixels.begin >= pixels.end) return {0, 0};
+  // The last row of an output's taps, counted over all pictures: below one picture is the next one.
+  const auto last_row = [&](int64_t pixel) {
+    const int64_t row = pixel / s.q;
+    const int64_t h = row % s.p * g.stride_h - g.pad_top + (s.r - 1) * g.dilation_h;
+    return row / s.p * s.h + std::clamp<int64_t>(h, 0, s.h - 1);
+  };
+  if (p.input.bring) return window.missing(last_row(pixels.end - 1));
+  if (g.stride_h != 1 || g.stride_w != 1) return {0, 0};
+  const int64_t pixel_bytes = s.c * p.input.x_element_bytes;
+  const int64_t column = std::clamp<int64_t>(pixels.begin % s.q - g.pad_left + (s.s - 1) * g.dilation_w, 0, s.w - 1);
+  const int64_t first = last_row(pixels.begin) * s.w + column;
+  const int64_t x = reinterpret_cast<int64_t>(p.input.x);
+  return {x + first * pixel_bytes, x + (first + pixels.end - pixels.begin) * pixel_bytes};
+}
+
 /// Channels [channels.begin, channels.end) of every pass for output pixels [pixels.begin, pixels.end), counted over N,
 /// P and Q. channels.begin is a multiple of kChannelPad. T is the type of brought rows, or x's own.
 template <class T>

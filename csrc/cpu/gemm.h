@@ -21,8 +21,37 @@ struct Product {
   int64_t c_row;
   int64_t depth;
   bool add;
-  const char* next;  // what is wanted soon: fetched towards the second-level cache, next_step bytes a step in depth
+  const char* next;  // fetched towards the second-level cache, next_step bytes a step in depth
   int64_t next_step;
+};
+
+/// Memory that is read once products are made, in up to two pieces. It is fetched meanwhile, when memory has else
+/// little to do: a line a step in depth, the first piece first.
+struct Soon {
+  static constexpr int64_t kLine = 64;
+
+  const char* at = nullptr;
+  int64_t bytes = 0;
+  const char* then = nullptr;
+  int64_t then_bytes = 0;
+  int64_t wait = 0;  // lines of steps that fetch nothing yet
+
+  /// As late as so many steps allow, when less of what the products read will be read again.
+  void late(int64_t steps) { wait = steps - (bytes + then_bytes) / kLine; }
+
+  /// Has p fetch the next part.
+  void give(Product& p) {
+    if (bytes <= 0) at = then, bytes = then_bytes, then_bytes = 0;
+    const bool now = bytes > 0 && wait <= 0;
+    p.next = now ? at : static_cast<const char*>(p.b);
+    p.next_step = now ? kLine : 0;
+    if (!now) {
+      wait -= p.depth;
+      return;
+    }
+    at += p.depth * kLine;
+    bytes -= p.depth * kLine;
+  }
 };
 
 /// Rows and vectors of a block kept in registers: with what is loaded they take 29 of AVX-512's 32, 15 of AVX2's 16.
@@ -135,7 +164,7 @@ XSEP_INLINE void with_rows(int64_t rows, F&& f) {
 
 /// The whole product. n is taken in whole vectors.
 template <bool kPairs>
-void multiply(Product p, int64_t m, int64_t n) {
+void multiply(Product p, int64_t m, int64_t n, Soon soon = {}) {
   const auto* a = static_cast<const uint32_t*>(p.a);
   const auto* b = static_cast<const uint32_t*>(p.b);
   float* c = p.c;
@@ -147,6 +176,7 @@ void multiply(Product p, int64_t m, int64_t n) {
     for (int64_t i = 0; i < m; i += kProductRows) {
       p.a = a + i * p.a_row;
       p.c = c + i * p.c_row + j * kLanes;
+      soon.give(p);
       detail::with_rows(std::min<int64_t>(m - i, kProductRows), [&](auto rows) __attribute__((always_inline)) {
         if (vectors == 1) {
           detail::multiply_block<kPairs, rows(), 1>(p);

@@ -95,6 +95,14 @@ class RowWindow {
     return rows_.ahead(picture_, there_.end);
   }
 
+  /// Addresses in x of what is missing up to a row, counted over all pictures, where that is one piece.
+  Range missing(int64_t last_row) const {
+    if (rows_.nchw) return {0, 0};
+    const int64_t row_bytes = rows_.w * rows_.c * rows_.x_element_bytes;
+    const int64_t x = reinterpret_cast<int64_t>(rows_.x);
+    return {x + (picture_ * rows_.h + there_.end) * row_bytes, x + (last_row + 1) * row_bytes};
+  }
+
   const void* row(int64_t h) const { return memory_ + h % rows_.slots * rows_.row_bytes(); }
 
  private:

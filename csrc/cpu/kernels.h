@@ -13,10 +13,10 @@
   PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t);                                     \
   PREFIX template void separable_fprop_task<T, T>(const SeparableFprop&, int64_t, RowWindow&, void*);               \
   PREFIX template void make_z<T>(const SeparableFprop&, Range, RowWindow&, char*);                                  \
-  PREFIX template void multiply_all_tiles<T>(const SeparableFprop&, int64_t, const char*, const void*, const void*, \
+  PREFIX template void multiply_all_tiles<T>(const SeparableFprop&, int64_t, const char*, const void*, const Soon&, \
                                              float*);                                                               \
   PREFIX template void separable_wgrad_task<T, T>(const SeparableWgrad&, int64_t, RowWindow&, void*);               \
-  PREFIX template void multiply_panel<T>(const Pointwise&, const void*, const void*, const void*, int64_t, int64_t, \
+  PREFIX template void multiply_panel<T>(const Pointwise&, const void*, const void*, const Soon&, int64_t, int64_t, \
                                          int64_t, float*);                                                          \
   PREFIX template void pack_depthwise<T>(const T*, int64_t, int64_t, int64_t, int64_t, float*);                     \
   PREFIX template void unpack_depthwise<T>(const double*, Range, int64_t, int64_t, int64_t, T*);                    \

@@ -24,9 +24,8 @@ struct Pointwise {
   int64_t plane;           // P * Q of an NCHW output, else 0
 
   int64_t z_bytes() const { return pairs ? 2 : 4; }
-  const char* panel(int64_t i) const {
-    return static_cast<const char*>(w_packed) + i * depth * kPanelColumns * z_bytes();
-  }
+  int64_t panel_bytes() const { return depth * kPanelColumns * z_bytes(); }
+  const char* panel(int64_t i) const { return static_cast<const char*>(w_packed) + i * panel_bytes(); }
 };
 
 namespace detail {
@@ -102,10 +101,10 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
   });
 }
 
-/// One panel of y for m pixels of a tile by our own kernel. next: the packed weights of the panel after it, or null.
+/// One panel of y for m pixels of a tile by our own kernel.
 template <class T, bool kPairs>
-void multiply_panel(const Pointwise& p, const void* z, const void* w, const void* next, int64_t m, int64_t pixel,
-                    int64_t n0, float* products, PanelOutput<T> y) {
+void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon, int64_t m, int64_t pixel, int64_t n0,
+                    float* products, PanelOutput<T> y) {
   constexpr int64_t kColumns = kProductVectors * kLanes;
   static_assert(kPanelColumns % kColumns == 0);
   constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
@@ -115,13 +114,7 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, const void
   const int64_t z_stride = kPairs ? p.z_stride / 2 : p.z_stride;
   const int64_t depth = kPairs ? p.depth / 2 : p.depth;
   Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, depth, false, nullptr, 0};
-  constexpr int64_t kLine = 64;
-  const int64_t panel_bytes = depth * kPanelColumns * 4;
   for (int64_t row = 0; row < m; row += kProductRows) {
-    const int64_t fetched = row / kProductRows * depth * kLine;
-    const bool more = next && fetched < panel_bytes;
-    product.next = more ? static_cast<const char*>(next) + fetched : static_cast<const char*>(w);
-    product.next_step = more ? kLine : 0;
     const int64_t rows = std::min<int64_t>(kProductRows, m - row);
     T* out = y.out + row * y.step;
     // The lines of y that are written to arrive while the products are made.
@@ -133,17 +126,20 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, const void
     if (in_registers && rows == kProductRows) {
       for (; done + kColumns <= columns; done += kColumns) {
         product.b = static_cast<const uint32_t*>(w) + done;
+        soon.give(product);
         multiply_and_finish<T, kPairs, kProductVectors>(p, product, n0 + done, {out + done, y.step});
       }
       if (kProductVectors > 2 && done + 2 * kLanes <= columns) {
         product.b = static_cast<const uint32_t*>(w) + done;
+        soon.give(product);
         multiply_and_finish<T, kPairs, 2>(p, product, n0 + done, {out + done, y.step});
         done += 2 * kLanes;
       }
     }
     if (done == columns) continue;
     product.b = static_cast<const uint32_t*>(w) + done;
-    multiply<kPairs>(product, rows, columns - done);
+    multiply<kPairs>(product, rows, columns - done, soon);
+    soon.give(product);  // as much as was fetched there
     finish_rows<T>(p, products, rows, n0 + done, columns - done, pixel + row, {out + done, y.step});
   }
 }
@@ -172,18 +168,18 @@ inline int64_t products_bytes(const Pointwise& p, int64_t m) {
 }
 
 /// One panel of y for m pixels by our own kernel, pairs in BFloat16 only: z is their first row, w the panel's packed
-/// weights, scratch products_bytes.
+/// weights, scratch products_bytes; soon is what is read next.
 template <class T>
-void multiply_panel(const Pointwise& p, const void* z, const void* w, const void* next, int64_t panel, int64_t m,
+void multiply_panel(const Pointwise& p, const void* z, const void* w, const Soon& soon, int64_t panel, int64_t m,
                     int64_t pixel, float* scratch) {
   const int64_t n0 = panel * kPanelColumns;
   T* tile = reinterpret_cast<T*>(scratch + kProductRows * kPanelColumns);
   detail::PanelOutput<T> y{static_cast<T*>(p.y) + pixel * p.c_out + n0, p.c_out};
   if (p.plane) y = {tile, kPanelColumns};
   if (!p.pairs) {
-    detail::multiply_panel<T, false>(p, z, w, next, m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, false>(p, z, w, soon, m, pixel, n0, scratch, y);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    detail::multiply_panel<T, true>(p, z, w, next, m, pixel, n0, scratch, y);
+    detail::multiply_panel<T, true>(p, z, w, soon, m, pixel, n0, scratch, y);
   }
   if (p.plane) detail::store_planes(p, tile, kPanelColumns, m, pixel, n0, std::min(kPanelColumns, p.c_out - n0));
 }

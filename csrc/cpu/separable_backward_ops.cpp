@@ -123,9 +123,11 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
         const Range tile = plan.tile(task % plan.tiles);
         const T* from = static_cast<const T*>(rows.const_data_ptr()) + tile.begin * c_out;
         const Range group = plan.group_panels(task / plan.tiles);
+        const Soon next_tile{reinterpret_cast<const char*>(from + (tile.end - tile.begin) * c_out),
+                             (tile.end - tile.begin) * c_out * static_cast<int64_t>(sizeof(T))};
         for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          const void* next = panel + 1 < group.end ? p.panel(panel + 1) : nullptr;
-          multiply_panel<T>(p, from, p.panel(panel), next, panel, tile.end - tile.begin, tile.begin, products);
+          const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
+          multiply_panel<T>(p, from, p.panel(panel), soon, panel, tile.end - tile.begin, tile.begin, products);
         }
       }
     });

@@ -49,16 +49,23 @@ void make_z(const SeparableFprop& p, Range pixels, RowWindow& window, char* z) {
 
 namespace detail {
 
-/// One panel of y for m pixels from `pixel` on; z is their first row, w the panel's packed weights, next those of the
-/// panel that follows, or null.
+/// One panel of y for m pixels from `pixel` on; z is their first row, w the panel's packed weights, soon what is read
+/// next.
 template <class T>
-void multiply_tile(const SeparableFprop& p, const char* z, const void* w, const void* next, int64_t panel, int64_t m,
+void multiply_tile(const SeparableFprop& p, const char* z, const void* w, const Soon& soon, int64_t panel, int64_t m,
                    int64_t pixel, float* products) {
   const Pointwise& pw = p.pointwise;
-  if (!p.gemm) return multiply_panel<T>(pw, z, w, next, panel, m, pixel, products);
+  if (!p.gemm) return multiply_panel<T>(pw, z, w, soon, panel, m, pixel, products);
   const int64_t columns = round_up(std::min(kPanelColumns, pw.c_out - panel * kPanelColumns), 16);
   p.gemm(m, columns, pw.depth, pw.z_stride, kPanelColumns, kPanelColumns, z, w, products);
   finish_panel<T>(pw, products, panel, m, pixel);
+}
+
+/// What the tile after the one of these pixels will be the first to read of x.
+inline Soon input_of_next_tile(const SeparableFprop& p, Range pixels, const RowWindow& window) {
+  const int64_t end = std::min(pixels.end + p.plan.tile_pixels, p.plan.pixels);
+  const Range memory = input_of_next_run(p.depthwise, {pixels.end, end}, window);
+  return {reinterpret_cast<const char*>(memory.begin), memory.end - memory.begin};
 }
 
 }  // namespace detail
@@ -75,20 +82,21 @@ void separable_fprop_task(const SeparableFprop& p, int64_t task, RowWindow& wind
   make_z<X>(p, pixels, window, z);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const void* w = p.pointwise.panel(panel);
-    const void* next = panel + 1 < panels.end ? p.pointwise.panel(panel + 1) : nullptr;
-    detail::multiply_tile<T>(p, z, w, next, panel, pixels.end - pixels.begin, pixels.begin, products);
+    const Soon soon = panel + 1 < panels.end ? Soon{p.pointwise.panel(panel + 1), p.pointwise.panel_bytes()}
+                                             : detail::input_of_next_tile(p, pixels, window);
+    detail::multiply_tile<T>(p, z, w, soon, panel, pixels.end - pixels.begin, pixels.begin, products);
   }
 }
 
 /// Task `panel` of a p.plan that makes all of z first: w is the panel's packed weights, next the weights of the panel
-/// to be packed after it, or null.
+/// to be packed after it.
 template <class T>
-void multiply_all_tiles(const SeparableFprop& p, int64_t panel, const char* z, const void* w, const void* next,
+void multiply_all_tiles(const SeparableFprop& p, int64_t panel, const char* z, const void* w, const Soon& next,
                         float* products) {
   for (int64_t i = 0; i < p.plan.tiles; ++i) {
     const Range pixels = p.plan.tile(i);
     const char* from = z + pixels.begin * p.pointwise.z_stride * p.pointwise.z_bytes();
-    const void* soon = i + 1 == p.plan.tiles ? next : nullptr;
+    const Soon soon = i + 1 == p.plan.tiles ? next : Soon{};
     detail::multiply_tile<T>(p, from, w, soon, panel, pixels.end - pixels.begin, pixels.begin, products);
   }
 }

@@ -99,7 +99,8 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
                           with_storage(w_pw.scalar_type(), [&](auto t) {
                             for (int64_t panel = begin; panel < end; ++panel) {
                               pack_one_panel(w_pw, packing, panel, scratch);
-                              const char* next = panel + 1 < end ? weights + (panel + 1) * panel_weights : nullptr;
+                              const char* after = weights + (panel + 1) * panel_weights;
+                              const Soon next = panel + 1 < end ? Soon{after, panel_weights} : Soon{};
                               multiply_all_tiles<decltype(t)>(p, panel, rows, scratch, next, products);
                             }
                           });

@@ -54,6 +54,13 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
     depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
     const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
     Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin, z, 0};
+    const Range after{pixel + count, std::min(pixel + count + plan.tile_pixels, pixels.end)};
+    const Range x = input_of_next_run(p.depthwise, after, window);
+    Soon soon{reinterpret_cast<const char*>(dv + count * p.c_out),
+              (after.end - after.begin) * p.c_out * static_cast<int64_t>(sizeof(T)),
+              reinterpret_cast<const char*>(x.begin), x.end - x.begin};
+    const int64_t blocks = ceil_div(p.c_out, kProductRows) * ceil_div(columns, kProductVectors * kLanes);
+    soon.late(blocks * (p.pairs ? ceil_div(count, 2) : count));
     if (p.pairs) {
       if constexpr (std::is_same_v<T, BFloat16>) {
         interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(dv_tile), p.c_out);
@@ -62,7 +69,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
         product.a = dv_tile;
         product.b = z_pairs;
         product.depth = ceil_div(count, 2);
-        multiply<true>(product, p.c_out, columns);
+        multiply<true>(product, p.c_out, columns, soon);
       }
       continue;
     }
@@ -70,7 +77,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
       to_floats(dv, count * p.c_out, reinterpret_cast<float*>(dv_tile));
       product.a = dv_tile;
     }
-    multiply<false>(product, p.c_out, columns);
+    multiply<false>(product, p.c_out, columns, soon);
   }
 }
 

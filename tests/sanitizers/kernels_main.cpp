@@ -189,7 +189,7 @@ bool forward(const Problem& problem, Rows how) {
   std::vector<std::vector<float>> products(kThreads);
   for (auto& mine : products) mine.resize(static_cast<size_t>(ceil_div(p.products_bytes(), 4)));
   run_tasks(p.plan.tasks(), kThreads, [&](int64_t panel, int thread) {
-    const void* next = panel + 1 < panels ? p.pointwise.panel(panel + 1) : nullptr;
+    const Soon next = panel + 1 < panels ? Soon{p.pointwise.panel(panel + 1), p.pointwise.panel_bytes()} : Soon{};
     multiply_all_tiles<float>(p, panel, rows, p.pointwise.panel(panel), next,
                               products[static_cast<size_t>(thread)].data());
   });
