@@ -62,6 +62,7 @@ def test_info_says_what_is_ready_and_why_not(run: Run) -> None:
     assert found["versions"]["torch"] == torch.__version__ and found["verified"] == []
     if not torch.cuda.is_available():
         assert "PyTorch sees no GPU" in found["backends"]["cuda"]["reasons"]
+    assert found["backends"]["cpu"] == {"ready": True, "reasons": [], "slower": ""}
     code, out, _ = run("info")
     assert code == 0 and "no card has verified the GPU kernels yet" in out and "PyTorch sees no GPU" in out
 

@@ -47,14 +47,24 @@ def binding() -> Optional[ModuleType]:
 
 
 @cache
+def _repeated() -> tuple[Optional[ModuleType], Optional[str]]:
+    missing = load_cpu().reason
+    if missing is not None:
+        return None, missing
+    try:
+        return importlib.import_module("xsep._repeated"), None
+    except ImportError as error:
+        return None, f"Python makes every call, which takes longer: xsep._repeated is missing ({error}): {HOW_TO_BUILD}"
+
+
 def repeated() -> Optional[ModuleType]:
     """The module ``xsep._repeated`` beside the CPU operators, or None where one of the two is missing."""
-    if load_cpu().reason is not None:
-        return None
-    try:
-        return importlib.import_module("xsep._repeated")
-    except ImportError:
-        return None
+    return _repeated()[0]
+
+
+def why_not_repeated() -> str:
+    """Why Python makes every call on a CPU; "" where C++ makes those it knows."""
+    return _repeated()[1] or ""
 
 
 def forget_repeated() -> None:

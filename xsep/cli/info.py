@@ -64,6 +64,8 @@ def gather() -> dict[str, Any]:
     for name in dispatch.NAMES:
         why = reasons(name)
         found["backends"][name] = {"ready": not why, "reasons": why}
+        if name == "cpu" and not why:
+            found["backends"][name]["slower"] = extension.why_not_repeated()
         if name in ("cuda", "triton") and not why:
             found["backends"][name]["auto"] = dispatch.why_not_eligible(name, card.architecture)
     return found
@@ -94,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     for heading in ("backend", "", "why"):
         table.add_column(heading, overflow="fold")
     for name, state in found["backends"].items():
-        why = "; ".join(state["reasons"]) or (f"auto passes it over: {state['auto']}" if state.get("auto") else "")
+        why = "; ".join(state["reasons"]) or state.get("slower", "")
+        why = why or (f"auto passes it over: {state['auto']}" if state.get("auto") else "")
         table.add_row(name, "[green]ready[/]" if state["ready"] else "[red]not here[/]", why)
     console.print(table)
     console.print(f"verified: {words(found['verified'])}", markup=False)
