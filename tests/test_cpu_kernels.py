@@ -91,6 +91,15 @@ def _matrix() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):
             add(n=3, c_in=c_in, c_out=128, h=70, w=67, dtype=dtype, activations=(None, None, None))
+    # Every second column: the first one is a tap's own or lies between two, and rows end anywhere in a block.
+    for size in (3, 5, 7):
+        for left in (0, 1, 2, 3):
+            for w in (1, 2, 7, 8, 9, 19, 33):
+                if w + left + 2 < size:
+                    continue
+                add(op="depthwise", n=1, c_in=(33, 16, 50)[w % 3], h=(4, 9)[left % 2], w=w, filter=(3, size),
+                    stride=((2, 2), (1, 2), (3, 2))[w % 3], padding=(left, 2, 1, left),
+                    multiplier=1 + (left == 2))  # fmt: skip
     for dtype in TYPES:
         add(n=0, c_in=9, c_out=5, dtype=dtype, vectors=VECTORS, residual=True)
         add(n=3, c_in=130, c_out=131, h=5, w=5, dtype=dtype, wide_vectors=True, vectors=VECTORS)

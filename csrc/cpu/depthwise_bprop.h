@@ -140,26 +140,28 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
   });
 }
 
-/// Stride and dilation 1: kPixels inputs see kPixels + kS - 1 columns of dz, each loaded once a filter row. kBorder:
-/// columns outside dz are skipped, and the last vector of channels may be incomplete.
-template <class T, int kS, int kPixels, bool kDx, bool kDw, bool kBorder>
+/// Dilation 1, horizontal stride kStride: the columns of dz that kPixels inputs see are loaded once a filter row. The
+/// first input lies kPhase columns right of one whose distance from the padded edge is a multiple of the stride.
+/// kBorder: columns outside dz are skipped, and the last vector of channels may be incomplete.
+template <class T, int kS, int kStride, int kPhase, int kPixels, bool kDx, bool kDw, bool kBorder>
 void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
-  constexpr int kColumns = kPixels + kS - 1;
-  static_assert(kColumns >= kPixels);
+  constexpr int kReach = (kS - 1) / kStride;  // columns of dz left of the first input's own
+  constexpr int kColumns = (kPhase + kPixels - 1) / kStride + 1 + kReach;
   const DepthwiseShape& shape = p.shape;
+  const int64_t stride_h = shape.geometry.stride_h;
   const int64_t dz_step = shape.c * shape.multiplier;
-  const int64_t column = b.column + shape.geometry.pad_left - (kS - 1);
+  const int64_t column = (b.column + shape.geometry.pad_left) / kStride - kReach;
   const int64_t first = std::max<int64_t>(-column, 0);
   const int64_t last = std::min<int64_t>(shape.q - column, kColumns);
   const int64_t top = b.h + shape.geometry.pad_top;
-  const int64_t r_begin = std::max<int64_t>(top - shape.p + 1, 0);
+  const int64_t r_begin = std::max<int64_t>(top - (shape.p - 1) * stride_h, top % stride_h);
   const int64_t r_end = std::min<int64_t>(top + 1, shape.r);
-  const int64_t dz_below = ((top + 1) * shape.q + column + kS - 1) * dz_step;
+  const int64_t dz_below = ((top / stride_h + 1) * shape.q + column + kReach) * dz_step;
   const int64_t row = shape.w * shape.c;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     // What the next row of inputs reads and this one does not, and where its gradient is stored.
-    prefetch_pixels<kPixels>(b.dz, dz_below, dz_step, c);
+    prefetch_pixels<kColumns - kReach>(b.dz, dz_below, dz_step, c);
     if constexpr (kDw) prefetch_pixels<kPixels>(b.x, row, shape.c, c);
     if (kDx && b.dx) prefetch_pixels<kPixels>(b.dx, row, shape.c, c);
     Vec x[kPixels];
@@ -169,11 +171,11 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
     }
     Vec dx[kPixels] = {};
     for (int64_t i = 0; i < shape.multiplier; ++i) {
-      for (int64_t r = r_begin; r < r_end; ++r) {
+      for (int64_t r = r_begin; r < r_end; r += stride_h) {
         const int64_t tap = (i * shape.r + r) * kS;
         const float* w_row = p.w + tap * p.c_pad + c;
         float* dw_row = b.dw + tap * b.sum_stride + c;
-        const T* row = b.dz + ((top - r) * shape.q + column) * dz_step + i * shape.c + c;
+        const T* row = b.dz + ((top - r) / stride_h * shape.q + column) * dz_step + i * shape.c + c;
         Vec w[kS];
         Vec dw[kS] = {};
         unroll<kS>([&](auto s) __attribute__((always_inline)) {
@@ -184,7 +186,7 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
           const T* at = row + j * dz_step;
           const Vec d = kBorder ? load_first(at, lanes) : load(at);
           unroll<kS>([&](auto s) __attribute__((always_inline)) {
-            constexpr int pixel = j() - (kS - 1) + s();
+            constexpr int pixel = (j() - kReach) * kStride + s() - kPhase;
             if constexpr (pixel >= 0 && pixel < kPixels) {
               if constexpr (kDx) dx[pixel] = fma(d, w[s], dx[pixel]);
               if constexpr (kDw) dw[s] = fma(d, x[pixel], dw[s]);
@@ -246,20 +248,27 @@ inline void find_taps(const DepthwiseShape& shape, int64_t h, int64_t w, std::ve
   }
 }
 
-template <class T, int kS, int kPixels, bool kDx, bool kDw>
+/// How the blocks of a row are made. kS = 0: any filter, stride and dilation.
+template <int kFilter, int kStrideW, int kPhaseW>
+struct Sliding {
+  static constexpr int kS = kFilter, kStride = kStrideW, kPhase = kPhaseW;
+};
+using General = Sliding<0, 1, 0>;
+
+template <class T, class How, int kPixels, bool kDx, bool kDw>
 void sliding_input(const DepthwiseBprop& p, InputBlock<T> b, bool border) {
+  constexpr int kS = How::kS, kStride = How::kStride, kPhase = How::kPhase;
   if (!border) {
     const int64_t c_end = b.c_end;
     b.c_end -= (b.c_end - b.c_begin) % kLanes;
-    if (b.c_begin < b.c_end) sliding_input_block<T, kS, kPixels, kDx, kDw, false>(p, b);
+    if (b.c_begin < b.c_end) sliding_input_block<T, kS, kStride, kPhase, kPixels, kDx, kDw, false>(p, b);
     b.c_begin = b.c_end;
     b.c_end = c_end;
   }
-  if (b.c_begin < b.c_end) sliding_input_block<T, kS, kPixels, kDx, kDw, true>(p, b);
+  if (b.c_begin < b.c_end) sliding_input_block<T, kS, kStride, kPhase, kPixels, kDx, kDw, true>(p, b);
 }
 
-/// kS = 0: any filter, stride and dilation.
-template <class T, int kS, bool kDx, bool kDw>
+template <class T, class How, bool kDx, bool kDw>
 void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, UnitSums& dw, UnitSums& daffine) {
   const DepthwiseShape& shape = p.shape;
   std::vector<Tap> taps;
@@ -279,22 +288,25 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
       b.column = w;
       b.x = static_cast<const T*>(p.x) + (row * shape.w + w) * shape.c;
       b.dx = p.dx ? static_cast<T*>(p.dx) + (row * shape.w + w) * shape.c : nullptr;
-      if constexpr (kS == 0) {
+      if constexpr (How::kS == 0) {
         find_taps(shape, b.h, w, taps);
         general_input_pixel<T, kDx, kDw>(p, b, taps);
         count_pixels(1);
         ++w;
       } else {
         const auto take = [&](auto count) __attribute__((always_inline)) {
-          const int64_t column = w + shape.geometry.pad_left - (kS - 1);
-          const bool border = column < 0 || column + count + kS - 1 > shape.q;
-          sliding_input<T, kS, count(), kDx, kDw>(p, b, border);
+          constexpr int kReach = (How::kS - 1) / How::kStride;
+          const int64_t own = (w + shape.geometry.pad_left) / How::kStride;  // the first input's column of dz
+          const bool border = own < kReach || own + (How::kPhase + count - 1) / How::kStride >= shape.q;
+          sliding_input<T, How, count(), kDx, kDw>(p, b, border);
           count_pixels(count);
           w += count;
         };
+        // All but the last are of even length, so that the phase stays what it is.
+        constexpr bool kFew = How::kStride > 1;
         if (kLanes == 16 && shape.w - w >= 8) {
           take(std::integral_constant<int, 8>{});
-        } else if (shape.w - w >= 4) {
+        } else if (!(kFew && kLanes == 16) && shape.w - w >= 4) {
           take(std::integral_constant<int, 4>{});
         } else if (shape.w - w >= 2) {
           take(std::integral_constant<int, 2>{});
@@ -307,11 +319,30 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
   count_pixels(kPixelsPerFlush);
 }
 
-template <class T, int kS>
+template <class T, class How>
 void run_wanted(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, UnitSums& dw, UnitSums& daffine) {
-  if (p.through_x() && p.dw) return run_rows<T, kS, true, true>(p, rows, unit, dw, daffine);
-  if (p.through_x()) return run_rows<T, kS, true, false>(p, rows, unit, dw, daffine);
-  return run_rows<T, kS, false, true>(p, rows, unit, dw, daffine);
+  if (p.through_x() && p.dw) return run_rows<T, How, true, true>(p, rows, unit, dw, daffine);
+  if (p.through_x()) return run_rows<T, How, true, false>(p, rows, unit, dw, daffine);
+  return run_rows<T, How, false, true>(p, rows, unit, dw, daffine);
+}
+
+/// f(a Sliding) for one that the shape allows. With a stride only for all gradients at once, to keep the code small.
+template <class F>
+void with_filter(const DepthwiseBprop& p, F&& f) {
+  const DepthwiseShape& shape = p.shape;
+  const Geometry& g = shape.geometry;
+  const auto with_width = [&](auto width) {
+    constexpr int kS = width();
+    if (g.stride_w == 1 && g.stride_h == 1) return f(Sliding<kS, 1, 0>{});
+    if (g.stride_w != 2 || !p.through_x() || !p.dw) return f(General{});
+    if (g.pad_left % 2 == 0) return f(Sliding<kS, 2, 0>{});
+    f(Sliding<kS, 2, 1>{});
+  };
+  if (g.dilation_h != 1 || g.dilation_w != 1) return f(General{});
+  if (shape.s == 3) return with_width(std::integral_constant<int, 3>{});
+  if (shape.s == 5) return with_width(std::integral_constant<int, 5>{});
+  if (shape.s == 7) return with_width(std::integral_constant<int, 7>{});
+  f(General{});
 }
 
 }  // namespace detail
@@ -320,7 +351,6 @@ void run_wanted(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, 
 template <class T>
 void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
   const DepthwiseShape& shape = p.shape;
-  const Geometry& g = shape.geometry;
   const int64_t group = unit / p.plan.channel_groups;
   const int64_t c_begin = unit % p.plan.channel_groups * p.plan.group_channels;
   const int64_t c_end = std::min(c_begin + p.plan.group_channels, shape.c);
@@ -337,11 +367,14 @@ void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
   b.daffine = daffine.channel_zero();
   b.sum_stride = dw.stride();
 
-  const bool slides = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-  if (slides && shape.s == 3) return detail::run_wanted<T, 3>(p, rows, b, dw, daffine);
-  if (slides && shape.s == 5) return detail::run_wanted<T, 5>(p, rows, b, dw, daffine);
-  if (slides && shape.s == 7) return detail::run_wanted<T, 7>(p, rows, b, dw, daffine);
-  return detail::run_wanted<T, 0>(p, rows, b, dw, daffine);
+  detail::with_filter(p, [&](auto how) {
+    using How = decltype(how);
+    if constexpr (How::kStride > 1) {
+      detail::run_rows<T, How, true, true>(p, rows, b, dw, daffine);
+    } else {
+      detail::run_wanted<T, How>(p, rows, b, dw, daffine);
+    }
+  });
 }
 
 /// sums [count, c_pad] = the partial sums [groups, count, c_pad] of all row groups for channels [begin, end), added in
