@@ -345,7 +345,7 @@ std::unordered_map<std::string, Checked>& known() {
   return *calls;
 }
 
-/// Weights from here on are looked for among those that layers keep packed; smaller ones are packed as fast.
+/// Python's function that finds a parameter among the weights that layers keep packed.
 PyObject* find_packed = nullptr;
 
 OptionalTensor packed_weights(PyObject* w_pw, int64_t multiplier) {
@@ -378,8 +378,9 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
   if (gradient && (!checked.differentiable || excluded.has_any(c10::autograd_dispatch_keyset))) Py_RETURN_NONE;
   OptionalTensor packed;
-  if (!at::GradMode::is_enabled())
+  if (!at::GradMode::is_enabled()) {
     packed = packed_weights(arguments[kWeightPw], t[kPlaceDw]->size(0) / t[kPlaceX]->size(1));
+  }
   Tensor y;
   {
     const py::gil_scoped_release others_may_run;
