@@ -207,6 +207,10 @@ class Sub(Tensor):
     pass
 
 
+class OtherAffine(ChannelAffine):
+    pass
+
+
 class Function(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -243,6 +247,7 @@ ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a set": changed(padding=lambda s: {1, 2}),
     "a pair with True": changed(dilation=lambda s: (1, True)),
     "a tuple as affine": changed(prologue=lambda s: (None, None, "relu")),
+    "an affine's subclass": changed(prologue=lambda s: OtherAffine(activation="relu")),
     "a whole alpha": changed(prologue=lambda s: ChannelAffine(activation="elu", alpha=1)),
     "a tangent": dual,
     "autocast": lambda call: torch.autocast("cpu", torch.bfloat16),

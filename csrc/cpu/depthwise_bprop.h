@@ -140,13 +140,25 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
   });
 }
 
-/// Dilation 1, horizontal stride kStride: the columns of dz that kPixels inputs see are loaded once a filter row. The
-/// first input lies kPhase columns right of one whose distance from the padded edge is a multiple of the stride.
-/// kBorder: columns outside dz are skipped, and the last vector of channels may be incomplete.
-template <class T, int kS, int kStride, int kPhase, int kPixels, bool kDx, bool kDw, bool kBorder>
+/// How the blocks of a row of inputs are made: dilation 1 and horizontal stride kStride. The first input lies kPhase
+/// columns right of one whose distance from the padded edge is a multiple of the stride. kS = 0: any filter, stride and
+/// dilation, input by input.
+template <int kFilter, int kStrideW, int kPhaseW>
+struct Sliding {
+  static constexpr int kS = kFilter, kStride = kStrideW, kPhase = kPhaseW;
+  static constexpr int kReach = (kS - 1) / kStride;  // columns of dz left of the first input's own
+  /// From the first input's own column of dz to the last one's, of so many.
+  static constexpr int last_own(int pixels) { return (kPhase + pixels - 1) / kStride; }
+};
+using General = Sliding<0, 1, 0>;
+
+/// The columns of dz that kPixels inputs see are loaded once a filter row. kBorder: columns outside dz are skipped, and
+/// the last vector of channels may be incomplete.
+template <class T, class How, int kPixels, bool kDx, bool kDw, bool kBorder>
 void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
-  constexpr int kReach = (kS - 1) / kStride;  // columns of dz left of the first input's own
-  constexpr int kColumns = (kPhase + kPixels - 1) / kStride + 1 + kReach;
+  constexpr int kS = How::kS, kStride = How::kStride, kReach = How::kReach;
+  constexpr int kOwnColumns = How::last_own(kPixels) + 1;
+  constexpr int kColumns = kOwnColumns + kReach;
   const DepthwiseShape& shape = p.shape;
   const int64_t stride_h = shape.geometry.stride_h;
   const int64_t dz_step = shape.c * shape.multiplier;
@@ -161,7 +173,7 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     // What the next row of inputs reads and this one does not, and where its gradient is stored.
-    prefetch_pixels<kColumns - kReach>(b.dz, dz_below, dz_step, c);
+    prefetch_pixels<kOwnColumns>(b.dz, dz_below, dz_step, c);
     if constexpr (kDw) prefetch_pixels<kPixels>(b.x, row, shape.c, c);
     if (kDx && b.dx) prefetch_pixels<kPixels>(b.dx, row, shape.c, c);
     Vec x[kPixels];
@@ -186,7 +198,7 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
           const T* at = row + j * dz_step;
           const Vec d = kBorder ? load_first(at, lanes) : load(at);
           unroll<kS>([&](auto s) __attribute__((always_inline)) {
-            constexpr int pixel = (j() - kReach) * kStride + s() - kPhase;
+            constexpr int pixel = (j() - kReach) * kStride + s() - How::kPhase;
             if constexpr (pixel >= 0 && pixel < kPixels) {
               if constexpr (kDx) dx[pixel] = fma(d, w[s], dx[pixel]);
               if constexpr (kDw) dw[s] = fma(d, x[pixel], dw[s]);
@@ -248,24 +260,16 @@ inline void find_taps(const DepthwiseShape& shape, int64_t h, int64_t w, std::ve
   }
 }
 
-/// How the blocks of a row are made. kS = 0: any filter, stride and dilation.
-template <int kFilter, int kStrideW, int kPhaseW>
-struct Sliding {
-  static constexpr int kS = kFilter, kStride = kStrideW, kPhase = kPhaseW;
-};
-using General = Sliding<0, 1, 0>;
-
 template <class T, class How, int kPixels, bool kDx, bool kDw>
 void sliding_input(const DepthwiseBprop& p, InputBlock<T> b, bool border) {
-  constexpr int kS = How::kS, kStride = How::kStride, kPhase = How::kPhase;
   if (!border) {
     const int64_t c_end = b.c_end;
     b.c_end -= (b.c_end - b.c_begin) % kLanes;
-    if (b.c_begin < b.c_end) sliding_input_block<T, kS, kStride, kPhase, kPixels, kDx, kDw, false>(p, b);
+    if (b.c_begin < b.c_end) sliding_input_block<T, How, kPixels, kDx, kDw, false>(p, b);
     b.c_begin = b.c_end;
     b.c_end = c_end;
   }
-  if (b.c_begin < b.c_end) sliding_input_block<T, kS, kStride, kPhase, kPixels, kDx, kDw, true>(p, b);
+  if (b.c_begin < b.c_end) sliding_input_block<T, How, kPixels, kDx, kDw, true>(p, b);
 }
 
 template <class T, class How, bool kDx, bool kDw>
@@ -295,18 +299,18 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
         ++w;
       } else {
         const auto take = [&](auto count) __attribute__((always_inline)) {
-          constexpr int kReach = (How::kS - 1) / How::kStride;
           const int64_t own = (w + shape.geometry.pad_left) / How::kStride;  // the first input's column of dz
-          const bool border = own < kReach || own + (How::kPhase + count - 1) / How::kStride >= shape.q;
+          const bool border = own < How::kReach || own + How::last_own(count) >= shape.q;
           sliding_input<T, How, count(), kDx, kDw>(p, b, border);
           count_pixels(count);
           w += count;
         };
-        // All but the last are of even length, so that the phase stays what it is.
-        constexpr bool kFew = How::kStride > 1;
+        // All but the last are of even length, so that the phase stays what it is. With a stride there are fewer
+        // lengths, to keep the code small.
+        constexpr bool kFours = How::kStride == 1 || kLanes < 16;
         if (kLanes == 16 && shape.w - w >= 8) {
           take(std::integral_constant<int, 8>{});
-        } else if (!(kFew && kLanes == 16) && shape.w - w >= 4) {
+        } else if (kFours && shape.w - w >= 4) {
           take(std::integral_constant<int, 4>{});
         } else if (shape.w - w >= 2) {
           take(std::integral_constant<int, 2>{});

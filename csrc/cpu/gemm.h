@@ -21,8 +21,8 @@ struct Product {
   int64_t c_row;
   int64_t depth;
   bool add;
-  const char* next;  // fetched towards the second-level cache, next_step bytes a step in depth
-  int64_t next_step;
+  const char* next = nullptr;  // fetched towards the second-level cache, next_step bytes a step in depth: see Soon
+  int64_t next_step = 0;
 };
 
 /// Memory that is read once products are made, in up to two pieces. It is fetched meanwhile, when memory has else
@@ -162,9 +162,9 @@ XSEP_INLINE void with_rows(int64_t rows, F&& f) {
 
 }  // namespace detail
 
-/// The whole product. n is taken in whole vectors.
+/// The whole product, and meanwhile as much of what is read soon as its steps allow. n is taken in whole vectors.
 template <bool kPairs>
-void multiply(Product p, int64_t m, int64_t n, Soon soon = {}) {
+void multiply(Product p, int64_t m, int64_t n, Soon& soon) {
   const auto* a = static_cast<const uint32_t*>(p.a);
   const auto* b = static_cast<const uint32_t*>(p.b);
   float* c = p.c;

@@ -113,7 +113,7 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon,
   const bool in_registers = !p.residual && (e.activation == Activation::kIdentity || e.activation == Activation::kRelu);
   const int64_t z_stride = kPairs ? p.z_stride / 2 : p.z_stride;
   const int64_t depth = kPairs ? p.depth / 2 : p.depth;
-  Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, depth, false, nullptr, 0};
+  Product product{z, z_stride, 1, w, kPanelColumns, products, kPanelColumns, depth, false};
   for (int64_t row = 0; row < m; row += kProductRows) {
     const int64_t rows = std::min<int64_t>(kProductRows, m - row);
     T* out = y.out + row * y.step;
@@ -139,7 +139,6 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon,
     if (done == columns) continue;
     product.b = static_cast<const uint32_t*>(w) + done;
     multiply<kPairs>(product, rows, columns - done, soon);
-    soon.give(product);  // as much as was fetched there
     finish_rows<T>(p, products, rows, n0 + done, columns - done, pixel + row, {out + done, y.step});
   }
 }

@@ -53,7 +53,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
     const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
     const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
-    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin, z, 0};
+    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
     const Range after{pixel + count, std::min(pixel + count + plan.tile_pixels, pixels.end)};
     const Range x = input_of_next_run(p.depthwise, after, window);
     Soon soon{reinterpret_cast<const char*>(dv + count * p.c_out),

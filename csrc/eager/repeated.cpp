@@ -100,6 +100,7 @@ Tensor run_fprop(const std::array<OptionalTensor, kTensors>& t, const Checked& c
 }
 
 /// t with exactly the strides of a fresh tensor of that layout: those of dimensions of size 1 are else left to chance.
+/// The same as conform in xsep/ops/layout.py.
 Tensor conform(const Tensor& t, at::MemoryFormat format) {
   const auto sizes = t.sizes();
   std::array<int64_t, 4> strides;
@@ -219,6 +220,11 @@ struct Separable : torch::autograd::Function<Separable> {
 
 // ------------------------------------------------------------------------------------------------ calls as Python's
 
+// Of Python, by prepare(): the class ChannelAffine, and the function of a parameter and a multiplier that finds it
+// among the weights that layers keep packed.
+PyObject* channel_affine = nullptr;
+PyObject* find_packed = nullptr;
+
 /// The arguments of a call as they came, if they are ordinary, and all that is looked at in them as bytes.
 class Call {
  public:
@@ -309,15 +315,14 @@ class Call {
     return true;
   }
 
-  /// None, or a ChannelAffine (scale, shift, activation, alpha); another tuple's type has another address.
+  /// None, or a ChannelAffine (scale, shift, activation, alpha).
   bool affine(PyObject* o, int place) {
     if (o == Py_None) {
       kind('-');
       return true;
     }
-    if (!PyTuple_Check(o) || PyTuple_GET_SIZE(o) != 4) return false;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(o)) != channel_affine) return false;
     kind('a');
-    number(reinterpret_cast<int64_t>(Py_TYPE(o)));
     if (!vector(PyTuple_GET_ITEM(o, 0), place) || !vector(PyTuple_GET_ITEM(o, 1), place + 1)) return false;
     PyObject* const activation = PyTuple_GET_ITEM(o, 2);
     if (activation != Py_None && !PyUnicode_CheckExact(activation)) return false;
@@ -344,9 +349,6 @@ std::unordered_map<std::string, Checked>& known() {
   static auto* const calls = new std::unordered_map<std::string, Checked>;
   return *calls;
 }
-
-/// Python's function that finds a parameter among the weights that layers keep packed.
-PyObject* find_packed = nullptr;
 
 OptionalTensor packed_weights(PyObject* w_pw, int64_t multiplier) {
   if (!find_packed || Py_TYPE(w_pw) != reinterpret_cast<PyTypeObject*>(ParameterClass)) return std::nullopt;
@@ -423,8 +425,13 @@ PYBIND11_MODULE(_repeated, m) {
   m.def("forget", [] { known().clear(); }, "Has every call checked anew.");
   m.def("count", [] { return known().size(); }, "How many calls are known.");
   m.def(
-      "find_packed_with", [](const py::object& f) { find_packed = py::object(f).release().ptr(); },
-      "The function of a parameter and a multiplier that gives its packed weights or None.");
+      "prepare",
+      [](const py::object& affine, const py::object& find) {
+        channel_affine = py::object(affine).release().ptr();
+        find_packed = py::object(find).release().ptr();
+      },
+      "The class ChannelAffine, and the function of a parameter and a multiplier that gives its packed weights or "
+      "None.");
 }
 
 }  // namespace xsep::eager

@@ -1,0 +1,125 @@
+"""How the CPU planner cuts work: everything once, a share for every thread, tiles that fit the caches."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from xsep import extension
+
+SAME = (1, 1, 1, 1, 1, 1, 1, 1)
+
+
+def _plan(
+    x: tuple[int, ...], c_out: int, threads: int, z_bytes: int = 4, l2_bytes: int = 1 << 20, packed: bool = True
+) -> Any:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    return module.plan_cpu_separable(
+        x, (3, 3), 1, SAME, c_out=c_out, threads=threads, z_bytes=z_bytes, weights_packed=packed, l2_bytes=l2_bytes
+    )
+
+
+def check_tiles(plan: Any, pixels: int) -> None:
+    """They follow each other from the first pixel to the last, and are of one size but for a block of the product."""
+    tiles = [plan.tile(i) for i in range(plan.tiles)]
+    assert tiles[0][0] == 0 and tiles[-1][1] == pixels
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(tiles))
+    sizes = [end - begin for begin, end in tiles]
+    assert min(sizes) > 0 and max(sizes) <= plan.tile_pixels and plan.tile_pixels - min(sizes[:-1] or sizes) <= 6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("pixels", [361, 722, 2738, 43218])
+def test_threads_have_as_many_pixels_each(threads: int, pixels: int) -> None:
+    plan = _plan((1, 728, 1, pixels), 728, threads)
+    check_tiles(plan, pixels)
+    if plan.panel_groups == 1:
+        share = -(-plan.tasks // threads)
+        shares = [
+            sum(end - begin for begin, end in map(plan.tile, range(first, min(first + share, plan.tiles))))
+            for first in range(0, plan.tiles, share)
+        ]
+        assert len(shares) == threads and max(shares) - min(shares) <= 6 * -(-plan.tiles // threads)
+        assert max(shares) <= 1.05 * pixels / threads + 12
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("z_bytes", [2, 4])
+def test_every_thread_gets_work_at_batch_one(threads: int, z_bytes: int) -> None:
+    plan = _plan((1, 728, 19, 19), 728, threads, z_bytes)
+    assert plan.tasks >= 0.9 * threads
+    check_tiles(plan, 361)
+    assert plan.panels == 12 and 1 <= plan.panel_groups <= plan.panels
+
+
+@pytest.mark.parametrize("l2_bytes", [256 << 10, 1 << 20, 2 << 20])
+@pytest.mark.parametrize("channels", [1, 3, 64, 728, 2048, 5000, 60000])
+def test_the_z_tile_stays_within_its_budget(channels: int, l2_bytes: int) -> None:
+    plan = _plan((4, channels, 37, 37), 100, 2, l2_bytes=l2_bytes)
+    fits = plan.tile_pixels * channels * 4 <= min(512 << 10, l2_bytes // 2)
+    assert fits or plan.tile_pixels == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_all_of_z_comes_first_where_the_weights_outweigh_it(threads: int) -> None:
+    """Then no packed weights are written to memory; weights that are packed already have no such cost."""
+    x = (1, 1536, 10, 10)
+    plan = _plan(x, 2048, threads, packed=False)
+    assert plan.z_first and plan.tasks == plan.panels == 32
+    check_tiles(plan, 100)
+    assert not _plan(x, 2048, threads, packed=True).z_first
+    assert not _plan((2, 128, 147, 147), 128, threads, packed=False).z_first
+    assert not _plan((64, 1536, 10, 10), 2048, threads, packed=False).z_first  # z is larger than a cache
+
+
+def test_z_is_not_made_twice_where_tiles_are_plenty() -> None:
+    assert _plan((8, 728, 37, 37), 728, 2).panel_groups == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3, 65, 728, 2048])
+@pytest.mark.parametrize("size", [1, 3, 7, 31])
+def test_backward_units_cover_the_input_once(channels: int, size: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plan = module.plan_cpu_backward((2, channels, 37, 41), (size, size), 1, (1, 1, *(size // 2,) * 4, 1, 1))
+    assert plan.row_groups * plan.group_rows >= 2 * 37 > (plan.row_groups - 1) * plan.group_rows
+    assert plan.channel_groups * plan.group_channels >= channels > (plan.channel_groups - 1) * plan.group_channels
+    assert plan.units == plan.row_groups * plan.channel_groups
+    assert plan.group_channels % 16 == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("c_out", [1, 7, 728, 5000])
+@pytest.mark.parametrize("channels", [1, 65, 728])
+@pytest.mark.parametrize("size", [1, 10, 147])
+def test_wgrad_tasks_cover_pixels_and_columns_once(threads: int, c_out: int, channels: int, size: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    where = ((2, channels, size, size), (3, 3), 1, SAME)
+    plan = module.plan_cpu_wgrad(*where, c_out=c_out, threads=threads, z_bytes=4)
+    assert plan.pixel_groups * plan.group_pixels >= 2 * size**2 > (plan.pixel_groups - 1) * plan.group_pixels
+    assert plan.column_groups * plan.group_columns >= channels > (plan.column_groups - 1) * plan.group_columns
+    assert plan.group_columns % 16 == 0 and plan.group_pixels % plan.tile_pixels == 0 and plan.tile_pixels % 2 == 0
+    one = module.plan_cpu_wgrad(*where, c_out=c_out, threads=1, z_bytes=4)
+    assert (plan.tile_pixels, plan.group_pixels) == (one.tile_pixels, one.group_pixels), "sums would depend on threads"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("pixels", [1, 5, 200, 43218])
+@pytest.mark.parametrize("depth", [1, 64, 2048, 300000])
+def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plan = module.plan_cpu_dgrad(pixels, depth, 12, threads=threads, bytes=4)
+    check_tiles(plan, pixels)
+    assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
+
+
+def test_planning_refuses_what_cannot_be_meant() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    with pytest.raises(ValueError, match="stride and dilation must be positive"):
+        module.plan_cpu_backward((1, 1, 3, 3), (3, 3), 1, (0, 1, 1, 1, 1, 1, 1, 1))
