@@ -30,13 +30,13 @@ inline cudaError_t query_device(int index, DeviceProperties& found) {
 class DeviceScope {
  public:
   template <class Problem>
-  DeviceScope(const Tensor& x, const Problem& problem) : index_(x.get_device_index()) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice", problem);
-    if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice", problem);
+  DeviceScope(const Tensor& x, const Problem& problem) : index_(device_index(x)) {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
                     "PyTorch gives no CUDA stream for device ", index_);
     stream_ = static_cast<cudaStream_t>(stream);
+    check(cudaGetDevice(&previous_), "cudaGetDevice", problem);
+    if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice", problem);
   }
   ~DeviceScope() {
     if (previous_ != index_) cudaSetDevice(previous_);

@@ -14,12 +14,7 @@ namespace xsep::cuda {
 template <class Problem>
 void check(cudaError_t code, const char* what, const Problem& problem) {
   if (code == cudaSuccess) return;
-#ifdef XSEP_EMULATOR
-  const std::string words = "error " + std::to_string(static_cast<int>(code));
-#else
-  const std::string words = cudaGetErrorString(code);
-#endif
-  throw std::runtime_error(std::string(what) + " for " + describe(problem) + ": " + words);
+  throw std::runtime_error(std::string(what) + " for " + describe(problem) + ": " + cudaGetErrorString(code));
 }
 
 struct LaunchShape {
@@ -35,8 +30,8 @@ void launch(void (*kernel)(Params), const char* name, const LaunchShape& shape, 
   const dim3 threads(static_cast<unsigned>(shape.threads));
   const auto shared_bytes = static_cast<size_t>(shape.shared_bytes);
 #ifdef XSEP_EMULATOR
-  static_cast<void>(stream);
   try {
+    emulator::begin_launch(name, stream);
     emulator::run(name, shape.grid, threads, shared_bytes, [&] { kernel(params); });
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(error.what()) + ", for " + describe(params));

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "params.h"
+#include "torch_device.h"
 
 namespace xsep::cuda {
 
@@ -20,7 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline int narrow(int64_t size, const char* what) {
-  STD_TORCH_CHECK(size >= 0 && size <= std::numeric_limits<int>::max(), what, " is ", size, ": more than 2^31 - 1");
+  STD_TORCH_CHECK(size >= 0 && size <= std::numeric_limits<int>::max(), what, " is ", size,
+                  ", and must be 0 to 2^31 - 1");
   return static_cast<int>(size);
 }
 
@@ -37,8 +38,12 @@ inline DataType type_of(const Tensor& t, const char* name) {
   }
 }
 
+inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(is_on_gpu(t) && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+}
+
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+  check_device(t, x, name);
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the type of x");
 }
 
@@ -64,7 +69,7 @@ inline const void* contiguous(const Tensor& t, const Tensor& x, const char* name
 inline ChannelVector channel_vector(const std::optional<Tensor>& v, const Tensor& x, const char* name,
                                     int64_t channels) {
   if (!v.has_value()) return {nullptr, 0};
-  STD_TORCH_CHECK(v->is_cuda() && v->get_device_index() == x.get_device_index(), name, " must be on the device of x");
+  check_device(*v, x, name);
   const bool is_float32 = v->scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(is_float32 || v->scalar_type() == x.scalar_type(), name, " must be float32 or have the type of x");
   STD_TORCH_CHECK(v->is_contiguous() && v->numel() == channels, name, " must be contiguous, with ", channels,
@@ -86,7 +91,7 @@ inline ChannelAffine channel_affine(const std::optional<Tensor>& scale, const st
 
 // geometry: stride h, w; padding left, right, top, bottom; dilation h, w.
 inline ConvShape conv_shape(const Tensor& x, const Tensor& w_dw, const std::vector<int64_t>& geometry) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "x must be a CUDA tensor [N, C_in, H, W]");
+  STD_TORCH_CHECK(is_on_gpu(x) && x.dim() == 4, "x must be a CUDA tensor [N, C_in, H, W]");
   STD_TORCH_CHECK(w_dw.dim() == 4 && w_dw.size(1) == 1, "w_dw must be [C_mid, 1, R, S]");
   STD_TORCH_CHECK(geometry.size() == 8, "geometry must hold 8 numbers, not ", geometry.size());
   for (const int i : {0, 1, 6, 7}) STD_TORCH_CHECK(geometry[i] > 0, "stride and dilation must be positive");
@@ -103,9 +108,9 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& w_dw, const std::vect
   s.c_mid = narrow(w_dw.size(0), "C_mid"), s.p = narrow(p, "P"), s.q = narrow(q, "Q");
   s.r = narrow(w_dw.size(2), "R"), s.s = narrow(w_dw.size(3), "S");
   s.stride_h = narrow(geometry[0], "stride"), s.stride_w = narrow(geometry[1], "stride");
-  s.pad_left = static_cast<int>(geometry[2]), s.pad_top = static_cast<int>(geometry[4]);
+  s.pad_left = narrow(geometry[2], "padding"), s.pad_top = narrow(geometry[4], "padding");
   s.dilation_h = narrow(geometry[6], "dilation"), s.dilation_w = narrow(geometry[7], "dilation");
-  STD_TORCH_CHECK(s.n > 0 && s.c_in > 0 && s.c_mid > 0, "no tensor may be empty");
+  STD_TORCH_CHECK(x.numel() > 0 && w_dw.numel() > 0, "no tensor may be empty");
   STD_TORCH_CHECK(s.c_mid % s.c_in == 0, "w_dw has ", s.c_mid, " filters for ", s.c_in, " channels");
   return s;
 }

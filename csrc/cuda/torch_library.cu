@@ -231,7 +231,7 @@ __global__ void probe_kernel() {}
 // What CUDA says to running this library's code on the current device: a cudaError_t, 0 where it can.
 int64_t cuda_probe() {
   cudaFuncAttributes attributes;
-  const cudaError_t code = cudaFuncGetAttributes(&attributes, probe_kernel);
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
   cudaGetLastError();
   return static_cast<int64_t>(code);
 }
@@ -250,7 +250,7 @@ Ints cuda_device_facts(int64_t device) {
 }  // namespace
 }  // namespace xsep::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
   m.def(
       "cuda_depthwise_fprop(Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
       "int[] geometry, int[] activations, float[] alphas) -> Tensor");
@@ -279,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def("cuda_device_facts(int device) -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, XSEP_DISPATCH_KEY, m) {
   m.impl("cuda_depthwise_fprop", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop));
   m.impl("cuda_depthwise_fprop_residual", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_residual));
   m.impl("cuda_depthwise_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_depthwise_fprop_chain));
@@ -288,7 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
   m.impl("cuda_separable_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_chain));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xsep, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_probe", TORCH_BOX(&xsep::cuda::cuda_probe));
   m.impl("cuda_architectures", TORCH_BOX(&xsep::cuda::cuda_architectures));
   m.impl("cuda_device_facts", TORCH_BOX(&xsep::cuda::cuda_device_facts));

@@ -34,6 +34,12 @@ Tensor cuda_chain_raw_gradient(Tensor du, OptionalTensor taps, Tensor r, Tensor 
   return dr;
 }
 
+void check_counts(const Tensor& counts, const Tensor& x, int64_t tiles) {
+  check_device(counts, x, "counts");
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Int && counts.is_contiguous() && counts.numel() == tiles,
+                  "counts must be int32, one for each of ", tiles, " tiles");
+}
+
 // partials [T, 3, C] and counts [T] are written: of some of a batch's tiles, perhaps.
 void cuda_chain_statistics(Tensor r, Tensor partials, Tensor counts) {
   StatisticsParams p{};
@@ -43,9 +49,7 @@ void cuda_chain_statistics(Tensor r, Tensor partials, Tensor counts) {
   const int64_t tiles = (s.pixels() + kStatisticsPixels - 1) / kStatisticsPixels;
   narrow(tiles, "tiles of the statistics");
   floats(partials, r, "partials", tiles * 3 * s.c);
-  STD_TORCH_CHECK(
-      counts.is_cuda() && counts.scalar_type() == ScalarType::Int && counts.is_contiguous() && counts.numel() == tiles,
-      "counts must be int32, one for each of ", tiles, " tiles");
+  check_counts(counts, r, tiles);
   p.partials = writable(partials);
   p.counts = static_cast<int*>(counts.mutable_data_ptr());
   const DeviceScope device(r, p);
@@ -129,7 +133,8 @@ void cuda_chain_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, OptionalTensor
 std::tuple<Tensor, Tensor> cuda_chain_sum_partials(Tensor partials, Tensor w_dw, int64_t sums) {
   SumPartialsParams p{};
   ConvShape& s = p.shape;
-  STD_TORCH_CHECK(w_dw.is_cuda() && w_dw.dim() == 4, "w_dw must be a CUDA tensor [C_in, 1, R, S]");
+  STD_TORCH_CHECK(is_on_gpu(w_dw) && w_dw.dim() == 4 && w_dw.numel() > 0, "w_dw must be a CUDA tensor [C_in, 1, R, S]");
+  STD_TORCH_CHECK(partials.dim() == 3 && partials.numel() > 0, "partials must be [rows, R S + 3, C_in]");
   STD_TORCH_CHECK(sums >= 1 && sums <= kMostGradientSums, "there are 1 to ", kMostGradientSums, " sums, not ", sums);
   s.c_in = s.c_mid = narrow(w_dw.size(0), "C_in");
   s.r = narrow(w_dw.size(2), "R"), s.s = narrow(w_dw.size(3), "S");
@@ -217,9 +222,8 @@ float* optional_floats(OptionalTensor& t, const Tensor& x, const char* name, int
 }
 
 const double* double_scalar(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index() && t.numel() == 1 &&
-                      t.scalar_type() == ScalarType::Double,
-                  name, " must be one float64 on the device of the others");
+  check_device(t, x, name);
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Double, name, " must be one float64");
   return static_cast<const double*>(t.const_data_ptr());
 }
 
@@ -229,13 +233,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_bn_finalize(Tensor partial
                                                                   OptionalTensor running_var, OptionalTensor batches,
                                                                   double momentum, double eps) {
   FinalizeParams p{};
-  STD_TORCH_CHECK(partials.is_cuda() && partials.dim() == 3 && partials.size(1) == 3 && partials.numel() > 0,
+  STD_TORCH_CHECK(is_on_gpu(partials) && partials.dim() == 3 && partials.size(1) == 3 && partials.numel() > 0,
                   "partials must be a CUDA tensor [T, 3, C]");
   p.tiles = narrow(partials.size(0), "tiles of the statistics"), p.channels = narrow(partials.size(2), "C");
   p.partials = floats(partials, partials, "partials", partials.numel());
-  STD_TORCH_CHECK(counts.is_cuda() && counts.scalar_type() == ScalarType::Int && counts.is_contiguous() &&
-                      counts.numel() == p.tiles,
-                  "counts must be int32, one for each tile");
+  check_counts(counts, partials, p.tiles);
   p.counts = static_cast<const int*>(counts.const_data_ptr());
   p.gamma = optional_floats(gamma, partials, "gamma", p.channels);
   p.beta = optional_floats(beta, partials, "beta", p.channels);
@@ -243,8 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_bn_finalize(Tensor partial
   p.running_var = optional_floats(running_var, partials, "running_var", p.channels);
   STD_TORCH_CHECK((p.running_mean == nullptr) == (p.running_var == nullptr), "the running statistics come together");
   if (batches.has_value()) {
-    STD_TORCH_CHECK(batches->is_cuda() && batches->scalar_type() == ScalarType::Long && batches->numel() == 1,
-                    "batches must be one int64 on the device");
+    check_device(*batches, partials, "batches");
+    STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long && batches->numel() == 1, "batches must be one int64");
     p.batches = static_cast<const int64_t*>(batches->const_data_ptr());
   }
   p.momentum = momentum, p.eps = eps;
@@ -266,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_bn_finalize(Tensor partial
 std::tuple<Tensor, Tensor, Tensor> cuda_chain_bn_backward_finalize(Tensor sums, Tensor mean, Tensor invstd,
                                                                    OptionalTensor gamma, Tensor count, bool batch) {
   BackwardFinalizeParams p{};
-  STD_TORCH_CHECK(sums.is_cuda() && sums.dim() == 2 && sums.size(0) == 2 && sums.numel() > 0,
+  STD_TORCH_CHECK(is_on_gpu(sums) && sums.dim() == 2 && sums.size(0) == 2 && sums.numel() > 0,
                   "sums must be a CUDA tensor [2, C]");
   p.channels = narrow(sums.size(1), "C");
   p.batch = batch ? 1 : 0;
@@ -287,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_chain_bn_backward_finalize(Tensor sums, 
 }  // namespace
 }  // namespace xsep::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
   m.def("cuda_chain_raw_gradient(Tensor du, Tensor? taps, Tensor r, Tensor coef, int[] pads) -> Tensor");
   m.def("cuda_chain_statistics(Tensor r, Tensor(a!) partials, Tensor(b!) counts) -> ()");
   m.def("cuda_chain_apply(Tensor x, Tensor? residual, Tensor? vec, int activation, float alpha) -> Tensor");
@@ -314,7 +316,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
       "-> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, XSEP_DISPATCH_KEY, m) {
   m.impl("cuda_chain_raw_gradient", TORCH_BOX(&xsep::cuda::cuda_chain_raw_gradient));
   m.impl("cuda_chain_statistics", TORCH_BOX(&xsep::cuda::cuda_chain_statistics));
   m.impl("cuda_chain_apply", TORCH_BOX(&xsep::cuda::cuda_chain_apply));

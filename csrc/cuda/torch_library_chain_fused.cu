@@ -55,13 +55,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_fused_backward(
 }  // namespace
 }  // namespace xsep::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(xsep, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
   m.def(
       "cuda_chain_fused_backward(Tensor du, Tensor? taps, Tensor r, Tensor coef, int[] pads, Tensor w_pw, Tensor w_dw, "
       "Tensor x, Tensor? vec, Tensor? shortcut, Tensor? operand_1, Tensor? operand_2, Tensor? centres, "
       "bool before_mask, int[] geometry, int activation, float alpha) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(xsep, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, XSEP_DISPATCH_KEY, m) {
   m.impl("cuda_chain_fused_backward", TORCH_BOX(&xsep::cuda::cuda_chain_fused_backward));
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +17,7 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
@@ -24,7 +27,12 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SANITIZED = os.environ.get("XSEP_EMULATOR_SANITIZED") == "1"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
-#: Translation units of each test library: kernels, and what Python calls.
+#: Translation units that stand on PyTorch, and have its headers and its registry.
+GLUE = {
+    *(p.name for p in CUDA_SOURCES.glob("torch_library*.cu")),
+    "guarding_allocator.cpp",
+}
+#: Translation units of each test library beside the emulator's own.
 LIBRARIES = {
     "depthwise": [
         *(f"depthwise/{way}{suffix}.cu" for way in ("fprop", "bprop") for suffix in ("", "_fp32", "_fp16", "_bf16")),
@@ -34,14 +42,7 @@ LIBRARIES = {
         *(f"separable/fprop{suffix}.cu" for suffix in ("", "_fp32", "_tf32", "_fp16", "_bf16")),
         "entry_separable.cpp",
     ],
-    "chain": [
-        *(f"chain/{p.name}" for p in sorted((CUDA_SOURCES / "chain").glob("*.cu")) if "fused" not in p.name),
-        "entry_chain.cpp",
-    ],
-    "fused_backward": [
-        *(f"chain/fused_backward{suffix}.cu" for suffix in ("", "_fp16", "_bf16")),
-        "entry_fused_backward.cpp",
-    ],
+    "ops": [*(str(p.relative_to(CUDA_SOURCES)) for p in sorted(CUDA_SOURCES.rglob("*.cu"))), "guarding_allocator.cpp"],
 }
 
 
@@ -64,39 +65,75 @@ def missing_tools() -> Optional[str]:
     return None
 
 
-def build(name: str, sources: Path = CUDA_SOURCES) -> Path:
+def build(name: str, sources: Path = CUDA_SOURCES, namespace: str = "xsep_emulated") -> Path:
     """The shared library of one entry of LIBRARIES, built once for each content of the sources.
 
-    ``sources`` may be a changed copy of csrc/cuda, with csrc/common beside it.
+    ``sources`` may be a changed copy of csrc/cuda, with csrc/common beside it; ``namespace`` is the operators'.
     """
-    chosen, sanitize = LIBRARIES[name], SANITIZED
-    # The sanitizers' own code takes the optimizer longer than it saves.
-    plain = ["-std=c++20", "-O0" if sanitize else "-O1", "-fPIC", "-DXSEP_EMULATOR", "-Wall", "-Wno-unknown-pragmas",
-             "-Werror", *(SANITIZE if sanitize else ())]  # fmt: skip
-    flags = [*plain, f"-I{EMULATOR}", f"-I{sources}", "-isystem", str(cuda_include())]
-    digest = hashlib.sha256(" ".join([*plain, *chosen]).encode())
-    for folder in (sources, sources.parent / "common", EMULATOR):
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"xsep-emulator-{os.getuid()}"
-    target = cache / f"{name}-{digest.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
     cache.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-
-        def compile_unit(unit: str) -> str:
-            source = (sources if unit.endswith(".cu") else EMULATOR) / unit
-            out = str(Path(scratch) / (unit.replace("/", "_") + ".o"))
-            _run(["g++", "-x", "c++", *flags, "-c", str(source), "-o", out])
-            return out
-
+    units = [Unit(unit, sources, namespace) for unit in (*LIBRARIES[name], "emulator.cpp", "runtime.cpp")]
+    digest = hashlib.sha256(" ".join(unit.digest for unit in units).encode()).hexdigest()[:20]
+    target = cache / f"{name}-{digest}.so"
+    with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process would compile the same files beside this one
+        if target.exists():
+            return target
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_unit, [*chosen, "emulator.cpp"]))
+            objects = list(pool.map(lambda unit: str(unit.compiled(cache, Path(scratch))), units))
+        glue = LINKED if any(unit.is_glue for unit in units) else ()
         library = str(Path(scratch) / "library.so")
-        _run(["g++", "-shared", *(SANITIZE if sanitize else ()), *objects, "-o", library])
+        _run(["g++", "-shared", "-Wl,-Bsymbolic", *(SANITIZE if SANITIZED else ()), *objects, *glue, "-o", library])
         os.replace(library, target)
     return target
+
+
+#: Nothing it needs is missing, and the stand-ins come before what a PyTorch with CUDA has of that name.
+LINKED = (f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-undefined", "-ltorch", "-ltorch_cpu", "-lc10")
+
+
+class Unit:
+    """One file to compile; its object is kept for whoever links it, under a name made of all that goes into it."""
+
+    def __init__(self, name: str, sources: Path, namespace: str) -> None:
+        self.folders = (EMULATOR, sources)
+        self.file = (sources if name.endswith(".cu") else EMULATOR) / name
+        self.is_glue = name in GLUE
+        # The sanitizers' own code takes the optimizer longer than it saves. Nothing is shared by name with another
+        # library of the process: what this one knows of its cards is its own.
+        self.flags = ["-std=c++20", "-O0" if SANITIZED else "-O1", "-fPIC", "-fno-gnu-unique", "-DXSEP_EMULATOR",
+                      "-Wall", "-Wno-unknown-pragmas", "-Werror", *(SANITIZE if SANITIZED else ())]  # fmt: skip
+        if self.is_glue:
+            self.flags += [f"-DXSEP_NAMESPACE={namespace}", "-DUSE_CUDA", "-Wno-attributes"]
+            if name.endswith(".cu"):
+                self.flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+        digest = hashlib.sha256(" ".join([*self.flags, torch.__version__ if self.is_glue else ""]).encode())
+        for file in self.included():
+            digest.update(file.name.encode() + file.read_bytes())
+        self.digest = digest.hexdigest()[:20]
+
+    def included(self) -> list[Path]:
+        """The file and all of this project's that it includes, in a fixed order."""
+        found, wanted = [], [self.file]
+        while wanted:
+            file = wanted.pop().resolve()
+            if file in found:
+                continue
+            found.append(file)
+            for name in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE):
+                wanted.append(next(p for p in (folder / name for folder in (file.parent, *self.folders)) if p.exists()))
+        return found
+
+    def compiled(self, cache: Path, scratch: Path) -> Path:
+        target = cache / f"{self.file.stem}-{self.digest}.o"
+        if not target.exists():
+            out = scratch / target.name
+            includes = [f"-I{folder}" for folder in self.folders]
+            systems = [str(cuda_include()), *(cpp_extension.include_paths() if self.is_glue else ())]
+            includes += [word for path in systems for word in ("-isystem", path)]
+            _run(["g++", "-x", "c++", *self.flags, *includes, "-c", str(self.file), "-o", str(out)])
+            os.replace(out, target)
+        return target
 
 
 def _run(command: list[str]) -> None:

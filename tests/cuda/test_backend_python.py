@@ -1,16 +1,14 @@
-"""The Python side of the cuda backend, with stand-ins for the operators that check what they are handed."""
+"""The Python side of the cuda backend above its operators, which the emulator runs."""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.chain.support import hold, image, last, vector
 from tests.chain.test_forward_ops import starts
-from xsep.activations import scale_and_shift
 from xsep.backends import chain_cuda, cuda
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
@@ -18,114 +16,19 @@ from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs
 
-from . import emulated
-from .emulated_chain import EmulatedChain
+from .emulated import check_statistics
+from .emulated_ops import H200, EmulatedOps
 
 
-def check_nhwc(t: Tensor) -> None:
-    assert t.is_contiguous(memory_format=torch.channels_last)
+@pytest.fixture(autouse=True)
+def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
 
 
-class Operators:
-    """The operators' signatures, computed by the aten backend."""
-
-    def __init__(self) -> None:
-        self.called: list[str] = []
-
-    def cuda_device_facts(self, index: int) -> list[int]:
-        return [132, 227 * 1024]
-
-    def cuda_depthwise_fprop(
-        self, x: Tensor, w_dw: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor], scale_e: Optional[Tensor],
-        shift_e: Optional[Tensor], geometry: list[int], activations: list[int], alphas: list[float],
-    ) -> Tensor:  # fmt: skip
-        self.called.append("depthwise")
-        check_nhwc(x)
-        prologue, epilogue = (
-            Affine(*v, a, f) for v, a, f in zip(((scale_p, shift_p), (scale_e, shift_e)), activations, alphas)
-        )  # fmt: skip
-        y = ATEN.depthwise(x, w_dw, prologue, epilogue, Geometry(*geometry))
-        return y.contiguous(memory_format=torch.channels_last)
-
-    def cuda_depthwise_bprop(
-        self, dz: Tensor, x: Tensor, w_dw: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor],
-        centre: Optional[Tensor], geometry: list[int], activation: int, alpha: float, wanted: list[int],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        self.called.append("backward")
-        check_nhwc(dz)
-        check_nhwc(x)
-        assert centre is None and w_dw.is_contiguous()
-        prologue, flags = Affine(scale_p, shift_p, activation, alpha), [bool(f) for f in wanted]
-        found = ATEN.depthwise_backward_kernel(dz, x, w_dw, prologue, Geometry(*geometry), flags)
-        dx, *rest = (x.new_empty(0) if t is None else t for t in found)
-        return dx.contiguous(memory_format=torch.channels_last) if dx.dim() == 4 else dx, *rest
-
-    def cuda_depthwise_fprop_residual(
-        self, x: Tensor, w_dw: Tensor, residual: Tensor, scale_p: Optional[Tensor], shift_p: Optional[Tensor],
-        scale_e: Optional[Tensor], shift_e: Optional[Tensor], geometry: list[int], activations: list[int],
-        alphas: list[float], out: Tensor,
-    ) -> Tensor:  # fmt: skip
-        self.called.append("depthwise, joined")
-        check_nhwc(x)
-        check_nhwc(residual)
-        x_pre = scale_and_shift(x, Affine(scale_p, shift_p)) + residual
-        epilogue = Affine(scale_e, shift_e, activations[1], alphas[1])
-        z = ATEN.depthwise(x_pre, w_dw, Affine(None, None, activations[0], alphas[0]), epilogue, Geometry(*geometry))
-        check_nhwc(out)
-        out.copy_(x_pre)
-        return z.contiguous(memory_format=torch.channels_last)
-
-    def cuda_separable_fprop_chain(
-        self, x: Tensor, addend: Optional[Tensor], w_dw: Tensor, w_pw: Tensor, scale_p: Optional[Tensor],
-        shift_p: Optional[Tensor], geometry: list[int], activation: int, alpha: float, tf32: bool, statistics: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        self.called.append("fused chain")
-        for t in (x, addend):
-            if t is not None:
-                check_nhwc(t)
-        vec = None if scale_p is None or shift_p is None else torch.stack([scale_p, shift_p])
-        f = ATEN_CHAIN.sep_fprop(x, Load(vec, activation, alpha), addend, w_dw, w_pw, Geometry(*geometry), statistics)
-        return tuple(x.new_empty(0) if t is None else t for t in f)
-
-    def cuda_separable_fprop(self, *arguments: Any) -> Tensor:
-        self.called.append("fused")
-        a = SeparableArgs(*arguments[:-1])
-        check_nhwc(a.x)
-        assert a.residual is None or a.residual.is_contiguous(memory_format=torch.channels_last)
-        assert isinstance(arguments[-1], bool)
-        return ATEN.separable_forward(a).contiguous(memory_format=torch.channels_last)
-
-
-class ChainOperators(Operators, EmulatedChain):
-    """The chain's own as the emulator runs them."""
-
-    def __init__(self) -> None:
-        Operators.__init__(self)
-        EmulatedChain.__init__(self, multiprocessors=132)
-
-
-@pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    return _in_place(monkeypatch, Operators())
-
-
-@pytest.fixture
-def chain_operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    if emulated.missing_tools() is not None:
-        pytest.skip(str(emulated.missing_tools()))
-    return _in_place(monkeypatch, ChainOperators())
-
-
-def _in_place(monkeypatch: pytest.MonkeyPatch, found: Operators) -> Operators:
-    monkeypatch.setattr(torch.ops, "xsep", found)
-    for module in (cuda, chain_cuda):
-        monkeypatch.setattr(module, "device_facts", lambda index: cuda.DeviceFacts(132, 227 * 1024))
-    return found
-
-
-def draw(layout: torch.memory_format, everything: bool, multiplier: int = 1) -> SeparableArgs:
+def draw(layout: torch.memory_format, everything: bool, multiplier: int = 1, fused: bool = False) -> SeparableArgs:
+    """Of channels that the fused kernel takes, or of others."""
     torch.manual_seed(0)
-    n, c_in, c_out, h, w = 2, 5, 7, 11, 13
+    n, h, w, (c_in, c_out) = 2, 11, 13, (8, 10) if fused else (5, 7)
     c_mid = c_in * multiplier
     x = torch.randn(n, c_in, h, w).contiguous(memory_format=layout)
     w_dw, w_pw = torch.randn(c_mid, 1, 3, 3), torch.randn(c_out, c_mid, 1, 1)
@@ -143,19 +46,27 @@ def draw(layout: torch.memory_format, everything: bool, multiplier: int = 1) -> 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("everything", [False, True], ids=["bias", "everything"])
 @pytest.mark.parametrize("fused", [False, True], ids=["staged", "fused"])
-def test_forward(
-    operators: Operators, monkeypatch: pytest.MonkeyPatch, fused: bool, everything: bool, layout: torch.memory_format
-) -> None:
-    monkeypatch.setattr(cuda, "is_fused", lambda *_: fused)
-    a = draw(layout, everything)
+def test_forward(operators: EmulatedOps, fused: bool, everything: bool, layout: torch.memory_format) -> None:
+    a = draw(layout, everything, fused=fused)
     ours, theirs = cuda.CUDA.separable_forward(a), ATEN.separable_forward(a)
-    torch.testing.assert_close(ours, theirs)
-    assert operators.called == (["fused"] if fused else ["depthwise"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert operators.called == {"separable_fprop" if fused else "depthwise_fprop": 1}
+
+
+def test_tf32_where_pytorch_may(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, load = draw(torch.channels_last, False, fused=True), Load()
+    a = a._replace(bias=None)
+    truth = ATEN.separable_forward(a)
+    for precision, least, most in (("ieee", 0, 1e-4), ("tf32", 1e-4, 0.1)):
+        monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", precision)
+        chained = chain_cuda.CUDA_CHAIN.sep_fprop(a.x, load, None, a.w_dw, a.w_pw, Geometry(*a.geometry), False).r
+        for y in (cuda.CUDA.separable_forward(a), chained):
+            assert least <= float((y - truth).abs().max()) < most
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("multiplier", [1, 2], ids=["m1", "m2"])
-def test_backward(operators: Operators, multiplier: int, layout: torch.memory_format) -> None:
+def test_backward(operators: EmulatedOps, multiplier: int, layout: torch.memory_format) -> None:
     a = draw(layout, True, multiplier)
     dy = torch.randn_like(ATEN.separable_forward(a))
     y = ATEN.separable_forward(a)
@@ -165,10 +76,10 @@ def test_backward(operators: Operators, multiplier: int, layout: torch.memory_fo
     ):
         assert ours is not None and theirs is not None
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert "backward" in operators.called
+    assert operators.called["depthwise_bprop"] == 1
 
 
-def test_empty_batch_launches_nothing(operators: Operators) -> None:
+def test_empty_batch_launches_nothing(operators: EmulatedOps) -> None:
     a = draw(torch.channels_last, False)
     a = a._replace(x=a.x[:0])
     assert cuda.CUDA.separable_forward(a).shape == (0, 7, 11, 13)
@@ -177,28 +88,30 @@ def test_empty_batch_launches_nothing(operators: Operators) -> None:
     )
     assert gradients.dw_dw is not None and gradients.dshift_p is not None
     assert float(gradients.dw_dw.abs().sum()) == 0 and gradients.dshift_p.shape == (5,)
-    assert operators.called == []
+    assert not operators.called
 
 
 @pytest.mark.parametrize("way", ["fused", "staged", "sliced"])
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "addend"])
 @pytest.mark.parametrize("statistics", [False, True], ids=["r", "statistics"])
 def test_chain_forward(
-    chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, way: str, joined: bool, statistics: bool
+    operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, way: str, joined: bool, statistics: bool
 ) -> None:
     """Slices end in the middle of a tile of the statistics; the tiles are those of the whole batch."""
-    monkeypatch.setattr(chain_cuda, "fused_plan", lambda *_: object() if way == "fused" else None)
     monkeypatch.setattr(launch, "slices", lambda *_: launch.slices_of(2, 1 if way == "sliced" else 2))
-    a, load = draw(torch.contiguous_format, False), Load(torch.randn(2, 5), RELU, 0.0)
+    a = draw(torch.contiguous_format, False, fused=way == "fused")
+    load = Load(torch.randn(2, a.x.shape[1]), RELU, 0.0)
     addend = torch.randn_like(a.x) if joined else None
     arguments = (a.x, load, addend, a.w_dw, a.w_pw, Geometry(*a.geometry), statistics)
     ours, theirs = chain_cuda.CUDA_CHAIN.sep_fprop(*arguments), ATEN_CHAIN.sep_fprop(*arguments)
-    for mine, exact in zip(ours, theirs):
-        assert (mine is None) == (exact is None)
-        if mine is not None and exact is not None:
-            torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
-    one = "depthwise, joined" if joined else "depthwise"
-    assert chain_operators.called == {"fused": ["fused chain"], "staged": [one], "sliced": [one, one]}[way]
+    torch.testing.assert_close(ours.r, theirs.r, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.x_pre, theirs.x_pre)
+    assert (ours.partials is not None) == (ours.counts is not None) == statistics
+    if ours.partials is not None and ours.counts is not None:
+        check_statistics(ours.r, ours.partials, ours.counts)
+    one = "depthwise_fprop_residual" if joined else "depthwise_fprop"
+    expected = {"fused": {"separable_fprop_chain": 1}, "staged": {one: 1}, "sliced": {one: 2}}[way]
+    assert {name: operators.called[name] for name in expected} == expected
 
 
 #: Shortcut, whether it joins before the activation, operands, pool.
@@ -212,7 +125,7 @@ LAYERS = {
 @pytest.mark.parametrize("c_in, c_out", [(11, 17), (16, 24)], ids=["odd", "vectors"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_chain_backward(
-    chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, name: str, c_in: int, c_out: int, pictures: int
+    operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, name: str, c_in: int, c_out: int, pictures: int
 ) -> None:
     """All of a layer's backward against float64, with the batch in slices and not."""
     monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: c_in == 11)
@@ -249,7 +162,7 @@ def test_chain_backward(
         hold(what, mine, exact, theirs, dtype, 100.0 if what == "sums" else 0.0)
 
 
-def test_chain_backward_of_what_is_wanted(chain_operators: Operators) -> None:
+def test_chain_backward_of_what_is_wanted(operators: EmulatedOps) -> None:
     a, load = draw(torch.channels_last, False), Load(torch.randn(2, 5), RELU, 0.0)
     r = torch.randn(2, 7, 11, 13).contiguous(memory_format=torch.channels_last)
     dr = RawGradient(torch.randn_like(r), r, torch.randn(3, 7))
@@ -263,8 +176,7 @@ def test_chain_backward_of_what_is_wanted(chain_operators: Operators) -> None:
     assert chain.sep_backward(*layer, (True, False, False)).dw_pw is None
 
 
-def test_chain_of_an_empty_batch_launches_nothing(operators: Operators) -> None:
-    """Operators has none of the chain's kernels, so a launch would fail."""
+def test_chain_of_an_empty_batch_launches_nothing(operators: EmulatedOps) -> None:
     chain, geometry = chain_cuda.CUDA_CHAIN, Geometry(*[1] * 8)
     x, r, vec = torch.empty(0, 5, 8, 8), torch.empty(0, 7, 8, 8), torch.randn(2, 7)
     w_dw, w_pw, load = torch.randn(5, 1, 3, 3), torch.randn(7, 5, 1, 1), Load(torch.randn(2, 5), RELU)
@@ -283,10 +195,11 @@ def test_chain_of_an_empty_batch_launches_nothing(operators: Operators) -> None:
     dw, dy = chain.pw_backward(dr, w_pw, x, load)
     assert float(dw.abs().sum()) == 0 and dy.shape == x.shape
     assert chain.pw_fprop(x, load, w_pw, True).r.shape == r.shape
+    assert not operators.called
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
-def test_chain_pointwise(chain_operators: Operators, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+def test_chain_pointwise(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
     """The skip: every second pixel, forward and backward; by a product, or by what obeys the settings for TF32."""
     monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: tf32)
     load, w = Load(torch.randn(2, 5), RELU), torch.randn(7, 5, 1, 1)
@@ -301,15 +214,13 @@ def test_chain_pointwise(chain_operators: Operators, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_chain_tiles_are_the_plans(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chain_tiles_are_the_plans(operators: EmulatedOps) -> None:
     """Traced code sizes the partials by them, so they have to be what the kernel's own plan says."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     problem = Problem(
         "separable", "cuda", torch.bfloat16, True, 3, 16, 23, 29, 1, 3, 3, 24, Geometry(*[1] * 8), (1, 0, 0)
     )
-    facts = cuda.DeviceFacts(132, 227 * 1024)
-    plan = cuda.fused_plan(problem, facts)
+    plan = cuda.fused_plan(problem, H200)
     assert plan is not None and chain_cuda.CUDA_CHAIN.tiles(problem) == plan.tiles
     wide = problem._replace(c_out=728)
-    assert cuda.fused_plan(wide, facts) is None
+    assert cuda.fused_plan(wide, H200) is None
     assert chain_cuda.CUDA_CHAIN.tiles(wide) == -(-3 * 23 * 29 // 128) != plan.tiles

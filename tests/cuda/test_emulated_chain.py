@@ -1,4 +1,4 @@
-"""The training chain's CUDA kernels between the convolutions, run by the emulator, against float64.
+"""The training chain's CUDA operators between the convolutions, run by the emulator, against float64.
 
 Called as the backend calls them, so that its handling of layouts is tested with them.
 """
@@ -23,11 +23,11 @@ from xsep.backends.aten import ATEN
 from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN, gradient_sums, input_gradient
 from xsep.backends.chain_cuda import CUDA_CHAIN
-from xsep.backends.cuda import DeviceFacts
+from xsep.backends.cuda import DeviceFacts, device_facts
 from xsep.problem import ACTIVATIONS, IDENTITY, RELU, SILU, Affine, Geometry, Problem
 
 from . import emulated
-from .emulated_chain import EmulatedChain
+from .emulated_ops import SMALL, EmulatedOps
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
 
@@ -39,11 +39,9 @@ each_width = pytest.mark.parametrize("c", CHANNELS)
 
 
 @pytest.fixture(autouse=True)
-def operators(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> EmulatedChain:
+def seeded(request: pytest.FixtureRequest, operators: EmulatedOps) -> None:
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
-    found = EmulatedChain()
-    monkeypatch.setattr(torch.ops, "xsep", found)
-    return found
+    operators.on(SMALL)
 
 
 def wide_load(load: Load) -> Load:
@@ -215,10 +213,10 @@ LAYERS = {
 @each_width
 @pytest.mark.parametrize("name", LAYERS)
 def test_depthwise_backward_ends_with_the_epilogue(
-    monkeypatch: pytest.MonkeyPatch, kind: str, c: int, name: str
+    monkeypatch: pytest.MonkeyPatch, operators: EmulatedOps, kind: str, c: int, name: str
 ) -> None:
     """dx, dw_dw and the sums of two slices of a batch, on fast and general kernels, against float64."""
-    monkeypatch.setattr(torch.ops, "xsep", EmulatedChain(multiprocessors=2))
+    operators.on(DeviceFacts(2, 99 * 1024))
     dtype, (k, stride, dilation, code, short, others) = DTYPES[kind], LAYERS[name]
     pad = dilation * (k // 2)
     geometry = Geometry(stride, stride, pad, pad, pad, pad, dilation, dilation)
@@ -244,7 +242,7 @@ def test_depthwise_backward_ends_with_the_epilogue(
 
     problem = Problem("separable", "cuda", dtype, True, 3, c, 7, 9, 1, k, k, 8, geometry, (code, 0, 0))
     monkeypatch.setattr(launch, "slices", lambda *_: launch.slices_of(3, 2))
-    plan = launch.backward_plan.__wrapped__(problem, DeviceFacts(2, 99 * 1024))
+    plan = launch.backward_plan.__wrapped__(problem, device_facts(-1))
     if plan is None:
         pytest.skip("xsep's compiled extension is not built")
     layer = launch.InputGradient(x, w_dw, load, geometry, shortcut, operands, centres if operands else None, plan)
@@ -308,42 +306,33 @@ def test_global_average(kind: str, c: int) -> None:
     hold("sums", sums, terms.sum((1, 3, 4)), None, torch.float32, size)
 
 
-def test_same_bits_for_any_order_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_for_any_order_of_threads(operators: EmulatedOps) -> None:
     """Seeds shuffle the threads between barriers, and several CTAs share the work; nothing may depend on it."""
     c = 24
     load = Load(vector(c, torch.bfloat16), RELU)
     x, e = (last(4, c, 9, 8, dtype=torch.bfloat16) for _ in range(2))
     found: list[tuple[Any, ...]] = []
+    operators.on(SMALL._replace(multiprocessors=3))
     for seed in (1, 2, 3):
-        monkeypatch.setattr(torch.ops, "xsep", EmulatedChain(seed, multiprocessors=3))
+        operators.seed(seed)
         sums = launch.load_gradient(e, x, load, None, [x], torch.zeros(2, c))
         found.append((*sums, *launch.tile_statistics(x), *launch.bn_relu_gap(x, vector(c, torch.bfloat16) * 0 + 1)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0]))
 
 
-def test_misaligned_images_take_one_channel_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def misaligned(t: Tensor) -> Tensor:
+    """The same image, one element past where 16-byte accesses can begin."""
+    n, c, h, w = t.shape
+    place = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    return place.copy_(t)
+
+
+def test_misaligned_images_take_one_channel_a_thread() -> None:
     dr = gradient_of(24, torch.bfloat16, "torch")
-    wide = launch.raw_gradient(dr)
-    monkeypatch.setattr(torch.ops, "xsep", EmulatedChain(aligned=False))
-    assert torch.equal(launch.raw_gradient(dr), wide)
-
-
-def test_an_error_carries_the_kernel_and_the_whole_problem(operators: EmulatedChain) -> None:
-    operators.device.multiprocessors = 0
-
-    def broken(*arguments: Any) -> None:
-        plan = arguments[-1]._obj
-        plan.vec, plan.vectors, plan.slices, plan.lanes, plan.workers = 1, 1, 70000, 1, 1
-
-    operators.library.lib = type("Broken", (), {
-        "__getattr__": lambda self, name, lib=operators.library.lib:
-            broken if name == "emulate_plan_images" else getattr(lib, name)
-    })()  # fmt: skip
-    with pytest.raises(
-        RuntimeError, match=r"raw_gradient_kernel: impossible grid, for bfloat16 images \[2, 24, 10, 9\]"
-    ):
-        launch.raw_gradient(gradient_of(24, torch.bfloat16, ""))
+    assert dr.taps is not None
+    other = dr._replace(du=misaligned(dr.du), r=misaligned(dr.r), taps=misaligned(dr.taps))
+    assert torch.equal(launch.form(other), launch.raw_gradient(dr))
 
 
 def test_activation_is_the_one_of_every_kernel() -> None:

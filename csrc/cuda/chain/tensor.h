@@ -10,7 +10,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 inline ImageShape image_shape(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, name, " must be a CUDA tensor [N, C, H, W]");
+  STD_TORCH_CHECK(is_on_gpu(x) && x.dim() == 4, name, " must be a CUDA tensor [N, C, H, W]");
   const ImageShape s{narrow(x.size(0), "N"), narrow(x.size(2), "H"), narrow(x.size(3), "W"), narrow(x.size(1), "C")};
   STD_TORCH_CHECK(s.pixels() > 0 && s.c > 0, "no tensor may be empty");
   return s;
@@ -91,9 +91,8 @@ struct Windows {
 };
 
 inline const uint8_t* taps_of(const Tensor& taps, const Tensor& x, const ImageShape& s) {
-  STD_TORCH_CHECK(
-      taps.is_cuda() && taps.get_device_index() == x.get_device_index() && taps.scalar_type() == ScalarType::Byte,
-      "taps must be uint8, on the device of r");
+  check_device(taps, x, "taps");
+  STD_TORCH_CHECK(taps.scalar_type() == ScalarType::Byte, "taps must be uint8");
   return static_cast<const uint8_t*>(nhwc(taps, taps, "taps", s.n, s.c, s.h, s.w));
 }
 

@@ -23,6 +23,8 @@
 #undef __grid_constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
+// What nvcc would say the library holds code for.
+#define __CUDA_ARCH_LIST__ 900
 
 namespace emulator {
 
@@ -57,6 +59,13 @@ unsigned char* shared_base();
 void copy_async(void* destination, const void* source, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// The card that a CPU's tensors count as lying on: 0 for the tests that call a launcher directly, each other set of
+// facts that a test asks for another one.
+int device();
+// Throws std::runtime_error where the stream is not the current device's, which is the device's number for a pointer,
+// or where a test wants this launch to fail.
+void begin_launch(const char* name, cudaStream_t stream);
 
 // Runs body once for each thread of each block. Throws std::runtime_error.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);

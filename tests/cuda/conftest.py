@@ -1,0 +1,17 @@
+"""The CUDA operators on the emulator, for whichever test asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from . import emulated, emulated_ops
+from .emulated_ops import EmulatedOps
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedOps]:
+    if emulated.missing_tools() is not None:
+        pytest.skip(str(emulated.missing_tools()))
+    yield from emulated_ops.guarded(monkeypatch, emulated_ops.library())

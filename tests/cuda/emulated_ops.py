@@ -1,0 +1,90 @@
+"""The CUDA operators themselves on CPU tensors: their library built for the emulator, in place of the real one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xsep.backends import cuda
+from xsep.backends.cuda import DeviceFacts
+
+from . import emulated
+
+H200 = DeviceFacts(132, 227 * 1024, 60 << 20)
+SMALL = DeviceFacts(1, 227 * 1024, 0)
+
+
+class EmulatedOps:
+    """One built library, and what was called of it.
+
+    Its operators take CPU tensors, which count as lying on a card of whatever facts ``on`` was told. While they are
+    ``guarded``, all CPU tensors start as NaN and lie between margins of NaN: see guarding_allocator.cpp.
+    """
+
+    def __init__(self, path: Path, namespace: str = "xsep_emulated") -> None:
+        torch.ops.load_library(str(path))
+        self.lib, self.ops = ctypes.CDLL(str(path)), getattr(torch.ops, namespace)
+        self.lib.emulate_damaged_tensors.restype = ctypes.c_int64
+        known = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+        self.names = sorted(name for own, _, name in known if own == namespace)
+        self.called: Counter[str] = Counter()
+
+    def start(self, facts: DeviceFacts = H200, seed: int = 0) -> None:
+        """As if nothing had been called; on a card of these facts, the threads in an order drawn from the seed."""
+        self.called.clear()
+        self.seed(seed)
+        self.on(facts)
+
+    def seed(self, seed: int) -> None:
+        self.lib.emulate_seed(seed)
+
+    def on(self, facts: DeviceFacts) -> None:
+        self.lib.emulate_card(*facts)
+        cuda.device_facts.cache_clear()
+
+    def installed(self, patch: Callable[[Any, str, Any], None]) -> None:
+        """``torch.ops.xsep`` has these operators, as ``patch(object, name, value)`` puts them there."""
+        for name in self.names:
+            counted = name not in ("cuda_device_facts", "cuda_probe", "cuda_architectures")
+            patch(torch.ops.xsep, name, self._counted(name) if counted else getattr(self.ops, name))
+        # PyTorch's word for the index of a CPU's tensor; the emulator takes it for that of the card.
+        patch(torch.cuda, "current_device", lambda: -1)
+
+    def _counted(self, name: str) -> Callable[..., Any]:
+        op = getattr(self.ops, name)
+
+        def call(*arguments: Any) -> Any:
+            self.called[name.removeprefix("cuda_")] += 1
+            return op(*arguments)
+
+        return call
+
+    def guard(self, on: bool) -> None:
+        self.lib.emulate_guard(int(on and not emulated.SANITIZED))  # which has margins of its own
+
+    def check(self) -> None:
+        assert self.lib.emulate_damaged_tensors() == 0, "an operator wrote past the ends of a tensor"
+
+
+@cache
+def library() -> EmulatedOps:
+    return EmulatedOps(emulated.build("ops"))
+
+
+def guarded(monkeypatch: pytest.MonkeyPatch, found: EmulatedOps, facts: DeviceFacts = H200) -> Iterator[EmulatedOps]:
+    """For a fixture: the operators in place, everything that the test allocates guarded."""
+    found.installed(lambda owner, name, value: monkeypatch.setattr(owner, name, value, raising=False))
+    found.start(facts, int(os.environ.get("XSEP_SEED", "0")))
+    found.guard(True)
+    yield found
+    found.guard(False)
+    found.check()
+    cuda.device_facts.cache_clear()
