@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu import PLACE
 from xsep import dispatch
 from xsep.problem import Geometry, Problem
 
@@ -19,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or PLACE.emulated:
         return
     for item in items:
         if "gpu" in item.keywords:

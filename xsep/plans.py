@@ -18,8 +18,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from . import extension
+from .backends import base, triton_plans
 from .backends import cuda as cuda_backend
-from .backends import triton_plans
 from .problem import Problem
 from .tuning.device import DeviceProperties
 
@@ -344,4 +344,4 @@ def choose(
 
 def tf32_allowed(dtype: torch.dtype) -> bool:
     """Whether PyTorch's own float32 convolutions may use TF32, which xsep's then do too."""
-    return dtype is torch.float32 and bool(torch.backends.cudnn.allow_tf32)
+    return dtype is torch.float32 and base.tf32_allowed()

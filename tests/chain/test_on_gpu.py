@@ -1,4 +1,7 @@
-"""The chain on a real card: ``pytest -m gpu tests/chain``. Whole networks; each kernel has its own test elsewhere."""
+"""The chain on a real card: ``pytest -m gpu tests/chain``. Whole networks; each kernel has its own test elsewhere.
+
+In the emulator they are narrow, on small pictures.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.chain.support import hold_norm, scatter
+from tests.gpu import PLACE, float32_products, needs_card
 from xsep.models.blocks import Block, Design, MaxPool
 
 pytestmark = pytest.mark.gpu
-
-BACKENDS = ("aten", "cuda", "triton")
 
 
 class Part(nn.Module):
@@ -23,14 +25,14 @@ class Part(nn.Module):
 
     def __init__(self, backend: Optional[str]) -> None:
         super().__init__()
-        design = Design(backend=backend)
-        self.stem = nn.Conv2d(3, 128, 3, bias=False)
+        design, (narrow, middle, wide) = Design(backend=backend), PLACE.channels
+        self.stem = nn.Conv2d(3, narrow, 3, bias=False)
         self.blocks = nn.Sequential(
-            Block(128, 256, 2, design, pool=MaxPool("torch"), start_with_relu=False),
-            Block(256, 728, 2, design, pool=MaxPool("same")),
-            Block(728, 728, 3, design), Block(728, 728, 3, design),
+            Block(narrow, middle, 2, design, pool=MaxPool("torch"), start_with_relu=False),
+            Block(middle, wide, 2, design, pool=MaxPool("same")),
+            Block(wide, wide, 3, design), Block(wide, wide, 3, design),
         )  # fmt: skip
-        self.fc = nn.Linear(728, 10)
+        self.fc = nn.Linear(wide, 10)
 
     def chained(self, chain: bool) -> Part:
         for block in self.blocks:
@@ -41,17 +43,20 @@ class Part(nn.Module):
         return self.fc(self.blocks(self.stem(x)).relu().mean((2, 3)))
 
 
-@pytest.fixture(params=BACKENDS)
+def placed(m: Part) -> Part:
+    return scatter(m).to(PLACE.device).to(memory_format=torch.channels_last).train()
+
+
+@pytest.fixture(params=PLACE.backends)
 def network(request: pytest.FixtureRequest) -> Iterator[Part]:
     torch.manual_seed(5)
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield scatter(Part(request.param)).cuda().to(memory_format=torch.channels_last).train()
-    torch.backends.cudnn.allow_tf32 = allowed
+    with float32_products("ieee"):
+        yield placed(Part(request.param))
 
 
-def pictures(n: int = 4) -> Tensor:
-    return torch.randn(n, 3, 63, 58, device="cuda").contiguous(memory_format=torch.channels_last)
+def pictures() -> Tensor:
+    n, h, w = PLACE.pictures
+    return torch.randn(n, 3, h, w, device=PLACE.device).contiguous(memory_format=torch.channels_last)
 
 
 def step(m: Any, x: Tensor) -> dict[str, Tensor]:
@@ -81,6 +86,7 @@ def test_one_step_is_that_of_the_plain_network(network: Part, kind: torch.dtype)
     assert all(torch.equal(again[what], ours[what]) for what in ours), "not the same bits twice"
 
 
+@needs_card("graphs")
 def test_a_graph_of_the_step(network: Part) -> None:
     m, x = network.chained(True), pictures()
     start = copy.deepcopy(m.state_dict())
@@ -115,12 +121,12 @@ def test_compiled_under_autocast() -> None:
     """One graph of the step. Without code generation, which takes minutes: bench_xception does it."""
     torch.manual_seed(5)
     x, losses = pictures(), []
-    m: Any = scatter(Part(None)).cuda().to(memory_format=torch.channels_last).train().chained(True)
+    m: Any = placed(Part(None)).chained(True)
     torch._dynamo.reset()
     compiled: Any = torch.compile(copy.deepcopy(m), fullgraph=True, backend="aot_eager")
     for either in (m, compiled):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = nn.functional.cross_entropy(either(x).float(), torch.arange(4, device="cuda"))
+        with torch.autocast(PLACE.device, torch.bfloat16):
+            loss = nn.functional.cross_entropy(either(x).float(), torch.arange(len(x), device=PLACE.device))
         loss.backward()
         losses.append(loss.item())
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in either.parameters())

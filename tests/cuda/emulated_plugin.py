@@ -1,39 +1,49 @@
-"""A pytest plugin: the chain's tests run the ``cuda`` backend, whose operators the emulator stands in for.
+"""A pytest plugin: the tests of a GPU, and the chain's own on the ``cuda`` backend, run on the emulator.
 
-With ``XSEP_EMULATED_CHANNELS``, as in ``24,16``, on layers of so many channels.
+With ``XSEP_EMULATED_CHANNELS``, as in ``24,16``, the chain's are on layers of so many channels.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
-import torch
 
+from tests import gpu
 from tests.chain import support
-from xsep.backends import chain_cuda, cuda
+from xsep.backends.cuda import CudaBackend
 
-from .test_backend_python import ChainOperators
+from . import emulated_ops
+
+#: Of which a layer's picture fills the L2 soon: there are slices, and layers whose backward is one pass.
+CARD = emulated_ops.H200._replace(l2_bytes=8 << 10)
 
 support.WAYS[:] = [("cuda", kind) for kind in ("fp32", "bf16", "fp16")]
 if "XSEP_EMULATED_CHANNELS" in os.environ:
     support.CHANNELS[:] = [int(c) for c in os.environ["XSEP_EMULATED_CHANNELS"].split(",")]
 support.WAY_IDS[:] = ["-".join(way) for way in support.WAYS]
 
-_operators = ChainOperators()
-for _name in dir(_operators):
-    if _name.startswith("cuda_"):
-        setattr(torch.ops.xsep, _name, getattr(_operators, _name))
+place = gpu.PLACE
+place.device, place.emulated, place.backends = "cpu", True, ("cuda",)
+place.sizes = (
+    (2, 16, 32, 13, 11, 3, 1), (2, 24, 264, 5, 6, 3, 1), (4, 40, 24, 5, 4, 3, 1), (2, 24, 8, 11, 9, 3, 2),
+    (2, 16, 10, 9, 8, 5, 2), (1, 8, 8, 9, 8, 7, 1), (2, 13, 17, 7, 9, 3, 1), (1, 32, 62, 6, 5, 5, 1),
+)  # fmt: skip
+place.fused_channels, place.channels, place.pictures = 16, (8, 16, 24), (3, 23, 18)
+
+_operators = emulated_ops.library()
+_operators.installed(setattr)
+_operators.start(CARD)
+_operators.guard(True)
+CudaBackend.not_supported_reasons = lambda self, problem: []  # type: ignore[method-assign]
 
 
-def _facts(index: int) -> cuda.DeviceFacts:
-    return cuda.DeviceFacts(132, 227 * 1024)
-
-
-cuda.device_facts = chain_cuda.device_facts = _facts  # type: ignore[assignment]
-chain_cuda.CudaChain.not_supported_reasons = lambda self, problem: []  # type: ignore[method-assign]
-torch.cuda.current_device = lambda: 0
+@pytest.fixture(autouse=True)
+def undamaged() -> Iterator[None]:
+    yield
+    _operators.check()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"{_operators.fused_backwards} fused backwards")
+    terminalreporter.write_line(f"{_operators.called['chain_fused_backward']} fused backwards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import xsep
 from tests.chain import test_backward_ops as backward
 from tests.chain import test_forward_ops as forward
 from tests.chain.support import hold
+from tests.gpu import float32_products
 from xsep import testing
 from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.triton import TRITON
@@ -45,6 +47,12 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
+def ieee() -> Iterator[None]:
+    with float32_products("ieee"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def supported() -> None:
     problem = Problem("separable", "cuda", torch.float32, True, 1, 8, 8, 8, 1, 3, 3, 8, SAME, (0, 0, 0))
     reasons = TRITON.not_supported_reasons(problem)
@@ -54,21 +62,18 @@ def supported() -> None:
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_forward_and_every_gradient(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+def test_forward_and_every_gradient(case: Case, kind: str) -> None:
     testing.check(replace(case, dtype=DTYPES[kind]), "triton", "cuda")
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda c: c.id)
-def test_tf32_where_the_settings_allow_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "tf32")
-    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "tf32")
-    testing.check(case, "triton", "cuda")
+def test_tf32_where_the_settings_allow_it(case: Case) -> None:
+    with float32_products("tf32"):
+        testing.check(case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("case", list(testing.generate(60, seed=31)), ids=lambda c: c.id)
-def test_generated_problem(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+def test_generated_problem(case: Case) -> None:
     testing.check(case, "triton", "cuda")
 
 
@@ -166,12 +171,8 @@ def chain_layer(n: int, c: int, c_out: int, size: int, dtype: torch.dtype, poole
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("layer", CHAIN_LAYERS, ids=str)
 @pytest.mark.parametrize("pooled", [False, True], ids=["plain", "pooled"])
-def test_chain_backward_at_real_sizes(
-    layer: tuple[int, int, int, int], kind: str, pooled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chain_backward_at_real_sizes(layer: tuple[int, int, int, int], kind: str, pooled: bool) -> None:
     """Against the plain chain in float64 on the same inputs, held to twice its error at the type; and run twice."""
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
-    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
     dtype = DTYPES[kind]
     arguments = chain_layer(*layer, dtype, pooled)
     found, again, own = (sep_backward(**arguments, backend=b) for b in ("triton", "triton", "aten"))
@@ -194,19 +195,15 @@ def in_float64(v: Any) -> Any:
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("name", backward.CASES)
-def test_chain_layer(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chain_layer(name: str, kind: str) -> None:
     """What tests/chain holds every backend to, on this one."""
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
-    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
     with torch.device("cuda"):
         backward.test_layer("triton", kind, name)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_chain_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chain_ends(kind: str) -> None:
     """Pools, averages, the skip convolution and the ways in and out."""
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
-    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
     with torch.device("cuda"):
         for code in (0, RELU):
             forward.test_pw_fprop_of_every_second_pixel("triton", kind, code)

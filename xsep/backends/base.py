@@ -45,6 +45,19 @@ def channel_sum(t: Tensor) -> Tensor:
     return t.sum((0, 2, 3), dtype=wide)
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own float32 convolutions on a GPU may use TF32, which xsep's then do too.
+
+    A setting of "none" leaves it to the wider one. ``cudnn.allow_tf32`` must not be asked where the newer settings were
+    used: it raises where those of convolutions and of recurrent networks differ.
+    """
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        return bool(cudnn.allow_tf32)
+    wishes = (settings.fp32_precision for settings in (cudnn.conv, cudnn, torch.backends))
+    return next((wish for wish in wishes if wish != "none"), "none") == "tf32"
+
+
 class Backend(ABC):
     """One way to run the ops. Instances hold no state of a call.
 

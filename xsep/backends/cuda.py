@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import extension
 from ..activations import activate, scale_and_shift
 from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
-from .base import Backend, DepthwiseGradients, with_bias
+from .base import Backend, DepthwiseGradients, tf32_allowed, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWEST_CAPABILITY = (8, 0)
@@ -129,14 +129,6 @@ def nhwc(t: Tensor) -> Tensor:
 def vectors_of(affine: Affine) -> tuple[Optional[Tensor], Optional[Tensor]]:
     scale, shift = affine.scale, affine.shift
     return None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous()
-
-
-def tf32_allowed() -> bool:
-    """Whether PyTorch's own float32 convolutions may use TF32."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None:
-        return bool(conv.fp32_precision == "tf32")
-    return bool(torch.backends.cudnn.allow_tf32)
 
 
 def is_aligned(*tensors: Optional[Tensor]) -> bool:

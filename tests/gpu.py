@@ -1,0 +1,55 @@
+"""Where the tests of a GPU run and how large they are, in one place: on the card, at the sizes of real networks.
+
+tests/cuda/emulated_plugin.py has them run on a CPU before, the cuda backend's kernels in the emulator, small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+
+@dataclass
+class Place:
+    device: str = "cuda"
+    emulated: bool = False
+    backends: tuple[str, ...] = ("aten", "cuda", "triton")
+    #: N, C_in, C_out, H, W, k, stride
+    sizes: tuple[tuple[int, ...], ...] = (
+        (8, 64, 128, 147, 147, 3, 1), (4, 128, 256, 74, 74, 3, 1), (4, 256, 256, 37, 37, 3, 1),
+        (8, 728, 728, 19, 19, 3, 1), (8, 96, 24, 57, 57, 3, 2), (4, 144, 40, 28, 28, 5, 2), (4, 240, 80, 14, 14, 5, 1),
+        (2, 96, 96, 31, 29, 7, 1), (2, 13, 17, 23, 19, 3, 1), (2, 32, 62, 17, 19, 5, 1),
+    )  # fmt: skip
+    #: Channels of a layer whose backward is one pass.
+    fused_channels: int = 128
+    #: Of the network: channels, and batch and size of its pictures.
+    channels: tuple[int, int, int] = (128, 256, 728)
+    pictures: tuple[int, int, int] = (4, 63, 58)
+
+
+PLACE = Place()
+
+
+def needs_card(what: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif("__import__('tests.gpu').gpu.PLACE.emulated", reason=f"a CPU has no {what}")
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """``"ieee"`` or ``"tf32"``, of convolutions and of matrices.
+
+    Not by pytest's monkeypatch: of settings that are no attributes of their own it may delete what it set.
+    """
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = precision
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
