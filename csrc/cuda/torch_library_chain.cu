@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_chain_bn_pool_add(Tensor r, Tensor vec, 
   p.r = image(r, r, "r", p.shape);
   p.vec = floats(vec, r, "vec", 2 * static_cast<int64_t>(p.shape.c));
   p.vec_s = floats(vec_s, r, "vec_s", 2 * static_cast<int64_t>(p.shape.c));
-  const Windows windows(s, p.shape, pads);
+  const Windows windows(s, "s", p.shape, pads);
   p.s = image(s, r, "s", windows.shape);
   p.pooled_h = windows.shape.h, p.pooled_w = windows.shape.w;
   p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;

@@ -30,7 +30,7 @@ place.sizes = (
     (2, 16, 32, 13, 11, 3, 1), (2, 24, 264, 5, 6, 3, 1), (4, 40, 24, 5, 4, 3, 1), (2, 24, 8, 11, 9, 3, 2),
     (2, 16, 10, 9, 8, 5, 2), (1, 8, 8, 9, 8, 7, 1), (2, 13, 17, 7, 9, 3, 1), (1, 32, 62, 6, 5, 5, 1),
 )  # fmt: skip
-place.fused_channels, place.channels, place.pictures = 16, (8, 16, 24), (3, 23, 18)
+place.fused_channels, place.channels, place.pictures = 16, (8, 16, 24), (4, 47, 42)
 
 _operators = emulated_ops.library()
 _operators.installed(setattr)

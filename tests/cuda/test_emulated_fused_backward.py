@@ -23,8 +23,7 @@ from xsep.backends.cuda import DeviceFacts
 from xsep.problem import IDENTITY, RELU, SILU
 
 from . import emulated
-from .emulated_chain import EmulatedChain
-from .test_backend_python import ChainOperators
+from .emulated_ops import EmulatedOps
 from .test_emulated_chain import check_sums
 from .test_plan import problem
 
@@ -71,16 +70,14 @@ LAYERS = {
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, case: Case, ctas: int, chain: Optional[EmulatedChain] = None, room: int = ROOM,
+    operators: EmulatedOps, case: Case, ctas: int, seed: int = 0, room: int = ROOM,
     wanted: Sequence[bool] = EVERYTHING, l2_bytes: int = 0,
 ) -> Backward:  # fmt: skip
     """By the backend; on a card without any L2, so that no slice is small enough, where nothing else is asked for."""
-    chain = chain or EmulatedChain(0, ctas)
-    chain.device.shared_bytes_per_cta = room
-    monkeypatch.setattr(torch.ops, "xsep", chain)
-    monkeypatch.setattr(chain_cuda, "device_facts", lambda index: DeviceFacts(ctas, room, l2_bytes))
+    operators.start(DeviceFacts(ctas, room, l2_bytes), seed)
     backend: Any = chain_cuda.CUDA_CHAIN
     found: Backward = backend.sep_backward(**case.arguments(), wanted=wanted)
+    assert operators.called["chain_fused_backward"] == (0 if l2_bytes else 1)
     return found
 
 
@@ -96,10 +93,10 @@ def check(case: Case, found: Backward) -> None:
 
 @each_kind
 @pytest.mark.parametrize("name", LAYERS)
-def test_against_float64(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+def test_against_float64(operators: EmulatedOps, name: str, kind: str) -> None:
     layer = LAYERS[name]
     case = layer.case(kind)
-    check(case, run(monkeypatch, case, layer.ctas))
+    check(case, run(operators, case, layer.ctas))
 
 
 def plan_of(rows: int, columns: int, c_in: int, c_out: int, room: int) -> Any:
@@ -112,21 +109,21 @@ def plan_of(rows: int, columns: int, c_in: int, c_out: int, room: int) -> Any:
 
 
 @each_kind
-def test_tiles_of_one_pixel_row_and_column(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_tiles_of_one_pixel_row_and_column(operators: EmulatedOps, kind: str) -> None:
     """On a card whose shared memory holds no tile of more than 4 rows."""
     room = plan_of(1, 1, 24, 16, ROOM).shared_bytes
     plan = plan_of(5, 17, 24, 16, room)
     assert (plan.tile_rows, plan.tiles_down, plan.tiles_across, plan.tiles, plan.workers) == (4, 2, 2, 12, 2)
     case = Layer(RELU, "full", 2, "torch", True, (5, 17), (24, 16)).case(kind)
-    check(case, run(monkeypatch, case, 2, room=room))
+    check(case, run(operators, case, 2, room=room))
 
 
-def test_same_bits_for_any_order_of_threads_and_whatever_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_for_any_order_of_threads_and_whatever_is_wanted(operators: EmulatedOps) -> None:
     layer = LAYERS["pool-same"]
     case = layer.case("bf16")
-    first = run(monkeypatch, case, layer.ctas)
+    first = run(operators, case, layer.ctas)
     for seed, wanted in ((1, (True, True, True)), (2, (False, True, False)), (3, (False, False, True))):
-        found = run(monkeypatch, case, layer.ctas, EmulatedChain(seed, layer.ctas), wanted=wanted)
+        found = run(operators, case, layer.ctas, seed, wanted=wanted)
         asked = (wanted[0] or wanted[1],) * 2 + (wanted[2], wanted[0] or wanted[1])
         for mine, theirs, there in zip(found, first, asked, strict=True):
             assert (mine is not None) == there
@@ -134,11 +131,11 @@ def test_same_bits_for_any_order_of_threads_and_whatever_is_wanted(monkeypatch: 
 
 
 @each_kind
-def test_no_worse_than_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_no_worse_than_kernel_by_kernel(operators: EmulatedOps, kind: str) -> None:
     """Everything is rounded where the staged way rounds it, but for act(x), which that one keeps in registers."""
     case = Layer(RELU, "", 1, "", True, (9, 11), (32, 32)).case(kind)
-    fused = run(monkeypatch, case, 132)
-    staged = run(monkeypatch, case, 132, chain=ChainOperators(), l2_bytes=1 << 30)
+    fused = run(operators, case, 132)
+    staged = run(operators, case, 132, l2_bytes=1 << 30)
     for what, exact in case.by_autograd(torch.float64).items():
         mine, theirs = getattr(fused, what), getattr(staged, what)
         hold(what, mine, exact, theirs, case.dtype, case.sums_size if what == "sums" else 0.0)

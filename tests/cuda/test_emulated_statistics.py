@@ -12,7 +12,7 @@ from xsep.problem import RELU, SILU, Geometry
 
 from . import emulated
 from .emulated import check_statistics
-from .emulated_chain import EmulatedChain
+from .emulated_ops import EmulatedOps
 from .test_emulated_depthwise import DTYPES, PLAIN, Case, Outputs, draw, fprop, library, plan_of, same
 
 __all__ = ["library"]  # the fixture
@@ -123,11 +123,13 @@ def test_nan_stays_in_its_channel(library: emulated.Library) -> None:
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("name", ["many-tiles", "a-tile-each", "idle-lanes"])
-def test_merged_by_the_chains_own_kernel(library: emulated.Library, name: str, kind: str) -> None:
+def test_merged_by_the_chains_own_kernel(
+    library: emulated.Library, operators: EmulatedOps, name: str, kind: str
+) -> None:
     """What BatchNorm makes of y: its mean, its deviation and the running statistics."""
     found, c = check_far_from_zero(library, name, kind), WALKS[name].case.c
     running = torch.zeros(c), torch.zeros(c)
-    _, mean, invstd, count = EmulatedChain().cuda_chain_bn_finalize(
+    _, mean, invstd, count = torch.ops.xsep.cuda_chain_bn_finalize(
         found.statistics, found.counts, None, None, *running, None, 1.0, 1e-5
     )
     y = found.y.double()

@@ -80,9 +80,9 @@ struct Windows {
   ImageShape shape;
   int pad_top, pad_left;
 
-  Windows(const Tensor& t, const ImageShape& s, const Ints& pads) : shape(s) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == (s.h + 1) / 2 && t.size(3) == (s.w + 1) / 2,
-                    "pooled images must have half of the height and width");
+  Windows(const Tensor& t, const char* name, const ImageShape& s, const Ints& pads) : shape(s) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == (s.h + 1) / 2 && t.size(3) == (s.w + 1) / 2, name,
+                    " must be of half the height and width of r");
     STD_TORCH_CHECK(pads.size() == 2, "pads must hold 2 numbers: top, left");
     shape.h = narrow(t.size(2), "pooled H"), shape.w = narrow(t.size(3), "pooled W");
     pad_top = narrow(pads[0], "the padding above"), pad_left = narrow(pads[1], "the padding left");
@@ -111,7 +111,7 @@ inline RawGradientParams raw_gradient_of(const RawGradientTensors& tensors, cons
   p.r = image(r, r, "r", s);
   p.coef = floats(tensors.coef, r, "coef", 3 * static_cast<int64_t>(s.c));
   if (tensors.taps.has_value()) {
-    const Windows windows(tensors.du, s, pads);
+    const Windows windows(tensors.du, "du", s, pads);
     p.du = image(tensors.du, r, "du", windows.shape);
     p.taps = taps_of(*tensors.taps, r, windows.shape);
     p.pooled_h = windows.shape.h, p.pooled_w = windows.shape.w;
