@@ -14,4 +14,5 @@ from .emulated_ops import EmulatedOps
 def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedOps]:
     if emulated.missing_tools() is not None:
         pytest.skip(str(emulated.missing_tools()))
-    yield from emulated_ops.guarded(monkeypatch, emulated_ops.library())
+    with emulated_ops.guarded(monkeypatch, emulated_ops.library()) as found:
+        yield found

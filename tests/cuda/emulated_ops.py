@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections import Counter
@@ -72,6 +73,7 @@ class EmulatedOps:
 
     def check(self) -> None:
         assert self.lib.emulate_damaged_tensors() == 0, "an operator wrote past the ends of a tensor"
+        assert self.lib.emulate_current_device() == 0, "an operator left its device the current one"
 
 
 @cache
@@ -79,12 +81,15 @@ def library() -> EmulatedOps:
     return EmulatedOps(emulated.build("ops"))
 
 
-def guarded(monkeypatch: pytest.MonkeyPatch, found: EmulatedOps, facts: DeviceFacts = H200) -> Iterator[EmulatedOps]:
-    """For a fixture: the operators in place, everything that the test allocates guarded."""
+@contextlib.contextmanager
+def guarded(monkeypatch: pytest.MonkeyPatch, found: EmulatedOps) -> Iterator[EmulatedOps]:
+    """The operators in place, and everything guarded that is allocated meanwhile."""
     found.installed(lambda owner, name, value: monkeypatch.setattr(owner, name, value, raising=False))
-    found.start(facts, int(os.environ.get("XSEP_SEED", "0")))
+    found.start(seed=int(os.environ.get("XSEP_SEED", "0")))
     found.guard(True)
-    yield found
-    found.guard(False)
-    found.check()
-    cuda.device_facts.cache_clear()
+    try:
+        yield found
+        found.check()
+    finally:
+        found.guard(False)
+        cuda.device_facts.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tests.chain.support import hold, image, last, vector
 from tests.chain.test_forward_ops import starts
+from tests.gpu import float32_products
 from xsep.backends import chain_cuda, cuda
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
@@ -21,8 +23,9 @@ from .emulated_ops import H200, EmulatedOps
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
+def ieee() -> Iterator[None]:
+    with float32_products("ieee"):
+        yield
 
 
 def draw(layout: torch.memory_format, everything: bool, multiplier: int = 1, fused: bool = False) -> SeparableArgs:
@@ -53,15 +56,15 @@ def test_forward(operators: EmulatedOps, fused: bool, everything: bool, layout: 
     assert operators.called == {"separable_fprop" if fused else "depthwise_fprop": 1}
 
 
-def test_tf32_where_pytorch_may(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_where_pytorch_may(operators: EmulatedOps) -> None:
     a, load = draw(torch.channels_last, False, fused=True), Load()
     a = a._replace(bias=None)
     truth = ATEN.separable_forward(a)
     for precision, least, most in (("ieee", 0, 1e-4), ("tf32", 1e-4, 0.1)):
-        monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", precision)
-        chained = chain_cuda.CUDA_CHAIN.sep_fprop(a.x, load, None, a.w_dw, a.w_pw, Geometry(*a.geometry), False).r
-        for y in (cuda.CUDA.separable_forward(a), chained):
-            assert least <= float((y - truth).abs().max()) < most
+        with float32_products(precision):
+            chained = chain_cuda.CUDA_CHAIN.sep_fprop(a.x, load, None, a.w_dw, a.w_pw, Geometry(*a.geometry), False).r
+            for y in (cuda.CUDA.separable_forward(a), chained):
+                assert least <= float((y - truth).abs().max()) < most
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-from . import emulated, test_emulated_fused_backward
-from .emulated_chain import EmulatedChain
+from tests.gpu import float32_products
+from xsep.problem import RELU
+
+from . import emulated, emulated_ops, test_emulated_fused_backward
+from . import test_backend_python as backend
+from . import test_emulated_chain as chain
+from .emulated_ops import SMALL, EmulatedOps
 from .test_emulated_separable import CASES, check, draw
 from .test_emulated_statistics import check_far_from_zero
 
@@ -72,12 +80,36 @@ def test_fault_in_the_statistics_is_caught(fault: Fault, tmp_path: Path) -> None
 
 
 class Switch(NamedTuple):
-    """A fault of the fused backward that is there while ``planted_fault`` says so: one build serves them all."""
+    """A fault that is there while ``planted_fault`` says so: one build serves them all."""
 
     name: str
     file: str  # below csrc/cuda
     right: str  # occurs once in it
     wrong: str
+    check: Callable[[EmulatedOps, pytest.MonkeyPatch], None]
+
+
+def one_pass(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = test_emulated_fused_backward.LAYERS["pool-same"]
+    case = layer.case("bf16")
+    test_emulated_fused_backward.check(case, test_emulated_fused_backward.run(operators, case, layer.ctas))
+
+
+def forward(fused: bool) -> Callable[[EmulatedOps, pytest.MonkeyPatch], None]:
+    return lambda operators, _: backend.test_forward(operators, fused, True, torch.channels_last)
+
+
+def backward(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.test_backward(operators, 1, torch.channels_last)
+
+
+def raw_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain.test_raw_gradient("bf16", 24, "same")
+
+
+def input_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators.on(SMALL._replace(multiprocessors=2))
+    chain.test_input_gradient("bf16", 24, RELU, "half-activated", "oo", False)
 
 
 SWITCHES = [
@@ -86,69 +118,202 @@ SWITCHES = [
         "chain/fused_backward.cuh",
         "form_dz<T>(p.plan, memory);\n    __syncthreads();",
         "form_dz<T>(p.plan, memory);\n    if (!FAULT) __syncthreads();",
+        one_pass,
     ),
     Switch(
         "dz-off-by-one",
         "chain/fused_backward.cuh",
         "memory.dz.get() + ((i + k) * kHaloColumns + j)",
         "memory.dz.get() + ((i + k) * kHaloColumns + j + FAULT)",
+        one_pass,
     ),
     Switch(
         "sums-before-rounding",
         "gradient_epilogue.cuh",
         "  rounded.widen(d);\n",
         "  if (!FAULT) rounded.widen(d);\n",
+        one_pass,
     ),
     Switch(
         "dr-not-zero-outside",
         "chain/fused_backward.cuh",
         "    float dr[8] = {};\n",
         "    float dr[8] = {};\n    for (float& v : dr) v = FAULT * 0.25f;\n",
+        one_pass,
     ),
     Switch(
         "missing-row-of-the-reduction",
         "chain/fused_backward.cu",
         "for (int row = 0; row < rows; ++row)",
         "for (int row = FAULT; row < rows; ++row)",
+        one_pass,
     ),
     Switch(
         "a-share-of-dw_pw-twice",
         "chain/fused_multiply.cuh",
         "int row = block.share; row < plan.tile_rows; row += plan.shares",
         "int row = FAULT ? 0 : block.share; row < plan.tile_rows; row += plan.shares",
+        one_pass,
     ),
-]
+    Switch(
+        "scale-and-shift-swapped",
+        "torch_library.cu",
+        's.r * s.s);\n  p.prologue = channel_affine(scale_p, shift_p, activations[0]',
+        's.r * s.s);\n  p.prologue = channel_affine(FAULT ? shift_p : scale_p, '
+        "FAULT ? scale_p : shift_p, activations[0]",
+        forward(fused=False),
+    ),
+    Switch(
+        "activation-of-the-prologue",
+        "torch_library.cu",
+        'activations[1], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid',
+        'activations[!FAULT], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid',
+        forward(fused=False),
+    ),
+    Switch(
+        "middle-without-its-shift",
+        "torch_library.cu",
+        "channel_affine(scale_m, shift_m, activations[1]",
+        "channel_affine(scale_m, FAULT ? std::nullopt : shift_m, activations[1]",
+        forward(fused=True),
+    ),
+    Switch(
+        "tf32-that-nobody-allowed",
+        "torch_library.cu",
+        "p.allow_tf32 = allow_tf32 ? 1 : 0;",
+        "p.allow_tf32 = allow_tf32 || FAULT ? 1 : 0;",
+        forward(fused=True),
+    ),
+    Switch(
+        "dshift-where-dscale-belongs",
+        "torch_library.cu",
+        "p.dscale = wanted[2] ? static_cast<float*>(dscale.mutable_data_ptr())",
+        "p.dscale = wanted[2] ? static_cast<float*>((FAULT ? dshift : dscale).mutable_data_ptr())",
+        backward,
+    ),
+    Switch(
+        "room-for-too-few-partials",
+        "torch_library.cu",
+        "{p.plan.workers, bprop_partial_rows(s), s.c_mid}",
+        "{p.plan.workers, bprop_partial_rows(s) - FAULT, s.c_mid}",
+        backward,
+    ),
+    Switch(
+        "residual-of-another-layer",
+        "torch_library.cu",
+        'p.residual = nhwc(residual, x, "residual"',
+        'p.residual = nhwc(FAULT ? x : residual, x, "residual"',
+        lambda operators, monkeypatch: backend.test_chain_forward(operators, monkeypatch, "sliced", True, True),
+    ),
+    Switch(
+        "scale-for-shift",
+        "chain/tensor.h",
+        "data == nullptr ? nullptr : data + channels;",
+        "data == nullptr ? nullptr : data + (FAULT ? 0 : channels);",
+        lambda *_: chain.test_apply(RELU, True),
+    ),
+    Switch(
+        "pads-swapped",
+        "chain/tensor.h",
+        "p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;",
+        "p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;\n"
+        "    if (FAULT) p.pad_top = windows.pad_left, p.pad_left = windows.pad_top;",
+        raw_gradient,
+    ),
+    Switch(
+        "no-stream",
+        "torch_library_chain.cu",
+        "raw_gradient(p, device.stream());",
+        "raw_gradient(p, FAULT ? nullptr : device.stream());",
+        raw_gradient,
+    ),
+    Switch(
+        "another-device",
+        "device_scope.h",
+        "if (previous_ != index_) check(cudaSetDevice",
+        "if (!FAULT && previous_ != index_) check(cudaSetDevice",
+        raw_gradient,
+    ),
+    Switch(
+        "device-not-given-back",
+        "device_scope.h",
+        "if (previous_ != index_) cudaSetDevice(previous_);",
+        "if (!FAULT && previous_ != index_) cudaSetDevice(previous_);",
+        raw_gradient,
+    ),
+    Switch(
+        "shortcut-behind-the-mask",
+        "chain/tensor.h",
+        "epilogue.before_mask = before_mask ? 1 : 0;",
+        "epilogue.before_mask = before_mask && !FAULT ? 1 : 0;",
+        input_gradient,
+    ),
+    Switch(
+        "one-operand-twice",
+        "chain/tensor.h",
+        "epilogue.operands[1] = optional_image(tensors.operand_2",
+        "epilogue.operands[1] = optional_image(FAULT ? tensors.operand_1 : tensors.operand_2",
+        input_gradient,
+    ),
+    Switch(
+        "sums-on-top-of-each-other",
+        "torch_library_chain.cu",
+        "p.vectors[k] = writable(totals) + k * s.c_in;",
+        "p.vectors[k] = writable(totals) + (FAULT ? 0 : k * s.c_in);",
+        lambda operators, monkeypatch: chain.test_depthwise_backward_ends_with_the_epilogue(
+            monkeypatch, operators, "bf16", 24, "k3-half"
+        ),
+    ),
+    Switch(
+        "sums-on-top-of-each-other-in-one-pass",
+        "torch_library_chain_fused.cu",
+        "sum.vectors[k] = writable(totals) + k * s.c_in;",
+        "sum.vectors[k] = writable(totals) + (FAULT ? 0 : k * s.c_in);",
+        one_pass,
+    ),
+    Switch(
+        "running-statistics-swapped",
+        "torch_library_chain.cu",
+        "p.running_mean = optional_floats(running_mean,",
+        "p.running_mean = optional_floats(FAULT ? running_var : running_mean,",
+        lambda *_: chain.test_finalize_is_batch_norm(13, 0.1),
+    ),
+    Switch(
+        "fixed-statistics-with-a-gradient",
+        "torch_library_chain.cu",
+        "p.batch = batch ? 1 : 0;",
+        "p.batch = batch || FAULT ? 1 : 0;",
+        lambda *_: chain.test_finalize_is_batch_norm(13, 0.1),
+    ),
+    Switch(
+        "total-for-positive",
+        "torch_library_chain.cu",
+        'p.positive = floats(positive, r, "positive", numel);',
+        'p.positive = floats(FAULT ? total : positive, r, "positive", numel);',
+        lambda *_: chain.test_global_average("bf16", 24),
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def switched(tmp_path_factory: pytest.TempPathFactory) -> emulated.Library:
+def switched(tmp_path_factory: pytest.TempPathFactory) -> EmulatedOps:
     sources = copied(tmp_path_factory.mktemp("switched"))
     for number, switch in enumerate(SWITCHES, 1):
         file = sources / switch.file
         text = file.read_text()
         assert text.count(switch.right) == 1, f"the line to spoil has moved: {switch.name}"
-        file.write_text(text.replace(switch.right, switch.wrong.replace("FAULT", f"(planted_fault == {number})")))
-    header = sources / "params.h"
-    visible = 'extern "C" inline __attribute__((used, visibility("default")))'
-    header.write_text(
-        f"{header.read_text()}\n"
-        "inline int planted_fault = 0;\n"
-        f"{visible} void plant_fault(int number) {{ planted_fault = number; }}\n"
-    )
-    return emulated.Library(emulated.build("fused_backward", sources))
+        wrong = switch.wrong.replace("FAULT", f"(emulator::planted_fault() == {number})")
+        file.write_text(text.replace(switch.right, wrong))
+    return EmulatedOps(emulated.build("ops", sources, "xsep_switched"), "xsep_switched")
 
 
-@pytest.mark.parametrize("number", range(len(SWITCHES) + 1), ids=["none", *(s.name for s in SWITCHES)])
-def test_fault_of_the_fused_backward_is_caught(
-    monkeypatch: pytest.MonkeyPatch, switched: emulated.Library, number: int
+@pytest.mark.parametrize("planted", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("number", range(len(SWITCHES)), ids=[s.name for s in SWITCHES])
+def test_fault_that_is_switched_on_is_caught(
+    monkeypatch: pytest.MonkeyPatch, switched: EmulatedOps, number: int, planted: bool
 ) -> None:
-    layer = test_emulated_fused_backward.LAYERS["pool-same"]
-    case, chain = layer.case("bf16"), EmulatedChain(0, layer.ctas)
-    chain.fused = switched
-    switched.lib.plant_fault(number)
-    found = test_emulated_fused_backward.run(monkeypatch, case, layer.ctas, chain)
-    if number == 0:
-        test_emulated_fused_backward.check(case, found)
-        return
-    with pytest.raises(AssertionError, match=r"off by"):
-        test_emulated_fused_backward.check(case, found)
+    torch.manual_seed(0)
+    switched.lib.emulate_fault(number + 1 if planted else 0)
+    expected: Any = pytest.raises((AssertionError, RuntimeError)) if planted else contextlib.nullcontext()
+    with expected, float32_products("ieee"), emulated_ops.guarded(monkeypatch, switched) as found:
+        SWITCHES[number].check(found, monkeypatch)

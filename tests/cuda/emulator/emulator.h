@@ -67,6 +67,9 @@ int device();
 // or where a test wants this launch to fail.
 void begin_launch(const char* name, cudaStream_t stream);
 
+// Which of the faults that a test has put into a copy of the sources is there; 0 for none.
+int planted_fault();
+
 // Runs body once for each thread of each block. Throws std::runtime_error.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 void set_seed(uint32_t seed);

@@ -19,6 +19,7 @@ std::vector<Card> cards{{1, 0, 0}, {132, 227 * 1024, 60 << 20}};
 int tensors_lie_on = 1;
 int current_device = 0;
 int calls_to_refusal = 0;
+int fault = 0;
 
 cudaStream_t stream_of(int device) { return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(device)); }
 
@@ -32,6 +33,7 @@ cudaError_t answer() {
 }  // namespace
 
 int device() { return tensors_lie_on; }
+int planted_fault() { return fault; }
 
 void begin_launch(const char* name, cudaStream_t stream) {
   if (stream != stream_of(current_device)) throw std::runtime_error("a launch on a stream of another device");
@@ -44,9 +46,10 @@ using namespace emulator;
 
 extern "C" {
 
-// Tensors lie on a card of these facts from here on; returns its index.
+// Tensors lie on a card of these facts from here on, which is not the current one; returns its index.
 int emulate_card(int multiprocessors, int shared_bytes, int l2_bytes) {
   const Card wanted{multiprocessors, shared_bytes, l2_bytes};
+  current_device = 0;
   tensors_lie_on = 1;
   while (is_there(tensors_lie_on) && cards[tensors_lie_on] != wanted) ++tensors_lie_on;
   if (!is_there(tensors_lie_on)) cards.push_back(wanted);
@@ -55,6 +58,8 @@ int emulate_card(int multiprocessors, int shared_bytes, int l2_bytes) {
 
 // The calls-th call of the runtime from here on, launches among them, ends in an error.
 void emulate_refusal(int calls) { calls_to_refusal = calls; }
+
+void emulate_fault(int number) { fault = number; }
 
 int emulate_current_device() { return current_device; }
 
