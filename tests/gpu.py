@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def float32_products(precision: str) -> Iterator[None]:
 
     Not by pytest's monkeypatch: of settings that are no attributes of their own it may delete what it set.
     """
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn
+    settings = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

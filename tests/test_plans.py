@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.gpu import float32_products
 from xsep import dispatch, plans
 from xsep.backends import cuda as cuda_backend
 from xsep.problem import IDENTITY, RELU, Geometry, Problem
@@ -194,3 +195,11 @@ def test_work_agrees_with_the_dispatchers() -> None:
     moved, flops = dispatch.work(p)
     work = plans.work_of(p)
     assert work.bytes == moved and work.depthwise + work.pointwise == flops
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_where_convolutions_have_a_setting_of_their_own(precision: str) -> None:
+    """The older flag raises where recurrent networks have another one."""
+    with float32_products(precision):
+        assert plans.tf32_allowed(torch.float32) == (precision == "tf32")
+        assert not plans.tf32_allowed(torch.float16)

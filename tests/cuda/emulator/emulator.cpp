@@ -190,7 +190,8 @@ void block_barrier() {
     to_scheduler(fibers[current]);
     return;
   }
-  if (alive < static_cast<int>(fibers.size())) fail("__syncthreads after a thread of the block has returned");
+  if (alive < static_cast<int>(size.x * size.y * size.z))
+    fail("__syncthreads after a thread of the block has returned");
   for (int i : at_barrier) ready.push_back(i);
   at_barrier.clear();
   to_scheduler(fibers[current]);
@@ -287,7 +288,10 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
   shared_declared = shared_bytes;
   grid = {grid_dim.x, grid_dim.y, grid_dim.z};
   size = {block_dim.x, block_dim.y, block_dim.z};
-  fibers = std::vector<Fiber>(static_cast<size_t>(threads));
+#if defined(__SANITIZE_ADDRESS__)
+  fibers.clear();  // of a launch that failed, the stacks are poisoned
+#endif
+  if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(static_cast<size_t>(threads));
   warps = std::vector<Warp>(static_cast<size_t>((threads + kWarp - 1) / kWarp));
   for (block.z = 0; block.z < grid.z; ++block.z) {
     for (block.y = 0; block.y < grid.y; ++block.y) {

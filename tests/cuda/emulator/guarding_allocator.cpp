@@ -13,8 +13,8 @@
 namespace {
 
 constexpr size_t kMargin = 1024;
-constexpr size_t kAlignment = 64;          // PyTorch's own
-constexpr unsigned char kPoison = 0xff;    // NaN in every floating type; a NaN that is computed has other bits
+constexpr size_t kAlignment = 64;        // PyTorch's own
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating type; a NaN that is computed has other bits
 
 bool is_poison(const unsigned char* begin, size_t bytes) {
   return std::all_of(begin, begin + bytes, [](unsigned char c) { return c == kPoison; });
