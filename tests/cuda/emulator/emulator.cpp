@@ -1,6 +1,6 @@
 #include "emulator.h"
 
-#include <ucontext.h>
+#include "fiber_context.h"
 
 #include <algorithm>
 #include <memory>
@@ -29,7 +29,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Index thread;
   bool done;
@@ -59,7 +59,7 @@ std::vector<int> at_barrier;
 std::vector<Buffer> buffers;
 std::array<unsigned char, kSharedLimit + kGap*(kMaxBuffers + 1)> shared_storage alignas(1024);
 size_t shared_declared;
-ucontext_t scheduler;
+Context scheduler;
 int current;
 int alive;
 std::string error;
@@ -89,7 +89,7 @@ void to_scheduler(Fiber& from) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, scheduler_stack, scheduler_stack_bytes);
 #endif
-  swapcontext(&from.context, &scheduler);
+  switch_context(from.context, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
@@ -99,7 +99,7 @@ void to_fiber(Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, to.stack.get(), kStackBytes);
 #endif
-  swapcontext(&scheduler, &to.context);
+  switch_context(scheduler, to.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -138,11 +138,7 @@ void run_block(int threads) {
     f.fake_stack = nullptr;
     const unsigned u = static_cast<unsigned>(i);
     f.thread = {u % size.x, u / size.x % size.y, u / (size.x * size.y)};
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = &scheduler;
-    makecontext(&f.context, entry, 0);
+    make_context(f.context, f.stack.get(), kStackBytes, entry);
     ready.push_back(i);
   }
   while (alive > 0) {
