@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from xsep.backends import cuda
 from xsep.backends.cuda import DeviceFacts
@@ -79,6 +80,13 @@ class EmulatedOps:
 @cache
 def library() -> EmulatedOps:
     return EmulatedOps(emulated.build("ops"))
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """The same image, one element past where 16-byte accesses can begin."""
+    n, c, h, w = t.shape
+    place = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    return place.copy_(t)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
-from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs
+from xsep.backends.cuda import nhwc
+from xsep.problem import LEAKY_RELU, RELU, SILU, Affine, Geometry, Problem, SeparableArgs
 
 from .emulated import check_statistics
-from .emulated_ops import H200, EmulatedOps
+from .emulated_ops import H200, EmulatedOps, misaligned
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,35 @@ def test_backward(operators: EmulatedOps, multiplier: int, layout: torch.memory_
         assert ours is not None and theirs is not None
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert operators.called["depthwise_bprop"] == 1
+
+
+def test_each_activation_has_its_own_alpha(operators: EmulatedOps) -> None:
+    a, geometry = draw(torch.channels_last, False, fused=True), Geometry(*[1] * 8)
+    prologue, epilogue = Affine(None, None, LEAKY_RELU, 0.3), Affine(None, None, LEAKY_RELU, 0.1)
+    torch.testing.assert_close(
+        cuda.CUDA.depthwise(a.x, a.w_dw, prologue, epilogue, geometry),
+        ATEN.depthwise(a.x, a.w_dw, prologue, epilogue, geometry), rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    a = a._replace(activations=[LEAKY_RELU] * 3, alphas=[0.3, 0.2, 0.1])
+    torch.testing.assert_close(
+        cuda.CUDA.separable_forward(a), ATEN.separable_forward(a), rtol=1e-4, atol=1e-4
+    )  # fmt: skip
+
+
+def test_the_chain_is_the_same_bits_wherever_its_images_lie(operators: EmulatedOps) -> None:
+    """Traced code knows the tiles without knowing addresses."""
+    x, r = (last(2, c, 5, 9, dtype=torch.bfloat16) for c in (8, 16))
+    w_dw, w_pw, coef = torch.randn(8, 1, 3, 3).bfloat16(), torch.randn(16, 8, 1, 1).bfloat16(), torch.randn(3, 16)
+    geometry, load, everything = Geometry(*[1] * 8), Load(None, RELU), (True, True, True)
+    chain, found = chain_cuda.CUDA_CHAIN, []
+    operators.on(H200._replace(l2_bytes=0))  # the backward is one pass, which has no other way
+    for place in (nhwc, misaligned):
+        dr = RawGradient(place(r), place(r), coef)
+        back = chain.sep_backward(dr, w_pw, w_dw, place(x), load, geometry, None, [place(x)], coef[:2, :8], everything)
+        found.append([*chain.sep_fprop(place(x), load, place(x), w_dw, w_pw, geometry, True), *back])
+    assert operators.called["chain_fused_backward"] == operators.called["separable_fprop_chain"] == 2
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
 
 
 def test_empty_batch_launches_nothing(operators: EmulatedOps) -> None:

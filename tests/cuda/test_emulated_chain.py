@@ -27,7 +27,7 @@ from xsep.backends.cuda import DeviceFacts, device_facts
 from xsep.problem import ACTIVATIONS, IDENTITY, RELU, SILU, Affine, Geometry, Problem
 
 from . import emulated
-from .emulated_ops import SMALL, EmulatedOps
+from .emulated_ops import SMALL, EmulatedOps, misaligned
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
 
@@ -133,6 +133,21 @@ def test_finalize_is_batch_norm(c: int, momentum: Optional[float]) -> None:
     assert bn.running_mean is not None and bn.running_var is not None
     torch.testing.assert_close(running_mean.double(), bn.running_mean, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(running_var.double(), bn.running_var, rtol=2e-6, atol=2e-6)
+
+
+def test_finalize_of_views() -> None:
+    """As they come of a gather over ranks, or of a larger tensor."""
+    partials, counts = torch.rand(3, 13, 5).transpose(1, 2)[:, :3], torch.tensor([9, 7, 5])
+    vectors = torch.rand(13, 6).t()
+    sums, count = torch.rand(13, 2).t(), torch.tensor(21.0)
+    for ours, theirs in (
+        (CUDA_CHAIN.bn_finalize(partials, counts, vectors[0], vectors[1], None, None, None, 0.1, 1e-3),
+         ATEN_CHAIN.bn_finalize(partials, counts, vectors[0], vectors[1], None, None, None, 0.1, 1e-3)),
+        (CUDA_CHAIN.bn_backward_finalize(sums, vectors[2], vectors[3], vectors[4], count, True),
+         ATEN_CHAIN.bn_backward_finalize(sums, vectors[2], vectors[3], vectors[4], count, True)),
+    ):  # fmt: skip
+        for mine, exact in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.double(), exact.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_variance_that_float32_sums_would_lose() -> None:
@@ -319,13 +334,6 @@ def test_same_bits_for_any_order_of_threads(operators: EmulatedOps) -> None:
         found.append((*sums, *launch.tile_statistics(x), *launch.bn_relu_gap(x, vector(c, torch.bfloat16) * 0 + 1)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0]))
-
-
-def misaligned(t: Tensor) -> Tensor:
-    """The same image, one element past where 16-byte accesses can begin."""
-    n, c, h, w = t.shape
-    place = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-    return place.copy_(t)
 
 
 def test_misaligned_images_take_one_channel_a_thread() -> None:
