@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
@@ -223,6 +224,12 @@ def test_wrong_numbers_are_refused(argument: str, value: Any, words: str) -> Non
 #: Operator, what differs, words.
 REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("cuda_depthwise_fprop", {"w_dw": lambda: torch.randn(12, 1, 3, 3).bfloat16()}, "12 filters for 8 channels"),
+    ("cuda_depthwise_fprop", {"w_dw": lambda: torch.randn(C, 1, 0, 3).bfloat16()}, "no tensor may be empty"),
+    (
+        "cuda_depthwise_fprop",
+        {"x": lambda: image(C, 0, W), "geometry": lambda: [1, 1, 1, 1, 3, 3, 1, 1]},
+        "no tensor may be empty",
+    ),
     ("cuda_separable_fprop", {"w_dw": lambda: torch.randn(16, 1, 3, 3).bfloat16()}, "has no depth multiplier"),
     ("cuda_chain_depthwise_bprop", {"w_dw": lambda: torch.randn(16, 1, 3, 3).bfloat16()}, "has no depth multiplier"),
     ("cuda_chain_fused_backward", {"w_dw": lambda: torch.randn(16, 1, 3, 3).bfloat16()}, "has no depth multiplier"),
@@ -289,8 +296,6 @@ def test_probe(operators: EmulatedOps) -> None:
 
 
 def test_the_guard_sees_what_is_written_past_the_ends(operators: EmulatedOps) -> None:
-    import ctypes
-
     for place in (-4, 40):
         t = torch.empty(10)
         assert bool(t.isnan().all())
