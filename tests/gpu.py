@@ -36,7 +36,7 @@ PLACE = Place()
 
 
 def needs_card(what: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif("__import__('tests.gpu').gpu.PLACE.emulated", reason=f"a CPU has no {what}")
+    return pytest.mark.skipif(PLACE.emulated, reason=f"a CPU has no {what}")
 
 
 @contextlib.contextmanager
