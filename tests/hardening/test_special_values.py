@@ -61,7 +61,9 @@ def test_what_is_not_finite_spreads_as_in_two_convolutions(
         x[1, 3, 3, 4] = value
     if place == "where_weights_are_zero":
         w_dw[3], w_pw[:, 3] = 0, 0
-    wide = dtype is torch.float16 and backend == "cpu"
+    # PyTorch's 16-bit convolutions multiply padding by the weights where they are not oneDNN's.
+    onednns = dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    wide = dtype is not torch.float32 and not onednns and backend == "cpu"
     expected = two(x.float(), w_dw.float(), w_pw.float()) if wide else two(x, w_dw, w_pw)
     for got, want in zip(ours(x, w_dw, w_pw, backend), expected):
         assert torch.equal(kinds(got), kinds(want))
