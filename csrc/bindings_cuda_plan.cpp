@@ -5,6 +5,7 @@
 #include <array>
 
 #include "common/cuda_chain_plan.h"
+#include "common/cuda_separable_plan.h"
 
 namespace py = pybind11;
 
@@ -50,16 +51,23 @@ void bind_cuda_plan(py::module_& m) {
   py::class_<SeparablePlan>(m, "CudaSeparablePlan")
       .def_readonly("fused", &SeparablePlan::fused)
       .def_readonly("chunk_bytes", &SeparablePlan::chunk_bytes)
+      .def_readonly("row_warps", &SeparablePlan::row_warps)
       .def_readonly("channel_warps", &SeparablePlan::channel_warps)
+      .def_readonly("warps", &SeparablePlan::warps)
+      .def_readonly("pixels", &SeparablePlan::pixels)
       .def_readonly("tile_rows", &SeparablePlan::tile_rows)
       .def_readonly("tile_columns", &SeparablePlan::tile_columns)
       .def_readonly("group_rows", &SeparablePlan::group_rows)
       .def_readonly("tiles_of_group", &SeparablePlan::tiles_of_group)
       .def_readonly("tiles_across", &SeparablePlan::tiles_across)
       .def_readonly("tiles", &SeparablePlan::tiles)
+      .def_readonly("workers", &SeparablePlan::workers)
       .def_readonly("halo_rows", &SeparablePlan::halo_rows)
       .def_readonly("halo_columns", &SeparablePlan::halo_columns)
-      .def_readonly("shared_bytes", &SeparablePlan::shared_bytes);
+      .def_readonly("halos", &SeparablePlan::halos)
+      .def_readonly("keeps_w_pw", &SeparablePlan::keeps_w_pw)
+      .def_readonly("shared_bytes", &SeparablePlan::shared_bytes)
+      .def_readonly("clocks", &SeparablePlan::clocks);
   py::class_<ChainBackwardPlan>(m, "CudaChainBackwardPlan")
       .def_readonly("fused", &ChainBackwardPlan::fused)
       .def_readonly("tile_rows", &ChainBackwardPlan::tile_rows)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -46,8 +46,9 @@ HOST_US = {"aten": 20.0, "cuda": 45.0, "triton": 70.0}
 #: What must be gained before the model, whose constants are guesses, prefers a kernel to PyTorch's.
 MARGIN = 1.1
 
-#: Pixels of one CTA of the fused CUDA kernel (kFusedPixels in csrc/common/cuda_plan.h).
-FUSED_PIXELS = 128
+#: The part of its clocks in which a scheduler of a multiprocessor that runs the fused CUDA kernel issues something; the
+#: kernel's instructions are counted (fused_clocks in csrc/common/cuda_separable_plan.h).
+ISSUE_SHARE = 0.8
 
 
 class Prediction(NamedTuple):
@@ -193,13 +194,24 @@ def _staged(clock: _Clock, slice_n: Optional[int]) -> tuple[float, str]:
     return time + clock.launches(2 * slices), where + how
 
 
-def _fused(clock: _Clock, again: int, waste: float, rate: float) -> tuple[float, str]:
-    """The forward in one kernel that makes z ``again`` times and computes ``waste`` times the pixels there are."""
-    matrix = waste * clock.work.pointwise / (clock.product * rate)
-    lanes = waste * again * clock.lanes
-    time = max(clock.move(clock.work.bytes), matrix + lanes) + clock.launches(1)
+def _fused(clock: _Clock, again: int) -> tuple[float, str]:
+    """The forward in one Triton kernel that makes z ``again`` times."""
+    matrix = clock.work.pointwise / clock.product
+    time = max(clock.move(clock.work.bytes), matrix + again * clock.lanes) + clock.launches(1)
     note = "z never leaves the chip" if again == 1 else f"z is made {again} times, once for each block of C_out"
     return time, note
+
+
+def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
+    """The forward in one CUDA kernel: the longest of bytes, tensor cores and instructions."""
+    device, (p, q) = clock.device, clock.problem.output_size
+    waste = plan.tiles * plan.tile_rows * plan.tile_columns / max(clock.problem.n * p * q, 1)
+    matrix = waste * clock.work.pointwise / (clock.product * MMA_SYNC_SHARE.get(device.capability, 1.0))
+    # A multiprocessor's 128 lanes do 256 FLOP a clock.
+    issued = 1e6 * plan.clocks * device.multiprocessors * 256 / device.float32_flops / ISSUE_SHARE
+    memory = clock.move(clock.work.bytes)
+    limit = "memory" if memory >= max(matrix, issued) else "instructions" if issued >= matrix else "tensor cores"
+    return max(memory, matrix, issued) + clock.launches(1), f"z never leaves the chip; the limit: {limit}"
 
 
 def _own_backward(clock: _Clock, fast: bool) -> float:
@@ -237,7 +249,7 @@ def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
     found = []
     if fast:
         again = math.ceil(problem.c_out / plan.tile.outputs)
-        fused = _fused(clock, again, 1.0, 1.0)
+        fused = _fused(clock, again)
         found.append(_separable(clock, "triton, fused", fused, plan.fused, fast))
     return [*found, _separable(clock, "triton, staged", staged, not plan.fused, fast)]
 
@@ -246,17 +258,6 @@ def _depthwise(clock: _Clock, backend: str, time: float, fast: bool) -> Predicti
     note = "memory-speed kernel" if fast else "the general kernel, a quarter of memory speed at most"
     forward = _conversions(clock, time if fast else 4 * time)
     return Prediction(backend, backend, forward, _conversions(clock, _own_backward(clock, fast)), True, note)
-
-
-def _fused_tiles(problem: Problem, facts: cuda_backend.DeviceFacts) -> int:
-    """CTAs of the fused CUDA kernel, 0 where its planner goes staged."""
-    module = extension.binding()
-    if module is None or problem.op == "depthwise" or not cuda_backend.is_fused(problem, facts):
-        return 0
-    plan = module.plan_cuda_separable_fprop(
-        cuda_backend.shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **facts._asdict()
-    )
-    return int(plan.tiles)
 
 
 def _sliding_window(problem: Problem, facts: cuda_backend.DeviceFacts) -> bool:
@@ -271,18 +272,16 @@ def _sliding_window(problem: Problem, facts: cuda_backend.DeviceFacts) -> bool:
 
 def _cuda(clock: _Clock) -> list[Prediction]:
     problem, facts = clock.problem, cuda_facts(clock.device)
-    fast, tiles = _sliding_window(problem, facts), _fused_tiles(problem, facts)
+    fast = _sliding_window(problem, facts)
+    plan = None if problem.op == "depthwise" else cuda_backend.fused_plan(problem, facts)
     if problem.op == "depthwise":
         return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), fast)]
     staged = _staged(clock, None)
     if not fast:
         staged = (4 * staged[0], f"the general depthwise kernel; {staged[1]}")
     found = []
-    if tiles:
-        p, q = problem.output_size
-        waste = tiles * FUSED_PIXELS / max(problem.n * p * q, 1)
-        rate = MMA_SYNC_SHARE.get(clock.device.capability, 1.0)
-        found.append(_separable(clock, "cuda, fused", _fused(clock, 1, waste, rate), True, fast))
+    if plan is not None:
+        found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, fast))
     return [*found, _separable(clock, "cuda, staged", staged, not found, fast)]
 
 

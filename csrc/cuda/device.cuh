@@ -34,6 +34,12 @@ struct SharedBuffer {
   __device__ __forceinline__ T& operator[](int i) const { return get()[i]; }
 };
 
+// Equal buffers, one behind the other.
+struct BufferRing {
+  int first, step;
+  __device__ __forceinline__ unsigned char* operator[](int i) const { return shared_base() + first + i * step; }
+};
+
 // The buffers a kernel carves out of shared memory: all threads take the same ones in the same order, at places of a
 // layout made on the host or one behind the other. The emulator sets them apart, so that an index past the end of one
 // does not land in the next.
@@ -54,6 +60,21 @@ class SharedArena {
 #else
     return {place};
 #endif
+  }
+
+  __device__ __forceinline__ BufferRing take_ring(int place, int count, int bytes) {
+    const int step = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    BufferRing ring{place, step};
+#ifdef XSEP_EMULATOR
+    for (int i = 0; i < count; ++i) {
+      const int taken = take_at<unsigned char>(place + i * step, bytes).place;
+      if (i == 0) ring.first = taken;
+      if (i == 1) ring.step = taken - ring.first;
+    }
+#else
+    static_cast<void>(count);
+#endif
+    return ring;
   }
 
  private:

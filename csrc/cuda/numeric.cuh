@@ -27,14 +27,33 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// As stored and read back.
-template <class T>
-__device__ __forceinline__ float round_to(float v) {
-  return to_float(from_float<T>(v));
+// Two 16-bit values in one word, the first in its lower half: fewer instructions than one by one. The last argument
+// names the type.
+__device__ __forceinline__ void widen_pair(float (&f)[2], uint32_t bits, __nv_bfloat16) {
+  f[0] = __uint_as_float(bits << 16);
+  f[1] = __uint_as_float(bits & 0xffff0000u);
+}
+__device__ __forceinline__ void widen_pair(float (&f)[2], uint32_t bits, __half) {
+  __half2 pair;
+  memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
+  const float2 both = __half22float2(pair);
+  f[0] = both.x, f[1] = both.y;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
 // VEC neighbouring channels, loaded and stored as one word.
-template <class T, int VEC>
+template <class T, int VEC, bool PAIRS = sizeof(T) == 2 && VEC % 2 == 0>
 struct alignas(sizeof(T) * VEC) Pack {
   T v[VEC];
   static_assert(sizeof(T) * VEC <= 16, "one access moves at most 16 bytes");
@@ -59,6 +78,44 @@ struct alignas(sizeof(T) * VEC) Pack {
     for (int i = 0; i < VEC; ++i) f[i] = to_float(v[i]);
   }
 };
+
+// 16-bit channels are kept two to a register: kept one by one, the compiler takes them apart and puts them together
+// again wherever a pack goes one way or another.
+template <class T, int VEC>
+struct alignas(sizeof(T) * VEC) Pack<T, VEC, true> {
+  uint32_t pair[VEC / 2];
+  static_assert(sizeof(T) * VEC <= 16, "one access moves at most 16 bytes");
+
+  static __device__ __forceinline__ Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
+
+  static __device__ __forceinline__ Pack zero() {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) pack.pair[i] = 0;
+    return pack;
+  }
+  static __device__ __forceinline__ Pack round(const float (&f)[VEC]) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) pack.pair[i] = round_pair(f[2 * i], f[2 * i + 1], T());
+    return pack;
+  }
+  __device__ __forceinline__ void widen(float (&f)[VEC]) const {
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) {
+      float both[2];
+      widen_pair(both, pair[i], T());
+      f[2 * i] = both[0], f[2 * i + 1] = both[1];
+    }
+  }
+};
+
+// As stored and read back.
+template <class T, int VEC>
+__device__ __forceinline__ void round_to(float (&v)[VEC]) {
+  Pack<T, VEC>::round(v).widen(v);
+}
 
 // VEC channels of an image of T, `at` elements from its first.
 template <class T, int VEC>

@@ -12,14 +12,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// blockIdx.x, read anew: the compiler cannot tell that it is the same, and so keeps nothing that follows from it.
-__device__ __forceinline__ unsigned block_index_again() {
-  unsigned index;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-  return index;
-}
-
-// threadIdx.x likewise.
+// threadIdx.x, read anew: the compiler cannot tell that it is the same, and so keeps nothing that follows from it.
 __device__ __forceinline__ unsigned thread_index_again() {
   unsigned index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));

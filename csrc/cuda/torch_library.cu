@@ -165,7 +165,7 @@ SeparableOutputs run_separable_fprop(SeparableFpropParams p, const Tensor& x, co
   const DeviceScope device(x, p);
   const bool aligned = is_aligned(p.x) && is_aligned(p.w_pw) && is_aligned(p.y) && is_aligned(p.residual) &&
                        is_aligned(p.addend) && is_aligned(p.x_pre);
-  p.plan = plan_separable_fprop(s, p.c_out, element_bytes(p.type), aligned, device.properties(p));
+  p.plan = kept_separable_plan(s, p.c_out, element_bytes(p.type), aligned, device.properties(p));
   const int tiles = with_statistics ? p.plan.tiles : 0;
   Tensor statistics = new_flat(x, {tiles, 3, p.c_out}, ScalarType::Float);
   Tensor counts = new_flat(x, {tiles}, ScalarType::Int);

@@ -220,12 +220,13 @@ class SumPartials(ctypes.Structure):
 
 class SeparablePlan(ctypes.Structure):
     _fields_ = [
-        ("fused", ctypes.c_bool),
-        *_ints("chunk_bytes channel_warps tile_rows tile_columns group_rows tiles_of_group tiles_across tiles"),
-        *_ints("halo_rows halo_columns halo_pitch table_channels chunks"),
-        *((name, ctypes.c_int * 2) for name in ("halo", "w_pw", "z")),
-        *_ints("taps halo_source slot affine sums shared_bytes"),
-    ]
+        ("fused", ctypes.c_bool), ("keeps_w_pw", ctypes.c_bool),
+        *_ints("chunk_bytes chunk_log2 row_warps channel_warps warps pixels tile_rows tile_columns group_rows"),
+        *_ints("tiles_of_group tiles_across tiles workers halo_rows halo_columns halo_pitch halos maps"),
+        *_ints("z_rows w_pw_rows w_pw_chunks table_channels chunks"),
+        *((name, ctypes.c_int) for name in ("at_halo", "at_w_pw", "at_z", "at_taps", "at_source", "at_slot")),
+        *_ints("at_tile at_place at_affine shared_bytes"), ("clocks", ctypes.c_double),
+    ]  # fmt: skip
 
 
 class SeparableFprop(ctypes.Structure):

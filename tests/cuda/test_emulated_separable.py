@@ -25,6 +25,18 @@ def library() -> emulated.Library:
     return emulated.Library(emulated.build("separable"))
 
 
+class Cut(NamedTuple):
+    """How y is cut into tiles, and who has them."""
+
+    chunk_bytes: int
+    row_warps: int
+    columns: int
+    across_pictures: bool
+    halos: int
+    keeps_w_pw: bool
+    workers: int
+
+
 class Case(NamedTuple):
     name: str
     n: int
@@ -35,6 +47,7 @@ class Case(NamedTuple):
     k: int
     geometry: Geometry
     shared: int = H100
+    cut: Optional[Cut] = None  # else the planner's
 
 
 def same(k: int, stride: int = 1) -> Geometry:
@@ -47,16 +60,28 @@ CASES = [
     Case("k5", 1, 24, 56, 7, 11, 5, same(5)),
     Case("k5-stride2", 1, 16, 8, 19, 13, 5, same(5, 2)),
     Case("c_out-256", 1, 16, 248, 5, 7, 3, same(3)),
-    Case("c_out-not-of-8", 1, 8, 70, 5, 7, 3, same(3)),
+    Case("c_out-72", 1, 8, 72, 5, 7, 3, same(3)),
     Case("small-pictures", 5, 136, 16, 3, 5, 3, same(3)),
     Case("rows-cross-pictures", 3, 8, 16, 7, 7, 3, same(3)),
     Case("stride2-crossing", 3, 8, 16, 7, 9, 5, same(5, 2)),
     Case("one-pixel", 7, 8, 8, 1, 1, 3, same(3)),
     Case("wide", 1, 8, 8, 3, 301, 3, same(3)),
     Case("no-padding", 1, 24, 8, 7, 9, 3, Geometry(1, 1, 0, 0, 0, 0, 1, 1)),
-    Case("tf-same", 1, 8, 10, 8, 10, 3, Geometry(2, 2, 0, 1, 0, 1, 1, 1)),
-    Case("explicit-padding", 2, 8, 12, 5, 3, 5, Geometry(1, 1, 6, 3, 1, 7, 1, 1)),
+    Case("tf-same", 1, 8, 16, 8, 10, 3, Geometry(2, 2, 0, 1, 0, 1, 1, 1)),
+    Case("explicit-padding", 2, 8, 32, 5, 3, 5, Geometry(1, 1, 6, 3, 1, 7, 1, 1)),
     Case("short-chunks", 1, 136, 136, 9, 13, 5, same(5), A10),
+]
+#: CTAs that walk over several tiles each, with each number of buffers, across pictures and past the last tile.
+WALKS = [
+    Case("one-cta", 2, 136, 40, 9, 13, 3, same(3), cut=Cut(128, 1, 8, False, 2, False, 1)),
+    Case("w_pw-kept", 2, 136, 72, 9, 13, 3, same(3), cut=Cut(64, 1, 13, True, 3, True, 2)),
+    Case("a-step-a-tile", 3, 24, 40, 7, 9, 3, same(3), cut=Cut(64, 1, 5, True, 4, True, 2)),
+    Case("two-steps-a-tile", 3, 40, 136, 14, 17, 5, same(5), cut=Cut(64, 2, 9, True, 2, True, 3)),
+    Case("rows-of-warps", 2, 72, 16, 17, 19, 3, same(3), cut=Cut(128, 4, 16, False, 3, True, 1)),
+    Case("all-row-warps", 2, 24, 32, 31, 29, 3, same(3), cut=Cut(64, 8, 29, True, 2, True, 1)),
+    Case("stride2", 3, 72, 24, 13, 15, 3, same(3, 2), cut=Cut(64, 1, 4, True, 4, True, 2)),
+    Case("k5-stride2", 3, 136, 16, 15, 13, 5, same(5, 2), cut=Cut(64, 1, 7, False, 2, False, 2)),
+    Case("padding-alone", 3, 8, 16, 2, 3, 5, Geometry(1, 1, 9, 8, 7, 8, 1, 1), cut=Cut(64, 1, 4, True, 3, True, 2)),
 ]
 
 
@@ -106,6 +131,12 @@ def shape_of(case: Case) -> emulated.ConvShape:
 
 def plan_of(library: emulated.Library, case: Case, dtype: torch.dtype) -> emulated.SeparablePlan:
     plan = emulated.SeparablePlan()
+    if case.cut is not None:
+        cut = (ctypes.c_int * 7)(*case.cut)
+        assert library.lib.emulate_cut_separable_fprop(
+            ctypes.byref(shape_of(case)), case.c_out, dtype.itemsize, ctypes.byref(cut), ctypes.byref(plan)
+        )
+        return plan
     device = emulated.Device(1, case.shared)
     library.lib.emulate_plan_separable_fprop(
         ctypes.byref(shape_of(case)), case.c_out, dtype.itemsize, 1, ctypes.byref(device), ctypes.byref(plan)
@@ -189,13 +220,13 @@ def check(library: emulated.Library, case: Case, kind: str, a: Inputs) -> None:
     assert_close("y", ours, pytorch(case, kind, a), truth)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("case", [*CASES, *WALKS], ids=ids)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward(library: emulated.Library, case: Case, kind: str) -> None:
     check(library, case, kind, draw(case, kind))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[13]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[13], WALKS[1], WALKS[2]], ids=ids)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_with_everything(library: emulated.Library, case: Case, kind: str) -> None:
     """Bias, residual, all three affines with ReLU; the middle's vectors in the type of x, the others float32."""
@@ -207,24 +238,36 @@ def test_activations(library: emulated.Library, activation: int) -> None:
     check(library, CASES[5], "fp32", draw(CASES[5], "fp32", activation, everything=True, seed=activation))
 
 
-def test_short_chunks_where_shared_memory_is_scarce(library: emulated.Library) -> None:
-    assert plan_of(library, CASES[-1], torch.bfloat16).chunk_bytes == 64
-    assert plan_of(library, CASES[-1]._replace(shared=H100), torch.bfloat16).chunk_bytes == 128
+def test_where_shared_memory_is_scarce(library: emulated.Library) -> None:
+    """w_pw is then loaded for each tile anew."""
+    case = CASES[-1]
+    scarce, enough = (plan_of(library, case._replace(shared=shared), torch.bfloat16) for shared in (A10, H100))
+    assert not scarce.keeps_w_pw and enough.keeps_w_pw
+    assert scarce.shared_bytes <= A10 < enough.shared_bytes <= H100
+
+
+def test_walks_reach_every_way_of_the_pipeline(library: emulated.Library) -> None:
+    plans = [plan_of(library, case, torch.bfloat16) for case in WALKS]
+    assert {(p.halos, bool(p.keeps_w_pw)) for p in plans} == {(2, False), (2, True), (3, True), (4, True)}
+    assert {p.row_warps for p in plans} == {1, 2, 4, 8} and {p.chunk_bytes for p in plans} == {64, 128}
+    assert {p.channel_warps for p in plans} == {1, 2, 3} and all(p.tiles > p.workers for p in plans)
+    assert {1, 2, 3, 5} <= {p.chunks for p in plans}
+    assert any(p.tiles % p.workers for p in plans), "some CTA ends before the others"
 
 
 def check_statistics(found: Outputs) -> None:
     emulated.check_statistics(found.y, found.statistics, found.counts)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7], CASES[10]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7], CASES[10], *WALKS], ids=ids)
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_statistics(library: emulated.Library, case: Case, kind: str) -> None:
     check_statistics(fprop(library, case, kind, draw(case, kind), statistics=True))
 
 
-def test_statistics_where_squares_would_cancel(library: emulated.Library) -> None:
+@pytest.mark.parametrize("case", [CASES[7], WALKS[1]], ids=ids)
+def test_statistics_where_squares_would_cancel(library: emulated.Library, case: Case) -> None:
     """Mean 100, standard deviation about 0.1: sums of y and y^2 in float32 lose the variance here."""
-    case = CASES[7]
     epilogue = emulated.Affine(torch.full((case.c_out,), 0.1), torch.full((case.c_out,), 100.0))
     a = draw(case, "bf16")._replace(epilogue=epilogue)
     check_statistics(fprop(library, case, "bf16", a, statistics=True))
@@ -232,6 +275,7 @@ def test_statistics_where_squares_would_cancel(library: emulated.Library) -> Non
 
 JOINED = [(case, "bf16", True) for case in (CASES[0], CASES[2], CASES[6], CASES[7], CASES[9], CASES[10])]
 JOINED += [(CASES[7], kind, with_vectors) for kind in KINDS for with_vectors in (False, True)]
+JOINED += [(case, "bf16", True) for case in WALKS[:6]]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +315,7 @@ def test_an_error_carries_the_kernel_and_the_whole_problem(library: emulated.Lib
         library.call("emulate_separable_fprop", params)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=ids)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6], *WALKS[:4]], ids=ids)
 def test_same_bits_for_any_order_of_threads(case: Case) -> None:
     """Seeds shuffle the threads between barriers and collectives; nothing may depend on it."""
     a = draw(case, "bf16", activation=1, everything=True)

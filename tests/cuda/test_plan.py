@@ -53,22 +53,42 @@ def test_fused_where_one_cta_holds_c_out(planner: Any, layer: tuple[int, int, in
     if not plan.fused:
         return
     assert plan.shared_bytes <= device.shared_bytes
-    assert plan.tile_rows * plan.tile_columns <= 128
-    assert plan.tiles * 128 >= p.n * p.h * p.w
+    assert plan.tile_rows * plan.tile_columns <= plan.pixels == 64 * plan.row_warps
+    assert plan.tiles * plan.tile_rows * plan.tile_columns >= p.n * p.h * p.w
+    assert plan.channel_warps * 64 >= p.c_out and plan.warps == plan.row_warps * plan.channel_warps <= 8
+    assert 2 <= plan.halos <= 4 and (plan.keeps_w_pw or plan.halos == 2)
+    assert plan.workers <= device.multiprocessors * (8 // plan.warps)
+    assert plan.workers * plan.warps >= 4 * device.multiprocessors, "the card is at least half full"
 
 
 @pytest.mark.parametrize("size", [7, 10, 14, 19, 28, 37, 56, 74, 112, 147])
 def test_tiles_are_well_filled(planner: Any, size: int) -> None:
-    """Small maps too, by rows that run on into the next picture: at most a sixth of a tile idle."""
-    plan = fused(planner, problem(128, 128, size), H100)
-    assert plan.tiles * 128 * 5 / 6 <= 64 * size * size
+    """Small maps too: of what the depthwise part computes, strips of 8 pixels, at most a seventh is idle.
+
+    Of 10 and 19 columns 16 and 24 are computed, however they are cut.
+    """
+    plan = fused(planner, problem(128, 128, size, n=1024), H100)
+    strips = -(-plan.tile_columns // 8) * 8
+    useful = 1024 * size * size / (plan.tiles * plan.tile_rows * strips)
+    assert useful >= min(6 / 7, size / (-(-size // 8) * 8)) - 1e-9
+
+
+@pytest.mark.parametrize("layer", XCEPTION[:4], ids=lambda c: "-".join(map(str, c)))
+def test_weights_stay_in_shared_memory_on_hopper(planner: Any, layer: tuple[int, int, int]) -> None:
+    assert fused(planner, problem(*layer), H100).keeps_w_pw
+
+
+def test_few_pictures_are_spread_over_the_card(planner: Any) -> None:
+    """A batch of one: more CTAs, with fewer pixels each, than the widest tile would give."""
+    one, many = (fused(planner, problem(256, 256, 74, n=n), H100) for n in (1, 64))
+    assert one.pixels <= many.pixels and one.workers >= 74 * 74 / 128
 
 
 @pytest.mark.parametrize(
     "p",
-    [problem(64, 512, 14), problem(60, 64, 14), problem(64, 63, 14), problem(64, 64, 14, k=7),
-     problem(64, 64, 14)._replace(multiplier=2)],
-    ids=["c_out-512", "c_in-not-of-8", "c_out-odd", "k7", "multiplier"],
+    [problem(64, 512, 14), problem(60, 64, 14), problem(64, 60, 14), problem(64, 64, 14, k=7),
+     problem(64, 64, 14)._replace(multiplier=2), problem(64, 64, 2**20, n=1)],
+    ids=["c_out-512", "c_in-not-of-8", "c_out-not-of-8", "k7", "multiplier", "2^31-tiles"],
 )  # fmt: skip
 def test_staged_where_the_fused_kernel_cannot(planner: Any, p: Problem) -> None:
     assert not cuda.is_fused(p, H100)

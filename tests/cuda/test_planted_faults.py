@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from . import emulated, emulated_ops, test_emulated_fused_backward
 from . import test_backend_python as backend
 from . import test_emulated_chain as chain
 from .emulated_ops import SMALL, EmulatedOps
-from .test_emulated_separable import CASES, check, draw
+from .test_emulated_separable import WALKS, check, draw
 from .test_emulated_statistics import check_far_from_zero
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
@@ -28,23 +28,16 @@ class Fault(NamedTuple):
     name: str
     right: str  # occurs once in the file
     wrong: str
-    file: str = "separable/fprop.cuh"
+    file: str
 
 
-FAULTS = [
-    Fault(
-        "missing-barrier",
-        "    __syncthreads();\n    if (chunk + 2 < p.plan.chunks) halo.copy(chunk + 2);\n",
-        "    if (chunk + 2 < p.plan.chunks) halo.copy(chunk + 2);\n",
-    ),
-    Fault("missing-cp-async-wait", "    cp_async_wait<0>();\n", ""),
-    Fault("one-past-the-halo", "while (row < plan.halo_rows) {", "while (row <= plan.halo_rows) {"),
-]
 STATISTICS = "depthwise/statistics.cuh"
 FAULTS_OF_STATISTICS = [
     Fault("missing-barrier", "    __syncthreads();\n", "", STATISTICS),
     Fault("pixels-beside-the-picture", " && pixel % kStripWidth < columns;", ";", STATISTICS),
-    Fault("sums-of-unrounded-values", "round_to<T>(strip[i][v]) - centre", "strip[i][v] - centre", STATISTICS),
+    Fault(
+        "sums-of-unrounded-values", "inside(i) ? y[v] - centre[v]", "inside(i) ? strip[i][v] - centre[v]", STATISTICS
+    ),
 ]
 
 
@@ -64,19 +57,47 @@ def with_fault(folder: Path, fault: Fault) -> Path:
     return sources
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: str(fault.name))
-def test_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    library = emulated.Library(emulated.build("separable", with_fault(tmp_path, fault)))
-    case = CASES[6]  # several chunks, so that the pipeline turns over
-    with pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared"):
-        check(library, case, "bf16", draw(case, "bf16"))
-
-
 @pytest.mark.parametrize("fault", FAULTS_OF_STATISTICS, ids=lambda fault: str(fault.name))
 def test_fault_in_the_statistics_is_caught(fault: Fault, tmp_path: Path) -> None:
     library = emulated.Library(emulated.build("depthwise", with_fault(tmp_path, fault)))
     with pytest.raises(AssertionError):
         check_far_from_zero(library, "many-tiles", "bf16")
+
+
+FORWARD = "separable/fprop.cuh"
+FAULTS_OF_THE_FORWARD = [
+    Fault(
+        "missing-barrier",
+        "    __syncthreads();\n    if (copied.exists(plan)) Halo",
+        "    if (!FAULT) __syncthreads();\n    if (copied.exists(plan)) Halo",
+        FORWARD,
+    ),
+    Fault(
+        "missing-cp-async-wait",
+        "    wait_for_copies(halos - 2);\n",
+        "    if (!FAULT) wait_for_copies(halos - 2);\n",
+        FORWARD,
+    ),
+    Fault("one-past-the-halo", "i < pixels; i += stride", "i < pixels + FAULT; i += stride", FORWARD),
+    Fault(
+        "maps-one-step-late",
+        "copied.advance(plan);\n    if (copied.chunk == 0",
+        "copied.advance(plan);\n    if (copied.chunk == FAULT",
+        FORWARD,
+    ),
+    Fault(
+        "sums-of-the-tile-before",
+        "map(fragment, [](float) { return 0.0f; });",
+        "map(fragment, [](float v) { return FAULT ? v : 0.0f; });",
+        FORWARD,
+    ),
+    Fault(
+        "weights-of-the-chunk-before",
+        "plan.keeps_w_pw ? multiplied.chunk : even",
+        "plan.keeps_w_pw ? multiplied.chunk : even ^ FAULT",
+        FORWARD,
+    ),
+]
 
 
 class Switch(NamedTuple):
@@ -295,15 +316,43 @@ SWITCHES = [
 ]  # fmt: skip
 
 
+def with_switches(folder: Path, faults: Sequence[Fault | Switch]) -> Path:
+    """A copy of csrc/cuda with all of the faults, each there while ``emulator::planted_fault`` gives its number."""
+    sources = copied(folder)
+    for number, fault in enumerate(faults, 1):
+        file = sources / fault.file
+        text = file.read_text()
+        assert text.count(fault.right) == 1, f"the line to spoil has moved: {fault.name}"
+        file.write_text(
+            text.replace(fault.right, fault.wrong.replace("FAULT", f"(emulator::planted_fault() == {number})"))
+        )
+    return sources
+
+
+@pytest.fixture(scope="module")
+def forward_library(tmp_path_factory: pytest.TempPathFactory) -> emulated.Library:
+    sources = with_switches(tmp_path_factory.mktemp("forward"), FAULTS_OF_THE_FORWARD)
+    return emulated.Library(emulated.build("separable", sources))
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("number", range(len(FAULTS_OF_THE_FORWARD)), ids=[f.name for f in FAULTS_OF_THE_FORWARD])
+def test_fault_of_the_fused_forward_is_caught(forward_library: emulated.Library, number: int, planted: bool) -> None:
+    """In CTAs that go through several chunks of several tiles, so that the pipeline turns over."""
+    forward_library.lib.emulate_fault(number + 1 if planted else 0)
+    expected: Any = (
+        pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared")
+        if planted
+        else contextlib.nullcontext()
+    )
+    with expected:
+        for case in (WALKS[0], WALKS[1]):  # w_pw loaded again, and kept
+            check(forward_library, case, "bf16", draw(case, "bf16"))
+
+
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory: pytest.TempPathFactory) -> EmulatedOps:
-    sources = copied(tmp_path_factory.mktemp("switched"))
-    for number, switch in enumerate(SWITCHES, 1):
-        file = sources / switch.file
-        text = file.read_text()
-        assert text.count(switch.right) == 1, f"the line to spoil has moved: {switch.name}"
-        wrong = switch.wrong.replace("FAULT", f"(emulator::planted_fault() == {number})")
-        file.write_text(text.replace(switch.right, wrong))
+    sources = with_switches(tmp_path_factory.mktemp("switched"), SWITCHES)
     return EmulatedOps(emulated.build("ops", sources, "xsep_switched"), "xsep_switched")
 
 

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 CHOICE = (
     "(test_forward and not prologue and bf16 and (k3 or odd-channels or small-pictures or tf-same)) "
     "or (test_backward and fp16 and (k5-stride2 or multiplier3 or k3-several)) "
-    "or (test_forward_residual_prologue and bf16) or (everything and bf16) or (test_statistics and bf16) "
+    "or (test_forward_residual_prologue and bf16) or (everything and bf16) "
+    "or (test_statistics and bf16 and not (row-warps or rows-of-warps or two-steps)) "
     "or (test_raw_gradient and bf16) or (test_input_gradient and half and fp16) or (test_pool_add and even and bf16) "
     "or (test_global_average and fp32) or (ends_with_the_epilogue and half and bf16)"
 )

@@ -102,12 +102,14 @@ def describe(problem: Problem, device: DeviceFacts) -> str:
     facts = {"element_bytes": p.dtype.itemsize, "multiprocessors": device.multiprocessors,
              "shared_bytes": device.shared_bytes}  # fmt: skip
     layout = "" if p.channels_last else ", x and y converted to and from NHWC"
-    if p.op == "separable" and is_fused(p, device):
-        plan = module.plan_cuda_separable_fprop(shape_of(p), c_out=p.c_out, **facts)
+    plan = fused_plan(p, device) if p.op == "separable" else None
+    if plan is not None:
+        weights = "kept in" if plan.keeps_w_pw else "passed through"
         return (
-            f"fused, {plan.tiles} CTAs of {128 * plan.channel_warps} threads for {plan.tile_rows} x "
-            f"{plan.tile_columns} pixels and all {p.c_out} channels, {plan.chunk_bytes} bytes of channels a step, "
-            f"{plan.shared_bytes} bytes of shared memory{layout}"
+            f"fused, {plan.workers} CTAs of {32 * plan.warps} threads walk over {plan.tiles} tiles of {plan.tile_rows} "
+            f"x {plan.tile_columns} pixels and all {p.c_out} channels, {plan.chunk_bytes} bytes of channels a step, "
+            f"{plan.halos} buffers for x, w_pw {weights} shared memory, of which {plan.shared_bytes} bytes are "
+            f"taken{layout}"
         )
     plan = module.plan_cuda_depthwise_fprop(shape_of(p), **facts)
     if plan.sliding_window:

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kImageThreads)
   for (int n = 0; n < s.n; ++n) {
     const int64_t at = static_cast<int64_t>(n) * s.c + c;
     // As whoever reads du sees it: rounded.
-    const float share = round_to<T>(to_float(static_cast<const T*>(p.g)[at]) / area);
+    const float share = to_float(from_float<T>(to_float(static_cast<const T*>(p.g)[at]) / area));
     first = fmaf(share, p.positive[at], first);
     second = fmaf(share, p.total[at] - mean * p.positive[at], second);
   }

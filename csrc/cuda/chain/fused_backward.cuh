@@ -107,12 +107,12 @@ __device__ __forceinline__ void load_x(const FusedBackwardParams& p, const Chain
     if (static_cast<unsigned>(tile.row + i) < static_cast<unsigned>(s.h) &&
         static_cast<unsigned>(tile.column + j) < static_cast<unsigned>(s.w)) {
       const auto x = Pack<T, 8>::load(static_cast<const T*>(p.depthwise.x) + origin + (i * s.w + j) * s.c_in);
-      float u[2][4];
+      float u[8];
+      x.widen(u);
 #pragma unroll
-      for (int v = 0; v < 8; ++v) u[v / 4][v % 4] = fmaf(scale[v], to_float(x.v[v]), shift[v]);
-      activate_groups(u, {p.depthwise.prologue.activation, p.depthwise.prologue.alpha});
-#pragma unroll
-      for (int v = 0; v < 8; ++v) out.v[v] = from_float<T>(u[v / 4][v % 4]);
+      for (int v = 0; v < 8; ++v) u[v] = fmaf(scale[v], u[v], shift[v]);
+      activate(u, {p.depthwise.prologue.activation, p.depthwise.prologue.alpha});
+      out = Pack<T, 8>::round(u);
     }
     out.store(reinterpret_cast<T*>(memory.x.get() + pixel * p.plan.pitch_in) + c);
   }

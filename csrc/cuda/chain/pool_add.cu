@@ -19,12 +19,11 @@ __global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid
     const int column = static_cast<int>(window % p.pooled_w) * 2 - p.pad_left;
     const int row = static_cast<int>(window / p.pooled_w % p.pooled_h) * 2 - p.pad_top;
     const int64_t picture = window / p.pooled_w / p.pooled_h;
-    float best[VEC];
-    Pack<T, VEC> chosen = Pack<T, VEC>::zero();
+    float best[VEC], chosen[VEC];
     Pack<uint8_t, VEC> taps;
     bool first = true;  // taken whatever it is, so that a window of -inf alone has a tap too
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) best[v] = 0.0f, taps.v[v] = 0;
+    for (int v = 0; v < VEC; ++v) best[v] = chosen[v] = 0.0f, taps.v[v] = 0;
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       const int h = row + i;
@@ -33,16 +32,14 @@ __global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid
       for (int j = 0; j < 3; ++j) {
         const int w = column + j;
         if (w < 0 || w >= s.w) continue;
-        const auto r =
-            Pack<T, VEC>::load(static_cast<const T*>(p.r) + ((picture * s.h + h) * s.w + w) * s.c + thread.c);
-        float u[VEC];
-        r.widen(u);
+        float r[VEC];
+        read_pixel<T>(r, p.r, ((picture * s.h + h) * s.w + w) * s.c + thread.c);
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
-          u[v] = fmaf(scale[v], u[v], shift[v]);
-          const bool better = first || u[v] > best[v] || u[v] != u[v];
-          best[v] = better ? u[v] : best[v];
-          chosen.v[v] = better ? r.v[v] : chosen.v[v];
+          const float u = fmaf(scale[v], r[v], shift[v]);
+          const bool better = first || u > best[v] || u != u;
+          best[v] = better ? u : best[v];
+          chosen[v] = better ? r[v] : chosen[v];
           taps.v[v] = better ? static_cast<uint8_t>(i * 3 + j) : taps.v[v];
         }
         first = false;
@@ -58,7 +55,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid
     for (int v = 0; v < VEC; ++v) best[v] += fmaf(scale_s[v], skip[v], shift_s[v]);
     write_pixel<T>(p.t, at, best);
     taps.store(p.taps + at);
-    chosen.store(static_cast<T*>(p.chosen) + at);
+    write_pixel<T>(p.chosen, at, chosen);
   }
 }
 

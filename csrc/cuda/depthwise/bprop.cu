@@ -76,7 +76,7 @@ __device__ __forceinline__ float chain_gradient(const DepthwiseBpropParams& p, f
   if (joins && before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
   d[0] *= prologue.slope(x);
   if (joins && !before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
-  d[0] = round_to<T>(d[0]);
+  round_to<T>(d);
   float total[kMostGradientSums][1] = {};
   const float pixel[1] = {x};
   add_to_sums<T>(total, d, p.epilogue, p.x, pixel, place.at, [&](int k, float (&centre)[1]) {

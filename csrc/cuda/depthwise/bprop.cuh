@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     for (int y = 0; y < ROWS; ++y) {
 #pragma unroll
       for (int j = 0; j < kStripWidth; ++j) {
-        const T* source = static_cast<const T*>(p.x) + origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
+        const T* source = static_cast<const T*>(p.x) + (origin + y * row_length) + j * s.c_in;
         (inside(y, j) ? Pack<T, VEC>::load(source) : Pack<T, VEC>::zero()).widen(x[y][j]);
       }
     }
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const bool dz_inside = row_inside && static_cast<unsigned>(q0 + j) < static_cast<unsigned>(s.q);
-        (dz_inside ? Pack<T, VEC>::load(source + static_cast<int64_t>(j) * s.c_mid) : Pack<T, VEC>::zero())
-            .widen(dz[j]);
+        (dz_inside ? Pack<T, VEC>::load(source + j * s.c_mid) : Pack<T, VEC>::zero()).widen(dz[j]);
       }
       add_dz_row<K, STRIDE>(dx, dw, x, dz, i, weights, vector);
     }
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 #pragma unroll
       for (int j = 0; j < kStripWidth; ++j) {
         if (!inside(y, j)) continue;
-        const int64_t at = origin + y * row_length + static_cast<int64_t>(j) * s.c_in;
+        const int64_t at = origin + y * row_length + j * s.c_in;
         float (&du)[VEC] = dx[y][j];
         if (in_chain) {
           float value[VEC];

@@ -21,18 +21,18 @@ struct InputRow {
   // pixel: of the row's first column, which is column w of W; columns outside read as zero, after the prologue too.
   __device__ __forceinline__ void load(const DepthwiseFpropParams& p, int64_t pixel, int c, int w,
                                        const float (&scale)[VEC], const float (&shift)[VEC], bool with_prologue) {
-    const int64_t channels = p.shape.c_in;
-    const T* x = static_cast<const T*>(p.x) + pixel * channels + c;
+    const int64_t first = pixel * p.shape.c_in + c;
+    const T* x = static_cast<const T*>(p.x) + first;
     Pack<T, VEC> raw[WIDTH];
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
       const bool inside = static_cast<unsigned>(w + i) < static_cast<unsigned>(p.shape.w);
-      raw[i] = inside ? Pack<T, VEC>::load(x + i * channels) : Pack<T, VEC>::zero();
+      raw[i] = inside ? Pack<T, VEC>::load(x + i * p.shape.c_in) : Pack<T, VEC>::zero();
     }
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) raw[i].widen(tap[i]);
     if (!with_prologue) return;
-    const T* residual = static_cast<const T*>(p.residual);
+    const T* residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + first;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
       float (&pre)[VEC] = tap[i];
@@ -40,10 +40,10 @@ struct InputRow {
       for (int v = 0; v < VEC; ++v) pre[v] = fmaf(scale[v], pre[v], shift[v]);
       if (residual == nullptr || static_cast<unsigned>(w + i) >= static_cast<unsigned>(p.shape.w)) continue;
       float other[VEC];
-      Pack<T, VEC>::load(residual + (pixel + i) * channels + c).widen(other);
-      // What backward will find in x_pre.
+      Pack<T, VEC>::load(residual + i * p.shape.c_in).widen(other);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) pre[v] = round_to<T>(pre[v] + other[v]);
+      for (int v = 0; v < VEC; ++v) pre[v] += other[v];
+      round_to<T>(pre);  // what backward will find in x_pre
     }
     activate_groups(tap, {p.prologue.activation, p.prologue.alpha});
 #pragma unroll
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 #pragma unroll
       for (int j = 0; j < kStripWidth; ++j) {
         if (q0 + j >= s.q) break;
-        Pack<T, kVec>::round(sum[y * kStripWidth + j]).store(out + static_cast<int64_t>(j) * s.c_mid);
+        Pack<T, kVec>::round(sum[y * kStripWidth + j]).store(out + j * s.c_mid);
       }
     }
     statistics.add(sum, s.p - p0, s.q - q0);

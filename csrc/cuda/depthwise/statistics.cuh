@@ -32,7 +32,8 @@ class FpropStatistics {
     const auto inside = [=](int pixel) { return pixel / kStripWidth < rows && pixel % kStripWidth < columns; };
     float centre[VEC], sum[VEC] = {}, squares[VEC] = {};
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) centre[v] = round_to<T>(strip[0][v]);
+    for (int v = 0; v < VEC; ++v) centre[v] = strip[0][v];
+    round_to<T>(centre);
     if (before > 0) {
       sums_.read(centre, 0, thread);
       sums_.read(sum, 1, thread);
@@ -40,9 +41,11 @@ class FpropStatistics {
     }
 #pragma unroll
     for (int i = 0; i < ROWS * kStripWidth; ++i) {
+      float y[VEC];
+      Pack<T, VEC>::round(strip[i]).widen(y);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const float off = inside(i) ? round_to<T>(strip[i][v]) - centre[v] : 0.0f;
+        const float off = inside(i) ? y[v] - centre[v] : 0.0f;
         sum[v] += off;
         squares[v] = fmaf(off, off, squares[v]);
       }

@@ -1,11 +1,13 @@
 // Fused separable forward: depthwise into shared memory, tensor cores out of it; z never reaches global memory.
 //
-// A CTA walks over its tile's input channels in chunks, two chunks deep. While it computes, cp.async brings the next
-// chunk's weights and the halo after the next; zero fill is the padding. One barrier a chunk: between two barriers a
-// warp computes its share of the next chunk's z and multiplies its block of this chunk's, so the FMA pipe of one warp
-// runs beside the tensor core of another.
+// A CTA walks over its tiles, and over each tile's input channels in chunks; one chunk of one tile is a step. The walk
+// does not stop between tiles: cp.async brings x some steps ahead (zero fill is the padding), the next tile's while
+// this one's y is stored, and w_pw stays in shared memory where it fits. One barrier a step: between two barriers a
+// warp computes its share of the next step's z and multiplies its block of this step's. The upper half of the warps
+// does so the other way round, so that one warp's multiply-adds run beside the other's tensor core.
 //
-//   barrier k | copy halo k+2, weights k+1 | depthwise: halo k+1 -> z k+1 | multiply: z k, weights k | wait
+//   barrier k | copy x k+halos | map tile k+halos+1 | depthwise: x k+1 -> z k+1 | multiply: z k, w_pw k | store y |
+//   wait
 #pragma once
 
 #include "../launch.cuh"
@@ -14,85 +16,73 @@
 
 namespace xsep::cuda {
 
-// Calls f(piece's offset in the halo, halo row, halo column, first channel) for this thread's 16-byte pieces: the
-// same ones for a copy and for what is done to it after the wait, which therefore needs no barrier between.
-template <class T, class Function>
-__device__ __forceinline__ void for_each_piece(const SeparablePlan& plan, Function f) {
-  constexpr int kVec = 16 / static_cast<int>(sizeof(T));
-  const int units = plan.chunk_bytes / 16, step = static_cast<int>(blockDim.x) / units;
-  const int unit = static_cast<int>(threadIdx.x) % units;
-  int row = 0, column = static_cast<int>(threadIdx.x) / units;
-  while (column >= plan.halo_columns) column -= plan.halo_columns, ++row;
-  while (row < plan.halo_rows) {
-    f((row * plan.halo_pitch + column) * plan.chunk_bytes + unit * 16, row, column, unit * kVec);
-    column += step;
-    while (column >= plan.halo_columns) column -= plan.halo_columns, ++row;
-  }
-}
-
+// The x of one step, in one of the halo buffers.
 template <class T>
 struct Halo {
+  static constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+
   const SeparableFpropParams& p;
-  const FusedTile& tile;
   const FusedMemory& memory;
+  const FusedStep& step;
+  unsigned char* buffer;
 
-  __device__ bool inside(int row, int column, int c, int64_t& source) const {
-    const int w = tile.first_column * p.shape.stride_w - p.shape.pad_left + column;
-    source = memory.halo_source[row];
-    if (source < 0 || w < 0 || w >= p.shape.w || c >= p.shape.c_in) return false;
-    source = source / 2 + static_cast<int64_t>(w) * p.shape.c_in + c;
-    return true;
+  // Where the map counts from, in elements of x.
+  __device__ __forceinline__ int64_t origin() const {
+    return static_cast<int64_t>(memory.tile[step.map].first_x_row) * (p.shape.w * p.shape.c_in);
   }
 
-  __device__ void copy(int chunk) const {
-    unsigned char* buffer = memory.halo[chunk];
-    const int first = chunk * (p.plan.chunk_bytes / static_cast<int>(sizeof(T)));
-    for_each_piece<T>(p.plan, [&](int at, int row, int column, int c) {
-      int64_t source;
-      const bool valid = inside(row, column, first + c, source);
-      cp_async_16(buffer + at, static_cast<const T*>(p.x) + (valid ? source : 0), valid);
-    });
+  // Calls f(piece, its first channel, where it is from there on, whether it is there, whether the tile is to write
+  // x_pre of it) for this thread's 16-byte pieces: the same ones for a copy and for what is done to it after the wait,
+  // which therefore needs no barrier between.
+  template <class Function>
+  __device__ __forceinline__ void for_each_piece(Function f) const {
+    const SeparablePlan& plan = p.plan;
+    const int log2_units = plan.chunk_log2 - 4, tid = static_cast<int>(threadIdx.x);
+    const int unit = tid & ((1 << log2_units) - 1), stride = static_cast<int>(blockDim.x) >> log2_units;
+    const int c = ((step.chunk << log2_units) + unit) * kVec, pixels = plan.halo_rows * plan.halo_pitch;
+    const int* source = memory.source.get() + step.map * pixels;
+    // Past the last channel nothing is there, at an address that could be read.
+    const int flags = c < p.shape.c_in ? kIsPixel | kIsOwned : 0, first = flags != 0 ? c : 0;
+    for (int i = tid >> log2_units; i < pixels; i += stride) {
+      const int of_x = source[i];
+      f(buffer + (i << plan.chunk_log2) + unit * 16, first, (of_x & ~(kIsPixel | kIsOwned)) + first,
+        (of_x & flags & kIsPixel) != 0, (of_x & kIsOwned) != 0);
+    }
   }
 
-  // Whether the tile writes x_pre of a pixel: each is in the middle of one tile's window.
-  __device__ bool owns(int row, int column) const {
-    const int middle = column - p.shape.s / 2;
-    return middle >= 0 && middle < tile.columns && memory.halo_source[row] % 2 != 0;
+  __device__ __forceinline__ void copy() const {
+    const T* x = static_cast<const T*>(p.x) + origin();
+    for_each_piece([=](unsigned char* piece, int, int at, bool exists, bool) { cp_async_16(piece, x + at, exists); });
   }
 
   // Applies the prologue where there is a pixel; padding stays zero.
-  __device__ void transform(int chunk) const {
-    constexpr int kVec = 16 / static_cast<int>(sizeof(T)), kHalf = kVec / 2;
-    unsigned char* buffer = memory.halo[chunk];
-    const int first = chunk * (p.plan.chunk_bytes / static_cast<int>(sizeof(T)));
+  __device__ __forceinline__ void transform() const {
     const float* scale = memory.taps.get() + p.shape.r * p.shape.s * p.plan.table_channels;
     const float* shift = scale + p.plan.table_channels;
-    for_each_piece<T>(p.plan, [&](int at, int row, int column, int c) {
-      int64_t source;
-      if (!inside(row, column, first + c, source)) return;
-      // In halves: the accumulators leave few registers.
-#pragma unroll 1
-      for (int half = 0; half < kVec; half += kHalf) {
-        T* piece = reinterpret_cast<T*>(buffer + at) + half;
-        float u[kHalf];
-        Pack<T, kHalf>::load(piece).widen(u);
-        const auto a = Pack<float, kHalf>::load(scale + first + c + half);
-        const auto b = Pack<float, kHalf>::load(shift + first + c + half);
+    const int64_t first = origin();
+    for_each_piece([&](unsigned char* place, int c, int at, bool exists, bool owned) {
+      if (!exists) return;
+      T* piece = reinterpret_cast<T*>(place);
+      float u[kVec];
+      Pack<T, kVec>::load(piece).widen(u);
 #pragma unroll
-        for (int v = 0; v < kHalf; ++v) u[v] = fmaf(a.v[v], u[v], b.v[v]);
-        if (p.addend != nullptr) {
-          float other[kHalf];
-          Pack<T, kHalf>::load(static_cast<const T*>(p.addend) + source + half).widen(other);
+      for (int half = 0; half < kVec; half += 4) {
+        const auto a = Pack<float, 4>::load(scale + c + half), b = Pack<float, 4>::load(shift + c + half);
 #pragma unroll
-          for (int v = 0; v < kHalf; ++v) u[v] += other[v];
-          // The activation sees the sum as it is stored, so that a backward that reads it finds the same signs.
-          const auto sum = Pack<T, kHalf>::round(u);
-          if (owns(row, column)) sum.store(static_cast<T*>(p.x_pre) + source + half);
-          sum.widen(u);
-        }
-        activate(u, {p.prologue.activation, p.prologue.alpha});
-        Pack<T, kHalf>::round(u).store(piece);
+        for (int v = 0; v < 4; ++v) u[half + v] = fmaf(a.v[v], u[half + v], b.v[v]);
       }
+      if (p.addend != nullptr) {
+        float other[kVec];
+        Pack<T, kVec>::load(static_cast<const T*>(p.addend) + first + at).widen(other);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) u[v] += other[v];
+        // The activation sees the sum as it is stored, so that a backward that reads it finds the same signs.
+        const auto sum = Pack<T, kVec>::round(u);
+        if (owned) sum.store(static_cast<T*>(p.x_pre) + first + at);
+        sum.widen(u);
+      }
+      activate(u, {p.prologue.activation, p.prologue.alpha});
+      Pack<T, kVec>::round(u).store(piece);
     });
   }
 };
@@ -100,101 +90,141 @@ struct Halo {
 template <class T>
 __device__ __forceinline__ void copy_w_pw(const SeparableFpropParams& p, unsigned char* buffer, int chunk) {
   constexpr int kVec = 16 / static_cast<int>(sizeof(T));
-  const int units = p.plan.chunk_bytes / 16, rows = p.plan.channel_warps * kWarpChannels;
-  const int unit = static_cast<int>(threadIdx.x) % units, c = (chunk * units + unit) * kVec;
-  for (int n = static_cast<int>(threadIdx.x) / units; n < rows; n += static_cast<int>(blockDim.x) / units) {
+  const int log2_units = p.plan.chunk_log2 - 4, tid = static_cast<int>(threadIdx.x);
+  const int unit = tid & ((1 << log2_units) - 1), stride = static_cast<int>(blockDim.x) >> log2_units;
+  const int c = ((chunk << log2_units) + unit) * kVec;
+  for (int row = tid >> log2_units; row < p.plan.w_pw_rows; row += stride) {
+    const int n = channel_of_column(row);
     const bool valid = n < p.c_out && c < p.shape.c_in;
     const T* source = static_cast<const T*>(p.w_pw) + (valid ? static_cast<int64_t>(n) * p.shape.c_in + c : 0);
-    cp_async_16(buffer + swizzled_offset(n, unit, p.plan.chunk_bytes), source, valid);
+    cp_async_16(buffer + swizzled_offset(row, unit, p.plan.chunk_bytes), source, valid);
   }
 }
 
-// z of one chunk: strips of kStripWidth pixels, 8 bytes of channels a thread; 4 bytes for the larger filter, whose row
-// of weights takes more registers.
-template <class T, int K, int STRIDE>
-__device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, const FusedTile& tile,
-                                                const FusedMemory& memory, int chunk) {
-  constexpr int kVec = (K == 3 ? 8 : 4) / static_cast<int>(sizeof(T));
-  constexpr int kBytes = kVec * static_cast<int>(sizeof(T));
-  static_assert(16 % kBytes == 0, "a vector lies in one unit");
+// z of one step, of chunks of CHUNK bytes.
+template <class T, int K, int STRIDE, int CHUNK>
+__device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, const FusedMemory& memory,
+                                                const FusedStep& step, const unsigned char* halo, unsigned char* z) {
+  constexpr int kBytes = kFusedVectorBytes, kVec = kBytes / static_cast<int>(sizeof(T)), kVectors = CHUNK / kBytes;
+  static_assert(kBytes == 8, "a vector lies in one unit");
   const SeparablePlan& plan = p.plan;
-  const int vectors = plan.chunk_bytes / kBytes, table = plan.table_channels;
-  const int vector = static_cast<int>(threadIdx.x) % vectors;
-  const int strips_across = (plan.tile_columns + kStripWidth - 1) / kStripWidth;
-  const int strips = tile.rows * strips_across;
-  const float* taps = memory.taps.get() + chunk * vectors * kVec + vector * kVec;
-  for (int strip = static_cast<int>(threadIdx.x) / vectors; strip < strips;
-       strip += static_cast<int>(blockDim.x) / vectors) {
-    const int row = strip / strips_across, column = strip % strips_across * kStripWidth;
-    const int corner = memory.slot[row] * plan.halo_pitch + column * STRIDE;
-    const unsigned char* source = memory.halo[chunk] + corner * plan.chunk_bytes + vector * kBytes;
-    float sum[kStripWidth][kVec] = {};
-    slide_window<T, K, STRIDE>(sum, source, plan.chunk_bytes, plan.halo_pitch * plan.chunk_bytes, taps, table);
+  const int table = plan.table_channels, vector = static_cast<int>(threadIdx.x) % kVectors;
+  const int strips_across = (plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
+  const int strips = memory.tile[step.map].rows * strips_across;
+  const float* taps = memory.taps.get() + (step.chunk * kVectors + vector) * kVec;
+#pragma unroll 1
+  for (int strip = static_cast<int>(threadIdx.x) / kVectors; strip < strips;
+       strip += static_cast<int>(blockDim.x) / kVectors) {
+    const int row = strip / strips_across, column = strip % strips_across * kFusedStripWidth;
+    const int corner = memory.slot[step.map * plan.tile_rows + row] * plan.halo_pitch + column * STRIDE;
+    float sum[kFusedStripWidth][kVec] = {};
+    slide_window<T, K, STRIDE>(sum, halo + corner * CHUNK + vector * kBytes, CHUNK, plan.halo_pitch * CHUNK, taps,
+                               table);
     if (p.has_middle != 0) {
       const auto scale = Pack<float, kVec>::load(taps + (K * K + 2) * table);
       const auto shift = Pack<float, kVec>::load(taps + (K * K + 3) * table);
 #pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
+      for (int j = 0; j < kFusedStripWidth; ++j) {
 #pragma unroll
         for (int v = 0; v < kVec; ++v) sum[j][v] = fmaf(scale.v[v], sum[j][v], shift.v[v]);
       }
       activate_groups(sum, {p.middle.activation, p.middle.alpha});
     }
+    const int first = row * plan.tile_columns + column;
+    unsigned char* out = z + vector * kBytes % 16;
 #pragma unroll
-    for (int j = 0; j < kStripWidth; ++j) {
+    for (int j = 0; j < kFusedStripWidth; ++j) {
       if (column + j >= plan.tile_columns) break;
-      const int pixel = row * plan.tile_columns + column + j;
-      unsigned char* out = memory.z[chunk] + swizzled_offset(pixel, vector * kBytes / 16, plan.chunk_bytes);
-      Pack<T, kVec>::round(sum[j]).store(reinterpret_cast<T*>(out + vector * kBytes % 16));
+      Pack<T, kVec>::round(sum[j]).store(
+          reinterpret_cast<T*>(out + swizzled_offset(first + j, vector * kBytes / 16, CHUNK)));
     }
   }
 }
 
+// Waits until no more than `left` of this thread's newest groups of copies are on their way.
+__device__ __forceinline__ void wait_for_copies(int left) {
+  static_assert(kMostHalos == 4, "at most 3 are left");
+  if (left == 0) {
+    cp_async_wait<0>();
+  } else if (left == 1) {
+    cp_async_wait<1>();
+  } else if (left == 2) {
+    cp_async_wait<2>();
+  } else {
+    cp_async_wait<3>();
+  }
+}
+
 template <class Policy, int K, int STRIDE>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     separable_fprop_kernel(const __grid_constant__ SeparableFpropParams p) {
   using T = typename Policy::T;
-  const FusedTile tile(p, blockIdx.x);
+  const SeparablePlan& plan = p.plan;
   const FusedMemory memory(p);
-  const Halo<T> halo{p, tile, memory};
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int block = warp % kRowWarps * kWarpPixels, channel = warp / kRowWarps * kWarpChannels;
+  const int halos = plan.halos;
 
-  map_halo<K, STRIDE>(p, tile, memory);
-  __syncthreads();
-  halo.copy(0);
-  cp_async_commit();
+  // The steps whose z is made in the first turn of the loop, whose x is copied next, and the one behind that, whose
+  // tile is mapped next.
+  FusedStep windowed{static_cast<int>(blockIdx.x), 0, 0};
+  FusedStep copied = windowed;
+  for (int i = 0; i < halos; ++i) {
+    if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p, memory, copied);
+    copied.advance(plan);
+  }
   load_tables<T>(p, memory);
-  copy_w_pw<T>(p, memory.w_pw[0], 0);
-  if (p.plan.chunks > 1) halo.copy(1);
-  cp_async_commit();
   __syncthreads();
-  cp_async_wait<1>();
-  if (p.has_prologue != 0) halo.transform(0);
-  __syncthreads();
-  depthwise_chunk<T, K, STRIDE>(p, tile, memory, 0);
+  for (int chunk = 0; plan.keeps_w_pw && chunk < plan.chunks; ++chunk) copy_w_pw<T>(p, memory.w_pw[chunk], chunk);
+  copied = windowed;
+  for (int i = 0; i < halos - 1; ++i) {
+    if (copied.exists(plan)) Halo<T>{p, memory, copied, memory.halo[i]}.copy();
+    cp_async_commit();
+    copied.advance(plan);
+  }
 
   Accumulators accumulators = {};
-#pragma unroll 1
-  for (int chunk = 0; chunk < p.plan.chunks; ++chunk) {
-    cp_async_wait<0>();
-    const bool more = chunk + 1 < p.plan.chunks;
-    if (more && p.has_prologue != 0) halo.transform(chunk + 1);
+  FusedStep multiplied{plan.tiles, 0, 0};  // none yet
+  int even = 1, halo = halos - 1;  // buffers of the step that is multiplied: of z (and w_pw, if it has two), and of x
+  do {
+    const int next = halo + 1 == halos ? 0 : halo + 1;
+    wait_for_copies(halos - 2);
+    if (p.has_prologue != 0 && windowed.exists(plan)) Halo<T>{p, memory, windowed, memory.halo[next]}.transform();
     __syncthreads();
-    if (chunk + 2 < p.plan.chunks) halo.copy(chunk + 2);
-    if (more) copy_w_pw<T>(p, memory.w_pw[chunk + 1], chunk + 1);
+    if (copied.exists(plan)) Halo<T>{p, memory, copied, memory.halo[halo]}.copy();
+    if (!plan.keeps_w_pw && windowed.exists(plan)) copy_w_pw<T>(p, memory.w_pw[even ^ 1], windowed.chunk);
     cp_async_commit();
-    if (more) depthwise_chunk<T, K, STRIDE>(p, tile, memory, chunk + 1);
-    multiply_chunk<Policy>(accumulators, memory.z[chunk], memory.w_pw[chunk], p.plan.chunk_bytes, block, channel);
-  }
-  // Found again rather than kept through the loop, where registers are scarce.
-  finish_tile<T>(p, FusedTile(p, block_index_again()), memory, accumulators, block, channel);
+    copied.advance(plan);
+    if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p, memory, copied);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      if ((turn == 0) == (thread_index_again() < kFusedThreads / 2)) {
+        if (!windowed.exists(plan)) continue;
+        if (plan.chunk_log2 == 7) {
+          depthwise_chunk<T, K, STRIDE, 128>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
+        } else {
+          depthwise_chunk<T, K, STRIDE, 64>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
+        }
+      } else {
+        const WarpBlock block(p);
+        if (!multiplied.exists(plan) || !block.exists) continue;
+        multiply_chunk<Policy>(accumulators, memory.z[even], memory.w_pw[plan.keeps_w_pw ? multiplied.chunk : even],
+                               plan.chunk_bytes, block);
+      }
+    }
+    if (multiplied.exists(plan) && multiplied.chunk == plan.chunks - 1) {
+      finish_tile<T>(p, memory, multiplied, accumulators, WarpBlock(p), memory.z[even]);
+#pragma unroll
+      for (auto& fragment : accumulators) map(fragment, [](float) { return 0.0f; });
+    }
+    multiplied = windowed;
+    windowed.advance(plan);
+    halo = next;
+    even ^= 1;
+  } while (multiplied.exists(plan));
 }
 
 template <class Policy>
 void launch_separable_fprop(const SeparableFpropParams& p, cudaStream_t stream) {
-  const LaunchShape shape{dim3(static_cast<unsigned>(p.plan.tiles)), 32 * kRowWarps * p.plan.channel_warps,
-                          p.plan.shared_bytes};
+  const LaunchShape shape{dim3(static_cast<unsigned>(p.plan.workers)), 32 * p.plan.warps, p.plan.shared_bytes};
   void (*kernel)(SeparableFpropParams) = nullptr;
   switch (p.shape.r * 10 + p.shape.stride_h) {
     case 31:

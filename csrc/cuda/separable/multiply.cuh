@@ -8,9 +8,30 @@ namespace xsep::cuda {
 inline constexpr int kMmaRows = kWarpPixels / 16;
 inline constexpr int kMmaColumns = kWarpChannels / 8;
 
-// [8 i + j][e]: pixel 16 i + lane / 4 + 8 (e / 2), output channel 8 j + 2 (lane % 4) + e % 2 of the warp's block.
+// [8 i + j][e]: pixel 16 i + lane / 4 + 8 (e / 2), column 8 j + 2 (lane % 4) + e % 2 of the warp's block.
 using Accumulators = float[kMmaRows * kMmaColumns][4];
-static_assert(kMmaRows == 2 && kMmaColumns == 8, "64 accumulators of the 128 registers a thread has");
+static_assert(kMmaRows == 4 && kMmaColumns == 8, "128 accumulators of the 255 registers a thread has");
+
+// Which output channel a column is. Within 32 of them they are so ordered that the 8 columns which a thread has in four
+// fragments are neighbouring channels, that is 16 bytes of y. w_pw lies in shared memory in the order of the columns.
+inline constexpr int kRunsBlock = 32;
+__device__ __forceinline__ int channel_of_column(int column) {
+  return column / kRunsBlock * kRunsBlock + column % 8 / 2 * 8 + column % kRunsBlock / 8 * 2 + column % 2;
+}
+
+// Where a warp's block lies in the tile. Found again each time rather than kept, as registers are scarce.
+struct WarpBlock {
+  int pixel, channel;
+  bool exists;  // not where there are fewer pixels than warps for them
+  bool wide;    // whether there are output channels in its upper half
+
+  __device__ __forceinline__ explicit WarpBlock(const SeparableFpropParams& p) {
+    const int warp = static_cast<int>(thread_index_again()) / 32;
+    pixel = warp % p.plan.row_warps * kWarpPixels, channel = warp / p.plan.row_warps * kWarpChannels;
+    exists = pixel < p.plan.z_rows;
+    wide = p.c_out - channel > kRunsBlock;
+  }
+};
 
 // A type policy: what is stored, what z is rounded to, and how 32 bytes of the chunk are multiplied.
 template <class Type>
@@ -44,11 +65,11 @@ struct Simt32 {
 // multiples of 8 apart, so they share their permutation: one address serves them all.
 template <class Policy>
 __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const unsigned char* z,
-                                               const unsigned char* w_pw, int chunk_bytes, int pixel, int channel) {
+                                               const unsigned char* w_pw, int chunk_bytes, const WarpBlock& block) {
   const int lane = static_cast<int>(threadIdx.x) % 32, eight_rows = 8 * chunk_bytes;
   if constexpr (Policy::kSimt) {
     const auto load = [](const unsigned char* p) { return Pack<float, 2>::load(reinterpret_cast<const float*>(p)); };
-    const int row = pixel + lane / 4, column = channel + lane % 4 * 2;
+    const int row = block.pixel + lane / 4, column = block.channel + lane % 4 * 2;
 #pragma unroll 1
     for (int half = 0; half < chunk_bytes / 8; ++half) {
       const int unit = half / 2, within = half % 2 * 8;
@@ -61,6 +82,7 @@ __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const
         source = w_pw + swizzled_offset(column + e, unit, chunk_bytes) + within;
 #pragma unroll
         for (int j = 0; j < kMmaColumns; ++j) {
+          if (j == kMmaColumns / 2 && !block.wide) break;
           const auto b = load(source + j * eight_rows);
 #pragma unroll
           for (int i = 0; i < kMmaRows * 2; ++i) {
@@ -72,7 +94,7 @@ __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const
       }
     }
   } else {
-    const int row = pixel + lane % 16, column = channel + lane % 8 + lane / 16 * 8;
+    const int row = block.pixel + lane % 16, column = block.channel + lane % 8 + lane / 16 * 8;
 #pragma unroll 1
     for (int unit = 0; unit < chunk_bytes / 16; unit += 2) {
       uint32_t a[kMmaRows][4];
@@ -85,6 +107,7 @@ __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const
       source = w_pw + swizzled_offset(column, unit + lane / 8 % 2, chunk_bytes);
 #pragma unroll
       for (int j = 0; j < kMmaColumns; j += 2) {
+        if (j == kMmaColumns / 2 && !block.wide) break;
         uint32_t b[4];
         ldmatrix_x4(b, source + j * eight_rows);
         Policy::prepare(b);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../../common/cuda_separable_plan.h"
 #include "../params.h"
 
 namespace xsep::cuda {

@@ -1,4 +1,4 @@
-// Where the fused kernel's CTA stands, and how its shared memory is laid out.
+// Which tile the fused kernel's CTA is at, and how its shared memory is laid out.
 #pragma once
 
 #include "../channels.cuh"
@@ -13,104 +13,126 @@ __device__ __forceinline__ int swizzled_offset(int row, int unit, int chunk_byte
   return row * chunk_bytes + ((unit ^ key) << 4);
 }
 
-// The CTA's tile of y. Rows are counted through all pictures: row v is row v % P of picture v / P.
+// A tile of y. Rows are counted through all pictures: row v is row v % P of picture v / P.
 struct FusedTile {
   int first_row, rows;
   int first_column, columns;
+  int first_x_row;  // of x, through all pictures likewise: no tap of the tile lies in one above it
 
-  __device__ FusedTile(const SeparableFpropParams& p, unsigned block) {
-    const SeparablePlan& plan = p.plan;
-    const int across = static_cast<int>(block) % plan.tiles_across;
-    const int down = static_cast<int>(block) / plan.tiles_across;
-    const int group = down / plan.tiles_of_group, in_group = down % plan.tiles_of_group * plan.tile_rows;
-    first_row = group * plan.group_rows + in_group;
-    rows = min(plan.tile_rows, plan.group_rows - in_group);
-    first_column = across * plan.tile_columns;
-    columns = min(plan.tile_columns, p.shape.q - first_column);
-  }
-
-  __device__ int pixels() const { return rows * columns; }
   __device__ int64_t first_pixel(const SeparableFpropParams& p) const {  // in y
     return static_cast<int64_t>(first_row) * p.shape.q + first_column;
   }
 };
+static_assert(sizeof(FusedTile) == kFusedTileBytes, "as the planner lays it out");
 
-// Two buffers used in turn.
-struct BufferPair {
-  SharedBuffer<unsigned char> even, odd;
-  __device__ __forceinline__ unsigned char* operator[](int chunk) const {
-    return shared_base() + (chunk % 2 == 0 ? even.place : odd.place);
+__device__ __forceinline__ FusedTile tile_of(const SeparableFpropParams& p, int index) {
+  const SeparablePlan& plan = p.plan;
+  const ConvShape& s = p.shape;
+  const int across = index % plan.tiles_across, down = index / plan.tiles_across;
+  const int group = down / plan.tiles_of_group, in_group = down % plan.tiles_of_group * plan.tile_rows;
+  const int first_column = across * plan.tile_columns, first_row = group * plan.group_rows + in_group;
+  return {first_row, min(plan.tile_rows, plan.group_rows - in_group), first_column,
+          min(plan.tile_columns, s.q - first_column),
+          first_row / s.p * s.h + min(max(first_row % s.p * s.stride_h - s.pad_top, 0), s.h - 1)};
+}
+
+// What a CTA does from one barrier to the next is about steps: each is one chunk of one tile.
+struct FusedStep {
+  int tile, chunk;
+  int map;  // which of the plan's maps is the tile's
+
+  __device__ __forceinline__ bool exists(const SeparablePlan& plan) const { return tile < plan.tiles; }
+  __device__ __forceinline__ void advance(const SeparablePlan& plan) {
+    if (++chunk < plan.chunks) return;
+    chunk = 0;
+    tile += static_cast<int>(gridDim.x);
+    map = map + 1 == plan.maps ? 0 : map + 1;
   }
 };
 
+// What a map says of a pixel beside its place, which is a multiple of 4.
+inline constexpr int kIsOwned = 1;  // it is in the middle of one of the tile's own windows
+inline constexpr int kIsPixel = 2;  // of x, not padding
+
 struct FusedMemory {
-  BufferPair halo;           // [halo_rows, halo_pitch] pixels of one chunk
-  BufferPair w_pw;           // [output channels] rows of one chunk, swizzled
-  BufferPair z;              // [kFusedPixels] rows of one chunk, swizzled
+  BufferRing halo;           // [halo_rows, halo_pitch] pixels of one chunk
+  BufferRing w_pw;           // [w_pw_rows] rows of one chunk, in the order of mma's columns, swizzled
+  BufferRing z;              // [z_rows] rows of one chunk, swizzled
   SharedBuffer<float> taps;  // [R S, table_channels], then 4 rows: prologue's and middle's scale and shift
-  // [halo_rows] first element of the row of x, times 2, and 1 added where its pixels are in the middle of the tile's
-  // own windows; -1 for a row of zeros
-  SharedBuffer<int64_t> halo_source;
-  SharedBuffer<int> slot;      // [tile_rows] the halo row of a tile row's first tap
-  SharedBuffer<float> affine;  // [2, output channels] the epilogue's scale, and its shift with the bias in it
-  SharedBuffer<float> sums;    // [kRowWarps, output channels]
+  // [maps, halo_rows * halo_pitch] where a pixel of the halo is in x, in elements from the start of first_x_row, with
+  // kIsPixel and kIsOwned added; 0 where it is padding
+  SharedBuffer<int> source;
+  SharedBuffer<int> slot;        // [maps, tile_rows] the halo row of a tile row's first tap
+  SharedBuffer<FusedTile> tile;  // [maps]
+  SharedBuffer<int> place;       // [pixels] a pixel's row in the tile times 65536, and its column
+  SharedBuffer<float> affine;    // [2, output channels] the epilogue's scale, and its shift with the bias in it
 
   __device__ __forceinline__ explicit FusedMemory(const SeparableFpropParams& p) {
     const SeparablePlan& plan = p.plan;
     const FusedLayout& layout = plan.layout;
     const int channels = plan.channel_warps * kWarpChannels;
     SharedArena arena;
-    const auto pair = [&](const int (&places)[2], int bytes) {
-      const auto even = arena.take_at<unsigned char>(places[0], bytes);
-      return BufferPair{even, arena.take_at<unsigned char>(places[1], bytes)};
-    };
-    halo = pair(layout.halo, plan.halo_rows * plan.halo_pitch * plan.chunk_bytes);
-    w_pw = pair(layout.w_pw, channels * plan.chunk_bytes);
-    z = pair(layout.z, kFusedPixels * plan.chunk_bytes);
+    halo = arena.take_ring(layout.halo, plan.halos, plan.halo_rows * plan.halo_pitch * plan.chunk_bytes);
+    w_pw = arena.take_ring(layout.w_pw, plan.w_pw_chunks, plan.w_pw_rows * plan.chunk_bytes);
+    z = arena.take_ring(layout.z, 2, plan.z_rows * plan.chunk_bytes);
     taps = arena.take_at<float>(layout.taps, (p.shape.r * p.shape.s + 4) * plan.table_channels);
-    halo_source = arena.take_at<int64_t>(layout.halo_source, plan.halo_rows);
-    slot = arena.take_at<int>(layout.slot, plan.tile_rows);
+    source = arena.take_at<int>(layout.source, plan.maps * plan.halo_rows * plan.halo_pitch);
+    slot = arena.take_at<int>(layout.slot, plan.maps * plan.tile_rows);
+    tile = arena.take_at<FusedTile>(layout.tile, plan.maps);
+    place = arena.take_at<int>(layout.place, plan.pixels);
     affine = arena.take_at<float>(layout.affine, 2 * channels);
-    sums = arena.take_at<float>(layout.sums, kRowWarps * channels);
   }
 };
 
-// Fills halo_source and slot. Rows of one picture share their halo; a new picture starts its own.
+// Fills in a step's map. Rows of one picture share their halo; a new picture starts its own.
 template <int K, int STRIDE>
-__device__ void map_halo(const SeparableFpropParams& p, const FusedTile& tile, const FusedMemory& memory) {
+__device__ __forceinline__ void map_tile(const SeparableFpropParams& p, const FusedMemory& memory,
+                                         const FusedStep& step) {
   const ConvShape& s = p.shape;
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  for (int slot = tid; slot < p.plan.halo_rows; slot += threads) {
-    int64_t picture = tile.first_row / s.p;
-    int row = tile.first_row % s.p, base = 0;
-    int64_t source = -1;
-    for (int i = 0; i < tile.rows; ++i) {
-      const int h = row * STRIDE - s.pad_top + slot - base;
-      if (slot >= base && slot < base + K && h >= 0 && h < s.h) {
-        const int64_t own = slot == base + K / 2 || (source >= 0 && source % 2 != 0) ? 1 : 0;
-        source = (picture * s.h + h) * s.w * s.c_in * 2 + own;
-      }
-      base += STRIDE;
-      if (++row == s.p) row = 0, ++picture, base += K - STRIDE;
-    }
-    memory.halo_source[slot] = source;
+  const FusedTile tile = tile_of(p, step.tile);
+  const int picture = tile.first_row / s.p, first = tile.first_row % s.p;
+  const int in_first = min(tile.rows, s.p - first);  // the tile's rows in its first picture,
+  const int of_first = (in_first - 1) * STRIDE + K;  // their halo's,
+  const int of_whole = (s.p - 1) * STRIDE + K;       // and a whole picture's
+  const int pitch = p.plan.halo_pitch, pixels = p.plan.halo_rows * pitch;
+  for (int i = tid; i < pixels; i += threads) {
+    const int halo_row = i / pitch, halo_column = i % pitch;
+    const bool later = halo_row >= of_first;
+    const int skipped = later ? (halo_row - of_first) / of_whole : 0;
+    const int within = later ? halo_row - of_first - skipped * of_whole : halo_row;
+    const int rows_before = later ? in_first + skipped * s.p : 0;
+    const int rows = min(tile.rows - rows_before, later ? s.p : in_first);  // of the tile in this picture
+    const int h = (later ? 0 : first * STRIDE) - s.pad_top + within;
+    const int w = tile.first_column * STRIDE - s.pad_left + halo_column;
+    const bool inside = rows > 0 && within < (rows - 1) * STRIDE + K &&
+                        static_cast<unsigned>(h) < static_cast<unsigned>(s.h) && halo_column < p.plan.halo_columns &&
+                        static_cast<unsigned>(w) < static_cast<unsigned>(s.w);
+    const int x_row = (picture + (later ? 1 + skipped : 0)) * s.h + h - tile.first_x_row;
+    // Of interest at stride 1 alone.
+    const int down = within - K / 2, across = halo_column - K / 2;
+    const bool own = down >= 0 && down < rows && across >= 0 && across < tile.columns;
+    memory.source[step.map * pixels + i] = inside ? (x_row * s.w + w) * s.c_in + kIsPixel + (own ? kIsOwned : 0) : 0;
   }
-  const int first = tile.first_row % s.p;
-  for (int i = tid; i < tile.rows; i += threads) memory.slot[i] = i * STRIDE + (first + i) / s.p * (K - STRIDE);
+  for (int i = tid; i < tile.rows; i += threads) {
+    memory.slot[step.map * p.plan.tile_rows + i] = i * STRIDE + (first + i) / s.p * (K - STRIDE);
+  }
+  if (tid == 0) memory.tile[step.map] = tile;
 }
 
-// The taps and the per-channel vectors in float32; past the last channel all zeros.
+// What holds for all tiles. The taps and the per-channel vectors in float32; past the last channel all zeros.
 template <class T>
 __device__ void load_tables(const SeparableFpropParams& p, const FusedMemory& memory) {
+  const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int taps = p.shape.r * p.shape.s, channels = p.plan.table_channels;
   const T* w_dw = static_cast<const T*>(p.w_dw);
   float* table = memory.taps.get();
-  for (int i = static_cast<int>(threadIdx.x); i < channels * taps; i += static_cast<int>(blockDim.x)) {
+  for (int i = tid; i < channels * taps; i += threads) {
     const int c = i / taps, tap = i % taps;
     table[tap * channels + c] = c < p.shape.c_in ? to_float(w_dw[i]) : 0.0f;
   }
   table += taps * channels;
-  for (int c = static_cast<int>(threadIdx.x); c < channels; c += static_cast<int>(blockDim.x)) {
+  for (int c = tid; c < channels; c += threads) {
     const bool inside = c < p.shape.c_in;
     table[c] = inside ? channel_value<T>(p.prologue.scale, c, 1.0f) : 0.0f;
     table[channels + c] = inside ? channel_value<T>(p.prologue.shift, c, 0.0f) : 0.0f;
@@ -118,12 +140,15 @@ __device__ void load_tables(const SeparableFpropParams& p, const FusedMemory& me
     table[3 * channels + c] = inside ? channel_value<T>(p.middle.shift, c, 0.0f) : 0.0f;
   }
   const int outputs = p.plan.channel_warps * kWarpChannels;
-  for (int n = static_cast<int>(threadIdx.x); n < outputs; n += static_cast<int>(blockDim.x)) {
+  for (int n = tid; n < outputs; n += threads) {
     const bool inside = n < p.c_out;
     const float scale = inside ? channel_value<T>(p.epilogue.scale, n, 1.0f) : 0.0f;
     const float bias = inside ? channel_value<T>(p.bias, n, 0.0f) : 0.0f;
     memory.affine[n] = scale;
     memory.affine[outputs + n] = fmaf(scale, bias, inside ? channel_value<T>(p.epilogue.shift, n, 0.0f) : 0.0f);
+  }
+  for (int m = tid; m < p.plan.pixels; m += threads) {
+    memory.place[m] = m / p.plan.tile_columns << 16 | m % p.plan.tile_columns;
   }
 }
 

@@ -5,13 +5,13 @@
 
 namespace xsep::cuda {
 
-// sum += VEC channels of kStripWidth neighbouring pixels. source: the first pixel's first tap; pixels and rows of
+// sum += VEC channels of WIDTH neighbouring pixels. source: the first pixel's first tap; pixels and rows of
 // pixels lie pixel_bytes and row_bytes apart. taps: the weights of these channels, a row of `table` floats for each
 // tap.
-template <class T, int K, int STRIDE, int VEC>
-__device__ __forceinline__ void slide_window(float (&sum)[kStripWidth][VEC], const unsigned char* source,
-                                             int pixel_bytes, int row_bytes, const float* taps, int table) {
-  constexpr int kWidth = (kStripWidth - 1) * STRIDE + K;
+template <class T, int K, int STRIDE, int WIDTH, int VEC>
+__device__ __forceinline__ void slide_window(float (&sum)[WIDTH][VEC], const unsigned char* source, int pixel_bytes,
+                                             int row_bytes, const float* taps, int table) {
+  constexpr int kWidth = (WIDTH - 1) * STRIDE + K;
 #pragma unroll 1
   for (int r = 0; r < K; ++r) {
     Pack<float, VEC> weight[K];
@@ -22,7 +22,7 @@ __device__ __forceinline__ void slide_window(float (&sum)[kStripWidth][VEC], con
       float x[VEC];
       Pack<T, VEC>::load(reinterpret_cast<const T*>(source + r * row_bytes + i * pixel_bytes)).widen(x);
 #pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
+      for (int j = 0; j < WIDTH; ++j) {
         const int k = i - j * STRIDE;
         if (k < 0 || k >= K) continue;
 #pragma unroll

@@ -18,7 +18,7 @@ namespace {
 
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr size_t kGap = 1024;
-constexpr size_t kMaxBuffers = 16;
+constexpr size_t kMaxBuffers = 48;
 constexpr size_t kStackBytes = 192 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN as float, half and bfloat16
 

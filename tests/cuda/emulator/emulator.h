@@ -93,6 +93,9 @@ std::array<T, kWarp> gather(const char* collective, const T& mine) {
 inline void __syncthreads() { emulator::block_barrier(); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;

@@ -6,7 +6,6 @@
 
 namespace xsep::cuda {
 
-inline unsigned block_index_again() { return blockIdx.x; }
 inline unsigned thread_index_again() { return threadIdx.x; }
 
 inline void cp_async_16(void* destination, const void* source, bool valid) {

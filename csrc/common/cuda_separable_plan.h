@@ -1,0 +1,220 @@
+// How the fused separable forward is cut into tiles of pixels, and what it keeps in shared memory.
+#pragma once
+
+#include <limits>
+
+#include "cuda_plan.h"
+
+namespace xsep::cuda {
+
+// A CTA walks over tiles: row_warps * kWarpPixels pixels of y, all output channels, which its warps share out in blocks
+// of kWarpPixels x kWarpChannels. A tile's pixels are tile_rows x tile_columns; where the pictures are small, a row of
+// the tile may belong to the next picture, so that small maps fill the tile too.
+inline constexpr int kWarpPixels = 64;
+inline constexpr int kWarpChannels = 64;
+inline constexpr int kMostChannelWarps = 4;
+// Of a CTA, and with 255 registers a thread of a multiprocessor.
+inline constexpr int kMostFusedWarps = 8;
+inline constexpr int kFusedThreads = 32 * kMostFusedWarps;
+static_assert(kMostFusedWarps >= kMostChannelWarps, "one CTA holds all of C_out");
+
+// Neighbouring pixels that a thread computes z of, for kFusedVectorBytes of channels.
+inline constexpr int kFusedStripWidth = 8;
+inline constexpr int kFusedVectorBytes = 8;
+
+// Buffers for x: while one is read, the others are on their way.
+inline constexpr int kMostHalos = 4;
+inline constexpr int kFusedTileBytes = 5 * 4;
+// A tile's statistics are added up where a chunk of z was: for each block of pixels two floats a channel, and one more.
+static_assert(3 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "with one block of pixels, in 64 bytes");
+static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "and with each that is added");
+
+// Where the buffers start in shared memory; separable/tile.cuh says what they hold. Part of the plan, so that a kernel
+// finds them in its parameters and need not keep them in registers.
+struct FusedLayout {
+  int halo, w_pw, z;  // several buffers each
+  int taps, source, slot, tile, place, affine;
+};
+
+struct SeparablePlan {
+  bool fused;         // else staged: the depthwise kernel, then a GEMM
+  bool keeps_w_pw;    // all of it in shared memory; else each chunk is loaded again for every tile
+  int chunk_bytes;    // 64 or 128: what one pipeline step takes of a pixel's channels
+  int chunk_log2;     // 6 or 7
+  int row_warps;      // warps along the pixels
+  int channel_warps;  // and along the output channels
+  int warps;          // of a CTA
+  int pixels;         // of a tile, at most
+  int tile_rows, tile_columns;
+  int group_rows;                    // rows that tiles may run across: one picture's P, or all N P
+  int tiles_of_group, tiles_across;  // tiles down a group and across
+  int tiles;                         // also rows of the statistics
+  int workers;                       // CTAs that share the tiles
+  int halo_rows, halo_columns;       // pixels of x under a tile
+  int halo_pitch;                    // halo_columns, up to whole strips
+  int halos;                         // buffers for x
+  int maps;                          // of tiles that are under way at a time
+  int z_rows;                        // a tile's pixels, up to whole blocks
+  int w_pw_rows;                     // C_out, up to whole runs of columns
+  int w_pw_chunks;                   // buffers for w_pw: one for each chunk, or 2
+  int table_channels;                // C_in, up to whole chunks
+  int chunks;
+  FusedLayout layout;
+  int shared_bytes;
+  double clocks;  // that it should take, as fused_clocks has it
+};
+
+namespace detail {
+
+inline constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+// For so many buffers for x, and for w_pw: one for each chunk, or 2.
+inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int halos, int w_pw_chunks) {
+  plan.halos = halos, plan.w_pw_chunks = w_pw_chunks, plan.keeps_w_pw = w_pw_chunks == plan.chunks;
+  // From the step that is multiplied to the one behind the newest copy, which is being prepared.
+  plan.maps = ceil_div(halos + 1, plan.chunks) + 1;
+  const int channels = plan.channel_warps * kWarpChannels;
+  plan.shared_bytes = 0;
+  const auto take = [&](int bytes, int count = 1) {
+    const int place = plan.shared_bytes;
+    plan.shared_bytes += count * shared_bytes_of(bytes);
+    return place;
+  };
+  plan.layout.halo = take(plan.halo_rows * plan.halo_pitch * plan.chunk_bytes, plan.halos);
+  plan.layout.w_pw = take(plan.w_pw_rows * plan.chunk_bytes, plan.w_pw_chunks);
+  plan.layout.z = take(plan.z_rows * plan.chunk_bytes, 2);
+  plan.layout.taps = take((c.r * c.s + 4) * plan.table_channels * 4);
+  plan.layout.source = take(plan.maps * plan.halo_rows * plan.halo_pitch * 4);
+  plan.layout.slot = take(plan.maps * plan.tile_rows * 4);
+  plan.layout.tile = take(plan.maps * kFusedTileBytes);
+  plan.layout.place = take(plan.pixels * 4);
+  plan.layout.affine = take(2 * channels * 4);
+}
+
+// Fills in what follows from chunk_bytes, row_warps, tile_columns and group_rows; false where the kernel could not
+// count so far.
+inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes) {
+  plan.fused = true;
+  plan.chunk_log2 = plan.chunk_bytes == 128 ? 7 : 6;
+  plan.channel_warps = ceil_div(c_out, kWarpChannels);
+  plan.warps = plan.row_warps * plan.channel_warps;
+  plan.pixels = plan.row_warps * kWarpPixels;
+  plan.tile_rows = std::min(plan.pixels / plan.tile_columns, plan.group_rows);
+  const int groups = plan.group_rows == c.p ? c.n : 1;
+  plan.tiles_of_group = ceil_div(plan.group_rows, plan.tile_rows);
+  plan.tiles_across = ceil_div(c.q, plan.tile_columns);
+  const int64_t tiles = static_cast<int64_t>(groups) * plan.tiles_of_group * plan.tiles_across;
+  plan.tiles = static_cast<int>(std::min(tiles, kMost));
+  const int pictures = plan.group_rows == c.p ? 1 : std::min(plan.tile_rows, ceil_div(plan.tile_rows - 1, c.p) + 1);
+  plan.halo_rows = plan.tile_rows * c.stride_h + pictures * (c.r - c.stride_h);
+  plan.halo_columns = (plan.tile_columns - 1) * c.stride_w + c.s;
+  plan.halo_pitch = (ceil_div(plan.tile_columns, kFusedStripWidth) * kFusedStripWidth - 1) * c.stride_w + c.s;
+  // It counts in 32 bits: tiles, and a little past the last; and from a tile's first pixel, in y and in x.
+  const int64_t reach_y = static_cast<int64_t>(plan.tile_rows) * c.q * c_out;
+  const int64_t rows_x = static_cast<int64_t>(pictures - 1) * c.h + plan.halo_rows;
+  if (tiles > kMost / 2 || reach_y > kMost || rows_x > kMost / c.w / c.c_in) return false;
+  const int chunk = plan.chunk_bytes / element_bytes;
+  plan.chunks = ceil_div(c.c_in, chunk);
+  plan.table_channels = plan.chunks * chunk;
+  plan.z_rows = ceil_div(plan.tile_rows * plan.tile_columns, kWarpPixels) * kWarpPixels;
+  plan.w_pw_rows = ceil_div(c_out, 32) * 32;
+  return true;
+}
+
+// Takes as many buffers for x as fit, beside all of w_pw if that fits too; false where not even the least does.
+inline bool fit_into_shared_memory(SeparablePlan& plan, const ConvShape& c, int limit) {
+  const auto fits = [&](int halos, int w_pw_chunks) {
+    lay_out_shared_memory(plan, c, halos, w_pw_chunks);
+    return plan.shared_bytes <= limit;
+  };
+  for (int halos = kMostHalos; halos >= 2; --halos) {
+    if (fits(halos, plan.chunks)) return true;
+  }
+  // What is loaded again and again comes with the copy of x before it is needed, which is then one step ahead.
+  return plan.chunks > 2 && fits(2, 2);
+}
+
+// CTAs that are resident on a multiprocessor. It has 1 KB more than one CTA can have, and each CTA takes 1 KB itself.
+inline int resident_ctas(const SeparablePlan& plan, const DeviceProperties& device) {
+  constexpr int kReserved = 1024;
+  const int by_memory = (device.shared_bytes_per_cta + kReserved) / (plan.shared_bytes + kReserved);
+  return std::max(1, std::min(kMostFusedWarps / plan.warps, by_memory));
+}
+
+// What a plan should cost, in clocks of the busiest multiprocessor: instructions as counted in the compiled kernel, a
+// multiprocessor's share of L2, and the latency of memory. Only comparisons of plans of one problem rest on it.
+inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes,
+                           const DeviceProperties& device) {
+  constexpr double kLanes = 128.0, kBytesAClock = 32.0, kLatency = 1000.0, kBarrier = 60.0;
+  const int threads = 32 * plan.warps, units = plan.chunk_bytes / 16;
+  const int strips = plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth);
+  const int turns = ceil_div(strips * plan.chunk_bytes / kFusedVectorBytes, threads);
+  // A strip: for each row of taps its weights, then each pixel of x loaded, widened and multiplied.
+  const int vec = kFusedVectorBytes / element_bytes, loads = (kFusedStripWidth - 1) * c.stride_w + c.s;
+  const double strip =
+      c.r * (c.s + loads * (1.0 + (element_bytes == 2 ? vec : 0)) + kFusedStripWidth * c.s * vec + 11) + 140;
+  // Two steps of mma, 32 bytes of the chunk; and from accumulators to y.
+  const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 56 : 32), finish = 500;
+  const int multiplying = 32 * plan.channel_warps * (plan.z_rows / kWarpPixels);
+  const double x_pieces = units * plan.halo_rows * plan.halo_pitch;
+  const double w_pieces = plan.keeps_w_pw ? 0.0 : units * plan.w_pw_rows;
+  const double mapped = plan.halo_rows * plan.halo_pitch * 100.0;
+  const double step =
+      (threads * turns * strip + multiplying * multiply + x_pieces * 18 + w_pieces * 42) / kLanes + kBarrier;
+  const double last = (multiplying * finish + mapped) / kLanes;
+  // A scheduler that has but one warp is idle about every second clock.
+  const int rounds = ceil_div(plan.tiles, device.multiprocessors);
+  const int together = std::min(rounds, resident_ctas(plan, device));
+  const double alone = std::max(1.0, static_cast<double>(kMostFusedWarps) / (plan.warps * together));
+  const double bytes = 16 * (x_pieces + w_pieces);
+  const double waits = kLatency / ((plan.halos - 1) * together);
+  const double a_step = std::max({step * alone, bytes / kBytesAClock, waits});
+  return rounds * (plan.chunks * a_step + last * alone);
+}
+
+}  // namespace detail
+
+// Fused where one CTA can hold all of C_out, so that z is computed once. Of the ways to cut y into tiles, the one that
+// should take the least time.
+inline SeparablePlan plan_separable_fprop(const ConvShape& c, int c_out, int element_bytes, bool aligned,
+                                          const DeviceProperties& device) {
+  SeparablePlan best{};
+  const bool filter = c.r == c.s && (c.r == 3 || c.r == 5) && detail::has_sliding_window(c);
+  const int64_t rows = static_cast<int64_t>(c.n) * c.p;
+  if (!aligned || !filter || rows > detail::kMost || static_cast<int64_t>(c.n) * c.h > detail::kMost ||
+      c.c_in % (16 / element_bytes) != 0 || c_out % (16 / element_bytes) != 0 ||
+      c_out > kWarpChannels * kMostChannelWarps) {
+    return best;
+  }
+  const auto consider = [&](int chunk_bytes, int row_warps, int columns, bool across_pictures) {
+    SeparablePlan plan{};
+    plan.chunk_bytes = chunk_bytes, plan.row_warps = row_warps, plan.tile_columns = columns;
+    plan.group_rows = across_pictures ? static_cast<int>(rows) : c.p;
+    if (!detail::complete_fused_plan(plan, c, c_out, element_bytes)) return;
+    if (!detail::fit_into_shared_memory(plan, c, device.shared_bytes_per_cta)) return;
+    plan.clocks = detail::fused_clocks(plan, c, c_out, element_bytes, device);
+    if (!best.fused || plan.clocks < best.clocks) best = plan;
+  };
+  for (const int chunk_bytes : {128, 64}) {
+    for (int row_warps = kMostFusedWarps; row_warps >= 1; row_warps /= 2) {
+      if (row_warps * ceil_div(c_out, kWarpChannels) > kMostFusedWarps) continue;
+      // Rows in equal parts, each width about a tenth less than the one before, and the same up to whole strips.
+      const int most = std::min(c.q, row_warps * kWarpPixels);
+      for (int width = most; width >= std::min(most, kFusedStripWidth);) {
+        const int columns = ceil_div(c.q, ceil_div(c.q, width));
+        const int strips = std::min(ceil_div(columns, kFusedStripWidth) * kFusedStripWidth, most);
+        for (const bool across_pictures : {false, true}) {
+          consider(chunk_bytes, row_warps, columns, across_pictures);
+          if (strips != columns) consider(chunk_bytes, row_warps, strips, across_pictures);
+        }
+        width = std::min(columns - 1, columns * 9 / 10);
+      }
+    }
+  }
+  if (best.fused) {
+    best.workers = std::min(best.tiles, device.multiprocessors * detail::resident_ctas(best, device));
+  }
+  return best;
+}
+
+}  // namespace xsep::cuda
