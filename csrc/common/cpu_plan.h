@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "geometry.h"
 
@@ -220,6 +221,13 @@ inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, i
   plan.group_columns = ceil_div(units, parts) * kColumnUnit;
   plan.column_groups = ceil_div(c_mid, plan.group_columns);
   return plan;
+}
+
+/// Whether the backward turns NCHW round in its tiles and units, or whole tensors.
+inline bool cpu_turns_in_units(const DepthwiseShape& s, int64_t element_bytes) {
+  const char* dev = std::getenv("XSEP_DEV_UNITS");
+  if (dev) return *dev == '1';
+  return s.h * s.w > 0 && element_bytes > 0;
 }
 
 inline CpuBackwardPlan plan_cpu_backward(const DepthwiseShape& shape) {

@@ -60,7 +60,7 @@ Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
                                                            const OptionalTensor& scale_p, const OptionalTensor& shift_p,
                                                            at::IntArrayRef geometry, int64_t activation, double alpha,
-                                                           std::array<bool, 4> wanted) {
+                                                           std::array<bool, 4> wanted, bool nchw) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   const int64_t c_mid = shape.c * shape.multiplier;
   check_input(dz, x.scalar_type(), 4, "dz");
@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   const auto floats = at::TensorOptions().dtype(at::kFloat);
   const auto doubles = at::TensorOptions().dtype(at::kDouble);
   const bool affine_wanted = wanted[2] || wanted[3];
-  Tensor dx = wanted[0] ? empty_nhwc(shape.n, shape.c, shape.h, shape.w, x) : at::empty({0}, x.options());
+  const bool in_units = cpu_turns_in_units(shape, x.element_size());
+  Tensor dx = wanted[0] ? empty_image(x.sizes(), x, nchw && in_units) : at::empty({0}, x.options());
   Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options());
   Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);
   Tensor dshift = at::empty({wanted[3] ? shape.c : 0}, floats);
@@ -79,17 +80,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   p.shape = shape;
   p.plan = plan_cpu_backward(shape);
   p.c_pad = table_row(shape.c);
-  const Tensor x_rows = to_nhwc(x);
+  const Tensor image = in_units && is_nchw(x) ? x : to_nhwc(x);
   const Tensor dz_rows = in_pass_order(dz, shape);
   const Tensor w = packed_depthwise(w_dw, shape, p.c_pad);
   const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, p.c_pad, activation, alpha);
   const int64_t taps = shape.multiplier * shape.taps();
   Tensor dw_partial, daffine_partial;
-  p.x = x_rows.const_data_ptr();
+  p.x = image.const_data_ptr();
+  p.x_planes = is_nchw(image);
   p.dz = dz_rows.const_data_ptr();
   p.w = w.const_data_ptr<float>();
   p.prologue = prologue.affine();
   if (wanted[0]) p.dx = dx.mutable_data_ptr();
+  p.dx_planes = wanted[0] && is_nchw(dx);
   if (wanted[1]) {
     dw_partial = at::empty({p.plan.row_groups, taps, p.c_pad}, doubles);
     p.dw = dw_partial.mutable_data_ptr<double>();
@@ -99,9 +102,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
     p.daffine = daffine_partial.mutable_data_ptr<double>();
   }
   if (!p.through_x() && !p.dw) return {dx, dw, dscale, dshift};
+  const int64_t thread_bytes = p.scratch_bytes(x.element_size());
+  const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, p.plan.units(), 1, [&](int64_t begin, int64_t end) {
+    char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
     for (int64_t unit = begin; unit < end; ++unit) {
-      with_storage(x.scalar_type(), [&](auto t) { depthwise_bprop_unit<decltype(t)>(p, unit); });
+      with_storage(x.scalar_type(), [&](auto t) { depthwise_bprop_unit<decltype(t)>(p, unit, mine); });
     }
   });
 
@@ -126,8 +132,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
       std::copy(sum + i * p.c_pad, sum + i * p.c_pad + shape.c, out);
     }
   }
-  return {dx, dw, dscale, dshift};
+  return {nchw && wanted[0] ? to_nchw(dx) : dx, dw, dscale, dshift};
 }
+
+namespace {
+
+/// dx in the layout that PyTorch's convolution would give it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop_alone(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
+                                                                 const OptionalTensor& scale_p,
+                                                                 const OptionalTensor& shift_p,
+                                                                 at::IntArrayRef geometry, int64_t activation,
+                                                                 double alpha, std::array<bool, 4> wanted) {
+  return depthwise_bprop(dz, x, w_dw, scale_p, shift_p, geometry, activation, alpha, wanted, !wants_nhwc({x, w_dw}));
+}
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
@@ -140,7 +159,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) {
   m.impl("cpu_depthwise_fprop", &depthwise_fprop);
-  m.impl("cpu_depthwise_bprop", &depthwise_bprop);
+  m.impl("cpu_depthwise_bprop", &depthwise_bprop_alone);
 }
 
 }  // namespace xsep::cpu

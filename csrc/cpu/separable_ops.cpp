@@ -39,12 +39,6 @@ namespace {
 
 constexpr int64_t kLeastPlane = 64;  // pixels
 
-/// The layout PyTorch's convolutions would choose: channels_last as soon as the input or a weight is.
-bool wants_nhwc(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; });
-}
-
 /// oneDNN's, for AMX.
 void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
                 float* c) {
