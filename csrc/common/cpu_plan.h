@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 #include "geometry.h"
 
@@ -51,6 +50,13 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
   int64_t tiles = std::max<int64_t>(ceil_div(pixels, most), 1);
   if (groups == 1 && tiles > 1) tiles = std::min<int64_t>(round_up(tiles, threads), blocks);
   return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups, false};
+}
+
+/// Whether PyTorch's own convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or so few
+/// of NCHW that turning them round fills no vector either, leaves most lanes idle.
+inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw) {
+  constexpr int64_t kLeastChannels = 8;
+  return s.c == 1 || (nchw && s.c < kLeastChannels);
 }
 
 struct CpuDepthwisePlan {
@@ -142,11 +148,19 @@ inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out
   return best;
 }
 
-/// depth: values of one pixel that are read, each of `bytes`.
+/// depth: values of one pixel that are read, each of `bytes`. z_first: a task packs a panel of weights into its own cache
+/// and multiplies all pixels by it, so that no packed weights go through memory; the pixels are read once for every
+/// panel, so they must stay in a share of the third-level cache.
 inline CpuTilePlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
   constexpr int64_t kRows = 6;  // pixels of one block of the product
   const int64_t fitting = kMaxTileBytes / (depth * bytes) / kRows * kRows;
   int64_t tile = std::clamp<int64_t>(fitting, kRows, 96);
+  const bool even = panels % threads == 0 || panels >= 4 * threads;  // threads have about as many panels each
+  if (even && pixels * depth * bytes <= kMaxWholeZBytes) {
+    CpuTilePlan plan = cut_into_tiles(pixels, tile, panels, 1, 1);
+    plan.z_first = true;
+    return plan;
+  }
   // Few pixels: tiles small enough that every thread has one, then groups of panels.
   tile = std::min(tile, std::max(round_up(ceil_div(pixels, threads), kRows), kRows));
   const int64_t tiles = std::max<int64_t>(ceil_div(pixels, tile), 1);
@@ -223,11 +237,11 @@ inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, i
   return plan;
 }
 
-/// Whether the backward turns NCHW round in its tiles and units, or whole tensors.
-inline bool cpu_turns_in_units(const DepthwiseShape& s, int64_t element_bytes) {
-  const char* dev = std::getenv("XSEP_DEV_UNITS");
-  if (dev) return *dev == '1';
-  return s.h * s.w > 0 && element_bytes > 0;
+/// Whether the backward turns NCHW round in its tiles and units, which spares whole tensors a way through memory; of few
+/// channels, so few squares of pixels and channels at a time that whole tensors are turned as fast.
+inline bool cpu_turns_in_units(const DepthwiseShape& s) {
+  constexpr int64_t kLeastChannels = 32;
+  return s.c >= kLeastChannels;
 }
 
 inline CpuBackwardPlan plan_cpu_backward(const DepthwiseShape& shape) {

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   const auto floats = at::TensorOptions().dtype(at::kFloat);
   const auto doubles = at::TensorOptions().dtype(at::kDouble);
   const bool affine_wanted = wanted[2] || wanted[3];
-  const bool in_units = cpu_turns_in_units(shape, x.element_size());
+  const bool in_units = cpu_turns_in_units(shape);
   Tensor dx = wanted[0] ? empty_image(x.sizes(), x, nchw && in_units) : at::empty({0}, x.options());
   Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options());
   Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);

@@ -78,6 +78,78 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
   return wgrad_of_type(at::kFloat, dv, x, w_dw, scale_p, shift_p, scale_m, shift_m, geometry, activations, alphas);
 }
 
+/// Panels of w_pw [C_out, C_mid] that dz = dv w_pw multiplies by: to `out`, one.
+void pack_transposed(const Tensor& w, int64_t panel, void* out) {
+  const int64_t c_out = w.size(0), c_mid = w.size(1);
+  if (w.scalar_type() == at::kBFloat16) {
+    return pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
+                                 static_cast<uint32_t*>(out));
+  }
+  pack_transposed_panel(c_out, c_mid, w.const_data_ptr<float>(), panel, static_cast<float*>(out));
+}
+
+/// f(begin, end, scratch) for parts of [0, tasks), each with so many bytes of a thread's own.
+template <class F>
+void parallel_with_scratch(int64_t tasks, int64_t bytes, F&& f) {
+  const Tensor scratch = empty_bytes(bytes * at::get_num_threads());
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    f(begin, end, static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * bytes);
+  });
+}
+
+/// A panel is packed where it is multiplied: its weights are never written to memory.
+template <class T>
+void dgrad_by_panels(Pointwise p, const CpuTilePlan& plan, const T* dv, const Tensor& w) {
+  const int64_t panel_bytes = round_up(p.panel_bytes(), 64);
+  parallel_with_scratch(plan.tasks(), panel_bytes, [&](int64_t begin, int64_t end, char* packed) {
+    alignas(64) float products[kProductRows * kPanelColumns];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_transposed(w, panel, packed);
+      for (int64_t i = 0; i < plan.tiles; ++i) {
+        const Range tile = plan.tile(i);
+        multiply_panel<T>(p, dv + tile.begin * p.z_stride, packed, {}, panel, tile.end - tile.begin, tile.begin,
+                          products);
+      }
+    }
+  });
+}
+
+/// plane: pixels of one, where dv is NCHW and a tile of it is turned round at a time, else 0.
+template <class T>
+void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const T* dv, int64_t plane, const Tensor& w) {
+  const Tensor packed = empty({plan.panels * p.panel_bytes()}, w.options().dtype(at::kByte));
+  char* const panels = static_cast<char*>(packed.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(32768 / (p.depth * kPanelColumns), 1);
+  at::parallel_for(0, plan.panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) pack_transposed(w, panel, panels + panel * p.panel_bytes());
+  });
+  p.w_packed = panels;
+  const int64_t depth = w.size(0);
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  if (plane) p.z_stride = brought_pixel_step(depth, kBytes);
+  const int64_t tile_bytes = plane ? round_up(plan.tile_pixels * p.z_stride * kBytes, 64) : 0;
+  parallel_with_scratch(plan.tasks(), tile_bytes, [&](int64_t begin, int64_t end, char* scratch) {
+    alignas(64) float products[kProductRows * kPanelColumns];
+    for (int64_t task = begin; task < end; ++task) {
+      const Range tile = plan.tile(task % plan.tiles);
+      const Range group = plan.group_panels(task / plan.tiles);
+      const int64_t count = tile.end - tile.begin;
+      const T* from = dv + tile.begin * depth;
+      Soon next_tile{reinterpret_cast<const char*>(from + count * depth), count * depth * kBytes};
+      if (plane) {
+        T* const turned = reinterpret_cast<T*>(scratch);
+        pixels_from_planes(Planes<const T>{dv, depth, plane}, tile, {0, depth}, turned, p.z_stride);
+        from = turned;
+        next_tile = {};
+      }
+      for (int64_t panel = group.begin; panel < group.end; ++panel) {
+        const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
+        multiply_panel<T>(p, from, p.panel(panel), soon, panel, count, tile.begin, products);
+      }
+    }
+  });
+}
+
 /// dz = dv w_pw: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC.
 Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   check_input(dv, dv.scalar_type(), 4, "dv");
@@ -93,61 +165,22 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   if (dz.numel() == 0) return dz;
 
   const int64_t plane = dv.size(2) * dv.size(3);
-  const bool planes = is_nchw(dv);
-  const Tensor image = planes ? dv : to_nhwc(dv);
-  const Tensor w = w_pw.contiguous();
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
-  const int64_t panel_size = c_out * kPanelColumns;
-  const Tensor packed = empty({panels, panel_size}, w.options());
-  at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      if (pairs) {
-        pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
-                              static_cast<uint32_t*>(packed.mutable_data_ptr()) + panel * panel_size / 2);
-      } else {
-        pack_transposed_panel(c_out, c_mid, static_cast<const float*>(w.const_data_ptr()), panel,
-                              static_cast<float*>(packed.mutable_data_ptr()) + panel * panel_size);
-      }
-    }
-  });
-
+  const CpuTilePlan plan =
+      plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), dv.element_size());
+  const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
+  const Tensor w = w_pw.contiguous();
   Pointwise p{};
   p.c_out = c_mid;
   p.depth = c_out;
   p.pairs = pairs;
-  p.z_stride = planes ? brought_pixel_step(c_out, dv.element_size()) : c_out;
-  p.w_packed = packed.const_data_ptr();
+  p.z_stride = c_out;
   p.y = dz.mutable_data_ptr();
-  const int64_t pixels = dv.size(0) * plane;
-  const CpuTilePlan plan = plan_cpu_dgrad(pixels, c_out, panels, at::get_num_threads(), pairs ? 2 : 4);
-  const int64_t tile_bytes = planes ? round_up(plan.tile_pixels * p.z_stride * dv.element_size(), 64) : 0;
-  const Tensor scratch = empty_bytes(tile_bytes * at::get_num_threads());
-  at::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float products[kProductRows * kPanelColumns];
-    char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * tile_bytes;
-    with_storage(dv.scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      for (int64_t task = begin; task < end; ++task) {
-        const Range tile = plan.tile(task % plan.tiles);
-        const Range group = plan.group_panels(task / plan.tiles);
-        const int64_t count = tile.end - tile.begin;
-        const T* from = static_cast<const T*>(image.const_data_ptr());
-        Soon next_tile{};
-        if (planes) {
-          pixels_from_planes(Planes<const T>{from, c_out, plane}, tile, {0, c_out}, reinterpret_cast<T*>(mine),
-                             p.z_stride);
-          from = reinterpret_cast<const T*>(mine);
-        } else {
-          from += tile.begin * c_out;
-          next_tile = {reinterpret_cast<const char*>(from + count * c_out),
-                       count * c_out * static_cast<int64_t>(sizeof(T))};
-        }
-        for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
-          multiply_panel<T>(p, from, p.panel(panel), soon, panel, count, tile.begin, products);
-        }
-      }
-    });
+  with_storage(dv.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* const from = static_cast<const T*>(image.const_data_ptr());
+    if (plan.z_first) return dgrad_by_panels<T>(p, plan, from, w);
+    dgrad_by_tiles<T>(p, plan, from, is_nchw(image) ? plane : 0, w);
   });
   return dz;
 }
@@ -162,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor&
                                                                    at::IntArrayRef geometry, int64_t activation,
                                                                    double alpha, std::array<bool, 5> wanted) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
-  const bool in_units = cpu_turns_in_units(shape, x.element_size());
+  const bool in_units = cpu_turns_in_units(shape);
   const bool by_rows = cpu_brings_rows(shape, true, at::get_num_threads(), 1, x.element_size());
   const Tensor dy_image = in_units ? dy : to_nhwc(dy);
   const Tensor image = in_units && (by_rows || !wanted[2]) ? x : to_nhwc(x);

@@ -61,6 +61,14 @@ class CpuBackend(Backend):
             reasons.append(missing)
         return reasons
 
+    def slower_than_aten(self, problem: Problem) -> str:
+        module, p = extension.binding(), problem
+        where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
+        if module is None or not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last):
+            return ""
+        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
+        return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
+
     def plan(self, problem: Problem) -> str:
         module, threads = extension.binding(), torch.get_num_threads()
         assert module is not None
