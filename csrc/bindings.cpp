@@ -68,7 +68,8 @@ PYBIND11_MODULE(_C, m) {
       });
   py::class_<xsep::CpuDepthwisePlan>(m, "CpuDepthwisePlan")
       .def_readonly("run_pixels", &xsep::CpuDepthwisePlan::run_pixels)
-      .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks);
+      .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks)
+      .def_readonly("plane_pixels", &xsep::CpuDepthwisePlan::plane_pixels);
   py::class_<xsep::CpuBackwardPlan>(m, "CpuBackwardPlan")
       .def_readonly("group_rows", &xsep::CpuBackwardPlan::group_rows)
       .def_readonly("row_groups", &xsep::CpuBackwardPlan::row_groups)

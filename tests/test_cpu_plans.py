@@ -140,7 +140,8 @@ def test_nchw_of_few_channels_is_turned_round_as_a_whole_in_the_backward(channel
 
 
 @pytest.mark.parametrize(
-    ("channels", "nchw", "idle"), [(1, True, True), (1, False, True), (7, True, True), (7, False, False), (8, True, False)]
+    ("channels", "nchw", "idle"),
+    [(1, True, True), (1, False, True), (7, True, True), (7, False, False), (8, True, False)],
 )
 def test_vectors_are_all_but_empty_where_channels_are_few(channels: int, nchw: bool, idle: bool) -> None:
     module = extension.binding()

@@ -88,7 +88,7 @@ DIFFERENTIABLE: dict[str, Callable[[], dict[str, Any]]] = {
     "nchw": lambda: make(layout=torch.contiguous_format),
     "one pixel": lambda: make(shape=(2, 8, 1, 1)),
     "one pixel nchw": lambda: make(shape=(2, 8, 1, 1), layout=torch.contiguous_format),
-    "one channel": lambda: make(shape=(2, 1, 7, 9), c_out=1),
+    "one channel": lambda: make(shape=(2, 1, 7, 9), c_out=1, backend="cpu"),
     "bias": lambda: make(bias=torch.randn(12)),
     "bfloat16": lambda: make(torch.bfloat16, bias=torch.randn(12)),  # a bias in float32 beside it
     "bfloat16 nchw": lambda: make(torch.bfloat16, torch.contiguous_format),
@@ -109,6 +109,8 @@ def test_gradients_are_those_of_python(name: str, module: Any) -> None:
     for times in range(3):
         call = DIFFERENTIABLE[name]()
         y = xsep.separable_conv2d(**call)
+        if call["x"].dtype == torch.bfloat16 and not torch.ops.xsep.cpu_has_bfloat16_dot():
+            pytest.skip("this chip has no AVX512_BF16, so the backward is Python's")
         assert y.grad_fn is not None and "CppNode" in y.grad_fn.name()
         dy = torch.randn_like(y)
         if times == 2:

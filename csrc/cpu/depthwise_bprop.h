@@ -65,8 +65,7 @@ struct InputBlock {
 XSEP_INLINE void add_to(float* sum, Vec v) { store(sum, load(sum) + v); }
 
 template <int N, class T>
-XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes,
-                               Vec (&u)[N]) {
+XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&u)[N]) {
   unroll<N>([&](auto i) __attribute__((always_inline)) {
     const T* at = b.x + i * b.x_step + c;
     u[i] = lanes == kLanes ? load(at) : load_first(at, lanes);

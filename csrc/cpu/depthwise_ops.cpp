@@ -3,49 +3,60 @@
 
 #include "depthwise_bprop_op.h"
 #include "glue.h"
+#include "planes.h"
 
 namespace xsep::cpu {
 namespace {
 
+/// nchw: y is wanted in that layout, else it is in NHWC. Planes that are long enough are stored tile by tile.
 Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
                        const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas, bool nchw) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
   const int64_t c_mid = shape.c * shape.multiplier;
-  Tensor y = empty_nhwc(shape.n, c_mid, shape.p, shape.q, x);
+  const bool planes = nchw && stores_planes(shape);
+  Tensor y = empty_image({shape.n, c_mid, shape.p, shape.q}, x, planes);
   if (shape.n == 0) return y;
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);
   const AffineBuffers epilogue(scale_e, shift_e, shape.c, shape.multiplier, inputs.params.c_pad, activations[1],
                                alphas[1]);
   inputs.params.output = epilogue.affine();
   const CpuDepthwisePlan plan = plan_cpu_depthwise(shape, at::get_num_threads());
+  const int64_t step = planes ? std::min(plan.plane_pixels, plan.run_pixels) : plan.run_pixels;
 
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t pixel_bytes = c_mid * y.element_size();
   const bool in_passes = shape.multiplier > 1;
-  const int64_t passes_bytes =
-      in_passes ? round_up(plan.run_pixels * c_mid * static_cast<int64_t>(sizeof(float)), 64) : 0;
-  const int64_t thread_bytes = passes_bytes + inputs.params.input.bytes();
+  const int64_t passes_bytes = in_passes ? round_up(step * c_mid * static_cast<int64_t>(sizeof(float)), 64) : 0;
+  const int64_t tile_bytes = planes ? round_up(step * pixel_bytes, 64) : 0;
+  const int64_t thread_bytes = passes_bytes + tile_bytes + inputs.params.input.bytes();
   const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
-    RowWindow window(inputs.params.input, mine + passes_bytes);
-    for (int64_t task = begin; task < end; ++task) {
-      const Range pixels{task * plan.run_pixels, std::min((task + 1) * plan.run_pixels, shape.pixels_out())};
-      char* to = out + pixels.begin * pixel_bytes;
+    char* const tile = mine + passes_bytes;
+    RowWindow window(inputs.params.input, tile + tile_bytes);
+    const int64_t last = std::min(end * plan.run_pixels, shape.pixels_out());
+    for (int64_t pixel = begin * plan.run_pixels; pixel < last; pixel += step) {
+      const Range pixels{pixel, std::min(pixel + step, last)};
+      char* to = planes ? tile : out + pixel * pixel_bytes;
       const RunOutput run = in_passes ? RunOutput{mine, c_mid, Storage::kFloat, 0}
-                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), shape.q};
+                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), planes ? 0 : shape.q};
       with_storage(inputs.dtype(),
                    [&](auto t) { depthwise_fprop_run<decltype(t)>(inputs.params, pixels, {0, shape.c}, run, window); });
-      if (!in_passes) continue;
       with_storage(y.scalar_type(), [&](auto t) {
-        interleave_passes(reinterpret_cast<const float*>(mine), pixels.end - pixels.begin, shape.c, shape.multiplier,
-                          reinterpret_cast<decltype(t)*>(to));
+        using T = decltype(t);
+        if (in_passes) {
+          interleave_passes(reinterpret_cast<const float*>(mine), pixels.end - pixels.begin, shape.c, shape.multiplier,
+                            reinterpret_cast<T*>(to));
+        }
+        if (!planes) return;
+        const Planes<T> all{reinterpret_cast<T*>(out), c_mid, shape.p * shape.q};
+        pixels_to_planes(reinterpret_cast<const T*>(tile), c_mid, all, pixels, {0, c_mid});
       });
     }
   });
-  return y;
+  return nchw && !planes ? to_nchw(y) : y;
 }
 
 /// [N, C * m, P, Q] -> the same values as NHWC with each pixel's channels in the order of passes.
@@ -151,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop_alone(const Tensor& d
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_depthwise_fprop(Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
-      "int[] geometry, int[] activations, float[] alphas) -> Tensor");
+      "int[] geometry, int[] activations, float[] alphas, bool nchw=False) -> Tensor");
   m.def(
       "cpu_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
       "int activation, float alpha, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -78,7 +78,7 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
   return wgrad_of_type(at::kFloat, dv, x, w_dw, scale_p, shift_p, scale_m, shift_m, geometry, activations, alphas);
 }
 
-/// Panels of w_pw [C_out, C_mid] that dz = dv w_pw multiplies by: to `out`, one.
+/// One panel of w_pw [C_out, C_mid], which dz = dv w_pw multiplies by, to `out`.
 void pack_transposed(const Tensor& w, int64_t panel, void* out) {
   const int64_t c_out = w.size(0), c_mid = w.size(1);
   if (w.scalar_type() == at::kBFloat16) {
@@ -166,8 +166,7 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
 
   const int64_t plane = dv.size(2) * dv.size(3);
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
-  const CpuTilePlan plan =
-      plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), dv.element_size());
+  const CpuTilePlan plan = plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), dv.element_size());
   const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
   const Tensor w = w_pw.contiguous();
   Pointwise p{};

@@ -212,8 +212,8 @@ std::vector<float> in_pixels(int64_t n, int64_t c, int64_t plane, const std::vec
   return turned;
 }
 
-/// The depthwise backward with all it can give: dx, dw and the prologue's gradients. The same of x and to dx in NCHW, in
-/// any combination.
+/// The depthwise backward with all it can give: dx, dw and the prologue's gradients. The same of x and to dx in NCHW,
+/// in any combination.
 bool backward(const Problem& problem) {
   const DepthwiseShape& s = problem.shape;
   const int64_t c_mid = s.c * s.multiplier;
@@ -303,8 +303,9 @@ bool weight_gradient(const Problem& problem) {
     for (int64_t pixel = 0; pixel < s.pixels_out(); ++pixel) {
       for (int64_t o = 0; o < problem.c_out; ++o) {
         for (int64_t c = 0; c < s.c; ++c) {
-          dw[static_cast<size_t>(o * s.c + c)] += static_cast<double>(pixels[static_cast<size_t>(pixel * problem.c_out + o)]) *
-                                                  z[static_cast<size_t>(pixel * s.c + c)];
+          dw[static_cast<size_t>(o * s.c + c)] +=
+              static_cast<double>(pixels[static_cast<size_t>(pixel * problem.c_out + o)]) *
+              z[static_cast<size_t>(pixel * s.c + c)];
         }
       }
     }

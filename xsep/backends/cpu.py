@@ -64,7 +64,10 @@ class CpuBackend(Backend):
     def slower_than_aten(self, problem: Problem) -> str:
         module, p = extension.binding(), problem
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
-        if module is None or not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last):
+        # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
+        if module is None or p.dtype != torch.float32:
+            return ""
+        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last):
             return ""
         of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
         return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
@@ -101,10 +104,12 @@ class CpuBackend(Backend):
             return ", x turned to NHWC row by row"
         return ", x converted to NHWC"
 
-    def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+    def depthwise(
+        self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry, nchw: bool = False
+    ) -> Tensor:
         return torch.ops.xsep.cpu_depthwise_fprop(
             x, w_dw, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift,
-            geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha),
+            geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha), nchw,
         )  # fmt: skip
 
     def depthwise_backward_kernel(
@@ -141,8 +146,8 @@ class CpuBackend(Backend):
         )  # fmt: skip
 
     def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
-        y = super().depthwise_forward(a)
-        return _to_nchw(y) if _wants_nchw(a.x, a.w_dw) else y
+        epilogue = with_bias(a.epilogue, a.bias)
+        return self.depthwise(a.x, a.w_dw, a.prologue, epilogue, Geometry(*a.geometry), _wants_nchw(a.x, a.w_dw))
 
     def depthwise_backward(
         self, dy: Tensor, a: DepthwiseArgs, y: Optional[Tensor], wanted: Sequence[bool]
