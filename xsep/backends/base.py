@@ -58,8 +58,8 @@ class Backend(ABC):
         """Why this backend cannot run the problem: sentences, or an empty list where it can."""
 
     def slower_than_aten(self, problem: Problem) -> str:
-        """Why PyTorch's own convolutions are faster at the forward of a problem that this backend can run; "" where they
-        are not known to be. By the problem alone, so that what runs never depends on what else a machine does."""
+        """Why PyTorch's own convolutions are faster at the forward of a problem that this backend can run; "" where
+        they are not known to be. By the problem alone: what runs never depends on what else a machine does."""
         return ""
 
     @abstractmethod
