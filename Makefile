@@ -13,7 +13,7 @@ NIGHTLY := XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -o faulthandle
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-xception \
+.PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-layers bench-xception \
 	bench-memory gpu-check report lint format clean help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-full    the same with a larger batch, more repetitions and torch.compile on every shape (minutes)"
 	@echo "make bench-xception training steps and pictures a second of Xception and Inception V3"
 	@echo "make bench-cpu     each stage of the CPU kernels beside this machine's limits"
+	@echo "make bench-layers  layers of networks that people have on a CPU, against PyTorch (minutes)"
 	@echo "make bench-memory  peak memory of a training step, against PyTorch"
 	@echo "make gpu-check     on a machine with a GPU: build, verify and measure with PYTHON as it is, within ten minutes"
 	@echo "make report        one HTML page and the README's tables from benchmarks/results"
@@ -91,6 +92,9 @@ bench-full: build
 
 bench-cpu: build
 	$(PY) benchmarks/bench_cpu.py $(ARGS)
+
+bench-layers: build
+	$(PY) benchmarks/bench_layers.py $(ARGS)
 
 bench-xception: build
 	$(PY) benchmarks/bench_xception.py $(ARGS)

@@ -68,7 +68,8 @@ PYBIND11_MODULE(_C, m) {
       });
   py::class_<xsep::CpuDepthwisePlan>(m, "CpuDepthwisePlan")
       .def_readonly("run_pixels", &xsep::CpuDepthwisePlan::run_pixels)
-      .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks);
+      .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks)
+      .def_readonly("plane_pixels", &xsep::CpuDepthwisePlan::plane_pixels);
   py::class_<xsep::CpuBackwardPlan>(m, "CpuBackwardPlan")
       .def_readonly("group_rows", &xsep::CpuBackwardPlan::group_rows)
       .def_readonly("row_groups", &xsep::CpuBackwardPlan::row_groups)
@@ -116,6 +117,20 @@ PYBIND11_MODULE(_C, m) {
       "the "
       "kernels come to them, or all of them beforehand; visits: how often each is read, once for every group of "
       "panels.");
+  m.def(
+      "cpu_turns_in_units",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
+        return xsep::cpu_turns_in_units(make_shape(x, filter, multiplier, geometry));
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"),
+      "Whether the backward turns NCHW tensors round in its tiles and units, or as a whole.");
+  m.def(
+      "cpu_leaves_lanes_idle",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw) {
+        return xsep::cpu_leaves_lanes_idle(make_shape(x, filter, multiplier, geometry), nchw);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
+      "Whether PyTorch's own convolutions do better, since the kernels' vectors would be all but empty.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

@@ -86,6 +86,21 @@ def _matrix() -> list[Case]:
                 add(op="depthwise", n=2, c_in=65, h=64, w=33, filter=(3, 3), dilation=(3, 2), padding=(4,) * 4, **some)
     for dtype in TYPES:
         add(n=2, c_in=48, c_out=64, h=70, w=67, dtype=dtype, layout="contiguous", activations=(None, None, None))
+    # NCHW whose gradients are turned round in the backward's tiles, which end in one picture and begin in the last; of
+    # few channels, as a whole. What stands behind the products is differentiated in NCHW, or in NHWC where z is made.
+    for dtype in TYPES:
+        for c_in, size, stride in ((33, 3, (1, 1)), (48, 5, (2, 2)), (70, 3, (2, 1)), (10, 3, (1, 1))):
+            pad = (size // 2,) * 4
+            for epilogue in (None, "relu", "silu"):
+                add(n=3, c_in=c_in, c_out=36, h=17, w=19, filter=(size, size), padding=pad, stride=stride, dtype=dtype,
+                    layout="contiguous", activations=(None, None, epilogue), residual=epilogue == "relu")  # fmt: skip
+            add(op="depthwise", n=3, c_in=c_in, h=17, w=19, filter=(size, size), padding=pad, stride=stride,
+                dtype=dtype, layout="contiguous", activations=("relu", None, ("relu", "silu")[c_in % 2]),
+                vectors=("scale_e",))  # fmt: skip
+        add(n=3, c_in=40, multiplier=2, c_out=36, h=11, w=9, dtype=dtype, layout="contiguous", bias=True)
+        # So many channels that a thread's run of outputs is several tiles of planes.
+        add(op="depthwise", n=2, c_in=300, h=40, w=33, dtype=dtype, layout="contiguous", vectors=("scale_e",))
+        add(op="depthwise", n=1, c_in=150, multiplier=2, h=50, w=37, dtype=dtype, layout="contiguous")
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):
@@ -296,6 +311,30 @@ def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> 
     assert min(by_rows.count(True), by_rows.count(False)) > 10
 
 
+def test_the_matrix_has_gradients_of_nchw_turned_round_in_tiles_and_as_a_whole() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    in_units = [
+        module.cpu_turns_in_units(
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation)
+        )
+        for c in MATRIX if c.n and c.layout == "contiguous"
+    ]  # fmt: skip
+    assert min(in_units.count(True), in_units.count(False)) > 10
+
+
+def test_the_matrix_has_planes_stored_in_several_tiles_of_a_run() -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    plans = [
+        module.plan_cpu_depthwise(
+            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation), threads=2
+        )
+        for c in MATRIX if c.n and c.layout == "contiguous" and c.op == "depthwise"
+    ]  # fmt: skip
+    assert {True, False} == {p.plane_pixels < p.run_pixels for p in plans}
+
+
 def test_the_matrix_has_weight_gradients_of_one_group_of_pixels_and_of_several() -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
@@ -347,6 +386,46 @@ def test_nchw_pictures_come_out_as_nchw_without_being_turned_round_as_a_whole() 
     nhwc = xsep.separable_conv2d(x.contiguous(memory_format=torch.channels_last), w_dw, w_pw, padding=1, backend="cpu")
     assert y.is_contiguous() and nhwc.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, nhwc)
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 23, 29), (1, 300, 40, 41), (2, 40, 5, 7), (1, 3, 8, 8)])
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_depthwise_of_nchw_pictures_comes_out_as_nchw(
+    shape: tuple[int, int, int, int], multiplier: int, dtype: torch.dtype
+) -> None:
+    import xsep
+
+    x, w_dw = torch.randn(shape).to(dtype), torch.randn(shape[1] * multiplier, 1, 3, 3).to(dtype)
+    y = xsep.depthwise_conv2d(x, w_dw, padding=1, backend="cpu")
+    nhwc = xsep.depthwise_conv2d(x.contiguous(memory_format=torch.channels_last), w_dw, padding=1, backend="cpu")
+    assert y.is_contiguous() and nhwc.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, nhwc)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("c_in", [10, 33, 64])
+@pytest.mark.parametrize("size", [(3, 3), (1, 19), (70, 67)])
+def test_the_backward_of_nchw_gives_nchw_and_the_bits_of_nhwc(
+    size: tuple[int, int], c_in: int, dtype: torch.dtype
+) -> None:
+    from xsep.backends.cpu import _has_dgrad
+
+    assert extension.load_cpu().reason is None
+    x, dy = torch.randn(3, c_in, *size).to(dtype), torch.randn(3, 34, *size).to(dtype)
+    w_dw, w_pw = torch.randn(c_in, 1, 3, 3).to(dtype), torch.randn(34, c_in, 1, 1).to(dtype)
+    if not _has_dgrad(w_pw):
+        pytest.skip("this chip has no AVX512_BF16")
+    scale, geometry = torch.randn(c_in), (1, 1, 1, 1, 1, 1, 1, 1)
+    nchw, nhwc = (
+        torch.ops.xsep.cpu_separable_bprop(
+            dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout), w_dw, w_pw, scale, None, geometry,
+            1, 0.0, (True,) * 5
+        )
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )  # fmt: skip
+    assert nchw[0].is_contiguous() and nhwc[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(nchw, nhwc, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

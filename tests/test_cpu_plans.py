@@ -118,6 +118,37 @@ def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) ->
     assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_a_few_pixels_are_multiplied_panel_by_panel(threads: int) -> None:
+    """Then no packed weights are written to memory, and every thread has as many panels as another, or almost."""
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    few = module.plan_cpu_dgrad(200, 2048, 24, threads=threads, bytes=4)
+    assert few.z_first == (24 % threads == 0 or threads <= 6)
+    if few.z_first:
+        assert few.tasks == 24 and few.panel_groups == 1
+        check_tiles(few, 200)
+    assert not module.plan_cpu_dgrad(43218, 128, 2, threads=threads, bytes=4).z_first  # more than a cache holds
+    assert not module.plan_cpu_dgrad(200, 2048, 3, threads=2, bytes=4).z_first  # a thread would have two, one a single
+
+
+@pytest.mark.parametrize(("channels", "in_units"), [(1, False), (16, False), (31, False), (32, True), (728, True)])
+def test_nchw_of_few_channels_is_turned_round_as_a_whole_in_the_backward(channels: int, in_units: bool) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    assert module.cpu_turns_in_units((2, channels, 19, 19), (3, 3), 1, SAME) == in_units
+
+
+@pytest.mark.parametrize(
+    ("channels", "nchw", "idle"),
+    [(1, True, True), (1, False, True), (7, True, True), (7, False, False), (8, True, False)],
+)
+def test_vectors_are_all_but_empty_where_channels_are_few(channels: int, nchw: bool, idle: bool) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    assert module.cpu_leaves_lanes_idle((2, channels, 19, 19), (3, 3), 1, SAME, nchw=nchw) == idle
+
+
 def test_planning_refuses_what_cannot_be_meant() -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"

@@ -19,6 +19,28 @@ def test_auto_takes_the_fused_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert "floor" in text
 
 
+@pytest.mark.parametrize(
+    ("channels", "layout", "runs_on"),
+    [(3, torch.contiguous_format, "aten"), (3, torch.channels_last, "cpu"), (1, torch.channels_last, "aten"),
+     (8, torch.contiguous_format, "cpu")],
+)  # fmt: skip
+def test_channels_that_leave_vectors_empty_are_left_to_pytorch(
+    channels: int, layout: torch.memory_format, runs_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XSEP_BACKEND", raising=False)
+    x = torch.randn(2, channels, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    w_dw, w_pw = torch.randn(channels, 1, 3, 3), torch.randn(4, channels, 1, 1)
+    text = xsep.explain(x, w_dw, w_pw, padding=1)
+    assert f"runs on   {runs_on}" in text and (runs_on == "cpu" or "leave most lanes of a vector idle" in text)
+    assert f"runs on   {runs_on}" in xsep.explain(x, w_dw, padding=1)
+    for _ in range(2):  # the second time by the calls that were checked once
+        y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1)
+        if runs_on == "aten":
+            plain = torch.nn.functional.conv2d(x, w_dw, padding=1, groups=channels)
+            assert torch.equal(y, torch.nn.functional.conv2d(plain, w_pw))
+        y.sum().backward()
+
+
 def test_explain_counts_bytes_and_flops() -> None:
     p = Problem(
         "separable", "cpu", torch.bfloat16, True, 64, 64, 147, 147, 1, 3, 3, 128,

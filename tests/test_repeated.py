@@ -88,7 +88,7 @@ DIFFERENTIABLE: dict[str, Callable[[], dict[str, Any]]] = {
     "nchw": lambda: make(layout=torch.contiguous_format),
     "one pixel": lambda: make(shape=(2, 8, 1, 1)),
     "one pixel nchw": lambda: make(shape=(2, 8, 1, 1), layout=torch.contiguous_format),
-    "one channel": lambda: make(shape=(2, 1, 7, 9), c_out=1),
+    "one channel": lambda: make(shape=(2, 1, 7, 9), c_out=1, backend="cpu"),
     "bias": lambda: make(bias=torch.randn(12)),
     "bfloat16": lambda: make(torch.bfloat16, bias=torch.randn(12)),  # a bias in float32 beside it
     "bfloat16 nchw": lambda: make(torch.bfloat16, torch.contiguous_format),

@@ -1,7 +1,8 @@
 """Which backend runs which problem, and why the others do not.
 
 ``auto`` asks, in this order: what was measured for this very problem on this card (by ``xsep.autotune`` or a shipped
-table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order. On a GPU a backend takes part only once a card
+table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order, with ``aten`` first where a backend says of
+itself that it is slower. On a GPU a backend takes part only once a card
 of that architecture has verified the sources at hand, so that nobody's network runs on kernels no card has tested.
 """
 
@@ -135,6 +136,10 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
         return measured
     eligible = [name for name in able if not why_not_eligible(name, card.architecture)]
     if problem.device != "cuda":
+        # Backwards aten makes z anew as well, by PyTorch's kernels, which costs what they gain.
+        slower = backend(eligible[0]).slower_than_aten(problem) if direction == "forward" else ""
+        if slower:
+            return Choice(ATEN, f"{slower}; xsep.autotune can measure")
         return Choice(backend(eligible[0]), "the first of those that can run it; xsep.autotune can measure")
     if eligible == ["aten"]:
         return Choice(ATEN, "no other backend has been verified on such a card")

@@ -52,10 +52,25 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
   return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups, false};
 }
 
+/// Whether PyTorch's own convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or so
+/// few of NCHW that turning them round fills no vector either, leaves most lanes idle.
+inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw) {
+  constexpr int64_t kLeastChannels = 8;
+  return s.c == 1 || (nchw && s.c < kLeastChannels);
+}
+
 struct CpuDepthwisePlan {
   int64_t run_pixels;  // output pixels of one task
   int64_t tasks;
+  int64_t plane_pixels;  // of a task, made before they are turned round to planes of NCHW
 };
+
+/// Whether planes of outputs are stored tile by tile. Of a few pixels they would be stored a few values at a time: such
+/// an output is turned round as a whole.
+inline bool stores_planes(const DepthwiseShape& s) {
+  constexpr int64_t kLeastPlane = 64;  // pixels
+  return s.p * s.q >= kLeastPlane;
+}
 
 /// Rows of the input in a thread's memory, where they are not read as they lie.
 struct CpuRowsPlan {
@@ -141,11 +156,19 @@ inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out
   return best;
 }
 
-/// depth: values of one pixel that are read, each of `bytes`.
+/// depth: values of one pixel that are read, each of `bytes`. z_first: a task packs a panel of weights into its own
+/// cache and multiplies all pixels by it, so that no packed weights go through memory; the pixels are read once for
+/// every panel, so they must stay in a share of the third-level cache.
 inline CpuTilePlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
   constexpr int64_t kRows = 6;  // pixels of one block of the product
   const int64_t fitting = kMaxTileBytes / (depth * bytes) / kRows * kRows;
   int64_t tile = std::clamp<int64_t>(fitting, kRows, 96);
+  const bool even = panels % threads == 0 || panels >= 4 * threads;  // threads have about as many panels each
+  if (even && pixels * depth * bytes <= kMaxWholeZBytes) {
+    CpuTilePlan plan = cut_into_tiles(pixels, tile, panels, 1, 1);
+    plan.z_first = true;
+    return plan;
+  }
   // Few pixels: tiles small enough that every thread has one, then groups of panels.
   tile = std::min(tile, std::max(round_up(ceil_div(pixels, threads), kRows), kRows));
   const int64_t tiles = std::max<int64_t>(ceil_div(pixels, tile), 1);
@@ -155,11 +178,14 @@ inline CpuTilePlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels,
 
 /// Runs of output pixels: about four for each thread, none so short that starting it costs more than it does.
 inline CpuDepthwisePlan plan_cpu_depthwise(const DepthwiseShape& shape, int threads) {
+  constexpr int64_t kPlaneElements = 64 * 1024;  // to stay in the second-level cache
+  constexpr int64_t kPlaneUnit = 16;             // squares of pixels and channels turn round as many at most
   const int64_t pixels = std::max<int64_t>(shape.pixels_out(), 1);
-  const int64_t shortest = std::clamp<int64_t>(4096 / std::max<int64_t>(shape.c * shape.multiplier, 1), 8, pixels);
+  const int64_t channels = std::max<int64_t>(shape.c * shape.multiplier, 1);
+  const int64_t shortest = std::clamp<int64_t>(4096 / channels, 8, pixels);
   const int64_t run = std::clamp<int64_t>(ceil_div(pixels, int64_t{4} * threads), std::min<int64_t>(shortest, pixels),
                                           std::min<int64_t>(512, pixels));
-  return {run, ceil_div(pixels, run)};
+  return {run, ceil_div(pixels, run), std::max(kPlaneElements / channels / kPlaneUnit, int64_t{1}) * kPlaneUnit};
 }
 
 /// Rows that the outputs of one row read, first to last.
@@ -220,6 +246,13 @@ inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, i
   plan.group_columns = ceil_div(units, parts) * kColumnUnit;
   plan.column_groups = ceil_div(c_mid, plan.group_columns);
   return plan;
+}
+
+/// Whether the backward turns NCHW round in its tiles and units, which spares whole tensors a way through memory; of
+/// few channels, so few squares of pixels and channels at a time that whole tensors are turned as fast.
+inline bool cpu_turns_in_units(const DepthwiseShape& s) {
+  constexpr int64_t kLeastChannels = 32;
+  return s.c >= kLeastChannels;
 }
 
 inline CpuBackwardPlan plan_cpu_backward(const DepthwiseShape& shape) {

@@ -9,6 +9,9 @@
 #include "../common/cpu_plan.h"
 #include "../common/geometry.h"
 #include "activate.h"
+#include "input_rows.h"
+#include "planes.h"
+#include "unit_sums.h"
 
 namespace xsep::cpu {
 
@@ -18,15 +21,27 @@ struct DepthwiseBprop {
   DepthwiseShape shape;
   CpuBackwardPlan plan;
   int64_t c_pad;           // table_row(shape.c)
-  const void* x;           // T [n, h, w, c]
+  const void* x;           // T [n, h, w, c], or [n, c, h, w]
   const void* dz;          // T [n, p, q, multiplier, c]
   const float* w;          // [multiplier, r * s, c_pad]
   ChannelAffine prologue;  // scale and shift [c_pad]
-  void* dx;                // T [n, h, w, c], may be null
+  void* dx;                // T [n, h, w, c], or [n, c, h, w]; may be null
   double* dw;              // [plan.row_groups, multiplier, r * s, c_pad], may be null
   double* daffine;         // [plan.row_groups, 2, c_pad]: dscale, dshift; may be null
+  bool x_planes;           // x is [n, c, h, w]: each unit turns its part round
+  bool dx_planes;          // likewise
 
   bool through_x() const { return dx != nullptr || daffine != nullptr; }
+  bool through_value_of_x() const { return dw || daffine || prologue.activation != Activation::kIdentity; }
+  /// Of a unit's part of x, and of dx in its place, from pixel to pixel.
+  int64_t turned_step(int64_t element_bytes) const {
+    return brought_pixel_step(std::min(plan.group_channels, shape.c), element_bytes);
+  }
+  /// What one thread needs.
+  int64_t scratch_bytes(int64_t element_bytes) const {
+    if (!x_planes && !dx_planes) return 0;
+    return round_up(plan.group_rows * shape.w * turned_step(element_bytes) * element_bytes, 64);
+  }
 };
 
 namespace detail {
@@ -35,7 +50,9 @@ namespace detail {
 template <class T>
 struct InputBlock {
   const T* x;      // first pixel, channel 0
-  T* dx;           // likewise; may be null
+  T* dx;           // likewise, or x's own place; may be null
+  int64_t x_step;  // elements from pixel to pixel
+  int64_t dx_step;
   const T* dz;     // picture, output row 0, column 0, channel 0
   int64_t h;       // input row
   int64_t column;  // input column of the first pixel
@@ -45,50 +62,12 @@ struct InputBlock {
   int64_t sum_stride;
 };
 
-/// Sums over pixels: in float32 for as long as that loses little, then in double.
-class UnitSums {
- public:
-  /// count rows of channels [begin, end); to [count, c_pad] is where they end up, or null for no sums.
-  UnitSums(double* to, int64_t count, int64_t c_pad, Range channels)
-      : to_(to),
-        count_(to ? count : 0),
-        c_pad_(c_pad),
-        channels_(channels),
-        stride_(table_row(channels.end - channels.begin)),
-        short_(static_cast<size_t>(count_ * stride_), 0.0f) {
-    for (int64_t i = 0; i < count_; ++i) std::fill(row(i) + channels.begin, row(i) + channels.end, 0.0);
-  }
-  int64_t stride() const { return stride_; }
-  /// Such that channel c of row i is at [i * stride() + c].
-  float* channel_zero() { return to_ ? short_.data() - channels_.begin : nullptr; }
-  void flush() {
-    for (int64_t i = 0; i < count_; ++i) {
-      double* sum = row(i) + channels_.begin;
-      float* part = short_.data() + i * stride_;
-      for (int64_t c = 0; c < channels_.end - channels_.begin; ++c) sum[c] += part[c];
-      std::fill(part, part + stride_, 0.0f);
-    }
-  }
-
- private:
-  double* row(int64_t i) { return to_ + i * c_pad_; }
-
-  double* to_;
-  int64_t count_, c_pad_;
-  Range channels_;
-  int64_t stride_;
-  std::vector<float> short_;  // [count, stride]
-};
-
-/// Pixels whose products are summed in float32: an error of some units in the last place of a sum of 64.
-constexpr int64_t kPixelsPerFlush = 64;
-
 XSEP_INLINE void add_to(float* sum, Vec v) { store(sum, load(sum) + v); }
 
 template <int N, class T>
-XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const T* x, int64_t c, int64_t lanes, Vec (&u)[N]) {
+XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&u)[N]) {
   unroll<N>([&](auto i) __attribute__((always_inline)) {
-    const T* at = x + i * p.shape.c + c;
+    const T* at = b.x + i * b.x_step + c;
     u[i] = lanes == kLanes ? load(at) : load_first(at, lanes);
   });
   if (p.prologue.scale) {
@@ -107,11 +86,11 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
   const ChannelAffine& prologue = p.prologue;
   if (prologue.activation == Activation::kRelu) {
     Vec u[N];
-    load_prologue(p, b.x, c, lanes, u);
+    load_prologue(p, b, c, lanes, u);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = u[i] > 0.0f ? d[i] : Vec{}; });
   } else if (prologue.activation != Activation::kIdentity) {
     Vec u[N];
-    load_prologue(p, b.x, c, lanes, u);
+    load_prologue(p, b, c, lanes, u);
     differentiate_all(u, N, prologue.activation, prologue.alpha);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * u[i]; });
   }
@@ -119,7 +98,7 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
     Vec dscale = {};
     Vec dshift = {};
     unroll<N>([&](auto i) __attribute__((always_inline)) {
-      dscale = fma(load_first(b.x + i * p.shape.c + c, lanes), d[i], dscale);
+      dscale = fma(load_first(b.x + i * b.x_step + c, lanes), d[i], dscale);
       dshift = dshift + d[i];
     });
     add_to(b.daffine + c, dscale);
@@ -131,7 +110,7 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * scale; });
   }
   unroll<N>([&](auto i) __attribute__((always_inline)) {
-    T* at = b.dx + i * p.shape.c + c;
+    T* at = b.dx + i * b.dx_step + c;
     if (lanes == kLanes) {
       store(at, d[i]);
     } else {
@@ -169,16 +148,15 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
   const int64_t r_begin = std::max<int64_t>(top - (shape.p - 1) * stride_h, top % stride_h);
   const int64_t r_end = std::min<int64_t>(top + 1, shape.r);
   const int64_t dz_below = ((top / stride_h + 1) * shape.q + column + kReach) * dz_step;
-  const int64_t row = shape.w * shape.c;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     // What the next row of inputs reads and this one does not, and where its gradient is stored.
     prefetch_pixels<kOwnColumns>(b.dz, dz_below, dz_step, c);
-    if constexpr (kDw) prefetch_pixels<kPixels>(b.x, row, shape.c, c);
-    if (kDx && b.dx) prefetch_pixels<kPixels>(b.dx, row, shape.c, c);
+    if (kDw && !p.x_planes) prefetch_pixels<kPixels>(b.x, shape.w * b.x_step, b.x_step, c);
+    if (kDx && b.dx && !p.dx_planes) prefetch_pixels<kPixels>(b.dx, shape.w * b.dx_step, b.dx_step, c);
     Vec x[kPixels];
     if constexpr (kDw) {
-      load_prologue(p, b.x, c, lanes, x);
+      load_prologue(p, b, c, lanes, x);
       activate(x, p.prologue.activation, p.prologue.alpha);
     }
     Vec dx[kPixels] = {};
@@ -228,7 +206,7 @@ void general_input_pixel(const DepthwiseBprop& p, const InputBlock<T>& b, const 
     const int64_t lanes = std::min<int64_t>(kLanes, b.c_end - c);
     Vec x[1];
     if constexpr (kDw) {
-      load_prologue(p, b.x, c, lanes, x);
+      load_prologue(p, b, c, lanes, x);
       activate(x, p.prologue.activation, p.prologue.alpha);
     }
     Vec dx[1] = {};
@@ -290,8 +268,9 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
     b.dz = static_cast<const T*>(p.dz) + row / shape.h * shape.p * shape.q * shape.c * shape.multiplier;
     for (int64_t w = 0; w < shape.w;) {
       b.column = w;
-      b.x = static_cast<const T*>(p.x) + (row * shape.w + w) * shape.c;
-      b.dx = p.dx ? static_cast<T*>(p.dx) + (row * shape.w + w) * shape.c : nullptr;
+      const int64_t pixel = (row - rows.begin) * shape.w + w;
+      b.x = unit.x + pixel * unit.x_step;
+      b.dx = unit.dx ? unit.dx + pixel * unit.dx_step : nullptr;
       if constexpr (How::kS == 0) {
         find_taps(shape, b.h, w, taps);
         general_input_pixel<T, kDx, kDw>(p, b, taps);
@@ -351,15 +330,16 @@ void with_filter(const DepthwiseBprop& p, F&& f) {
 
 }  // namespace detail
 
-/// Unit `unit` of p.plan: its rows and channels of dx, and its own slice of the partial sums.
+/// Unit `unit` of p.plan: its rows and channels of dx, and its own slice of the partial sums. scratch: p.scratch_bytes.
 template <class T>
-void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
+void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit, void* scratch) {
   const DepthwiseShape& shape = p.shape;
   const int64_t group = unit / p.plan.channel_groups;
   const int64_t c_begin = unit % p.plan.channel_groups * p.plan.group_channels;
   const int64_t c_end = std::min(c_begin + p.plan.group_channels, shape.c);
   const int64_t taps = shape.taps() * shape.multiplier;
   const Range rows{group * p.plan.group_rows, std::min((group + 1) * p.plan.group_rows, shape.n * shape.h)};
+  const Range pixels{rows.begin * shape.w, rows.end * shape.w};
 
   const Range channels{c_begin, c_end};
   detail::UnitSums dw(p.dw ? p.dw + group * taps * p.c_pad : nullptr, taps, p.c_pad, channels);
@@ -370,6 +350,16 @@ void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
   b.dw = dw.channel_zero();
   b.daffine = daffine.channel_zero();
   b.sum_stride = dw.stride();
+  T* const turned = static_cast<T*>(scratch);
+  const int64_t turned_step = p.turned_step(sizeof(T));
+  b.x_step = p.x_planes ? turned_step : shape.c;
+  b.dx_step = p.dx_planes ? turned_step : shape.c;
+  b.x = p.x_planes ? turned - c_begin : static_cast<const T*>(p.x) + pixels.begin * shape.c;
+  if (p.dx) b.dx = p.dx_planes ? turned - c_begin : static_cast<T*>(p.dx) + pixels.begin * shape.c;
+  if (p.x_planes && p.through_value_of_x()) {
+    const Planes<const T> x{static_cast<const T*>(p.x), shape.c, shape.h * shape.w};
+    pixels_from_planes(x, pixels, channels, turned, turned_step);
+  }
 
   detail::with_filter(p, [&](auto how) {
     using How = decltype(how);
@@ -379,20 +369,9 @@ void depthwise_bprop_unit(const DepthwiseBprop& p, int64_t unit) {
       detail::run_wanted<T, How>(p, rows, b, dw, daffine);
     }
   });
-}
-
-/// sums [count, c_pad] = the partial sums [groups, count, c_pad] of all row groups for channels [begin, end), added in
-/// the order of the groups.
-inline void reduce_partials(const double* partials, int64_t groups, int64_t count, int64_t c_pad, Range channels,
-                            double* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    double* sum = sums + i * c_pad;
-    std::fill(sum + channels.begin, sum + channels.end, 0.0);
-    for (int64_t group = 0; group < groups; ++group) {
-      const double* part = partials + (group * count + i) * c_pad;
-      for (int64_t c = channels.begin; c < channels.end; ++c) sum[c] += part[c];
-    }
-  }
+  if (!p.dx || !p.dx_planes) return;
+  const Planes<T> dx{static_cast<T*>(p.dx), shape.c, shape.h * shape.w};
+  pixels_to_planes(turned, turned_step, dx, pixels, channels);
 }
 
 }  // namespace xsep::cpu

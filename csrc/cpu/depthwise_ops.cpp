@@ -3,49 +3,60 @@
 
 #include "depthwise_bprop_op.h"
 #include "glue.h"
+#include "planes.h"
 
 namespace xsep::cpu {
 namespace {
 
+/// nchw: y is wanted in that layout, else it is in NHWC. Planes that are long enough are stored tile by tile.
 Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
                        const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
-                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas) {
+                       at::IntArrayRef geometry, at::IntArrayRef activations, at::ArrayRef<double> alphas, bool nchw) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
   const int64_t c_mid = shape.c * shape.multiplier;
-  Tensor y = empty_nhwc(shape.n, c_mid, shape.p, shape.q, x);
+  const bool planes = nchw && stores_planes(shape);
+  Tensor y = empty_image({shape.n, c_mid, shape.p, shape.q}, x, planes);
   if (shape.n == 0) return y;
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);
   const AffineBuffers epilogue(scale_e, shift_e, shape.c, shape.multiplier, inputs.params.c_pad, activations[1],
                                alphas[1]);
   inputs.params.output = epilogue.affine();
   const CpuDepthwisePlan plan = plan_cpu_depthwise(shape, at::get_num_threads());
+  const int64_t step = planes ? std::min(plan.plane_pixels, plan.run_pixels) : plan.run_pixels;
 
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t pixel_bytes = c_mid * y.element_size();
   const bool in_passes = shape.multiplier > 1;
-  const int64_t passes_bytes =
-      in_passes ? round_up(plan.run_pixels * c_mid * static_cast<int64_t>(sizeof(float)), 64) : 0;
-  const int64_t thread_bytes = passes_bytes + inputs.params.input.bytes();
+  const int64_t passes_bytes = in_passes ? round_up(step * c_mid * static_cast<int64_t>(sizeof(float)), 64) : 0;
+  const int64_t tile_bytes = planes ? round_up(step * pixel_bytes, 64) : 0;
+  const int64_t thread_bytes = passes_bytes + tile_bytes + inputs.params.input.bytes();
   const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     char* mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
-    RowWindow window(inputs.params.input, mine + passes_bytes);
-    for (int64_t task = begin; task < end; ++task) {
-      const Range pixels{task * plan.run_pixels, std::min((task + 1) * plan.run_pixels, shape.pixels_out())};
-      char* to = out + pixels.begin * pixel_bytes;
+    char* const tile = mine + passes_bytes;
+    RowWindow window(inputs.params.input, tile + tile_bytes);
+    const int64_t last = std::min(end * plan.run_pixels, shape.pixels_out());
+    for (int64_t pixel = begin * plan.run_pixels; pixel < last; pixel += step) {
+      const Range pixels{pixel, std::min(pixel + step, last)};
+      char* to = planes ? tile : out + pixel * pixel_bytes;
       const RunOutput run = in_passes ? RunOutput{mine, c_mid, Storage::kFloat, 0}
-                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), shape.q};
+                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), planes ? 0 : shape.q};
       with_storage(inputs.dtype(),
                    [&](auto t) { depthwise_fprop_run<decltype(t)>(inputs.params, pixels, {0, shape.c}, run, window); });
-      if (!in_passes) continue;
       with_storage(y.scalar_type(), [&](auto t) {
-        interleave_passes(reinterpret_cast<const float*>(mine), pixels.end - pixels.begin, shape.c, shape.multiplier,
-                          reinterpret_cast<decltype(t)*>(to));
+        using T = decltype(t);
+        if (in_passes) {
+          interleave_passes(reinterpret_cast<const float*>(mine), pixels.end - pixels.begin, shape.c, shape.multiplier,
+                            reinterpret_cast<T*>(to));
+        }
+        if (!planes) return;
+        const Planes<T> all{reinterpret_cast<T*>(out), c_mid, shape.p * shape.q};
+        pixels_to_planes(reinterpret_cast<const T*>(tile), c_mid, all, pixels, {0, c_mid});
       });
     }
   });
-  return y;
+  return nchw && !planes ? to_nchw(y) : y;
 }
 
 /// [N, C * m, P, Q] -> the same values as NHWC with each pixel's channels in the order of passes.
@@ -60,7 +71,7 @@ Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
                                                            const OptionalTensor& scale_p, const OptionalTensor& shift_p,
                                                            at::IntArrayRef geometry, int64_t activation, double alpha,
-                                                           std::array<bool, 4> wanted) {
+                                                           std::array<bool, 4> wanted, bool nchw) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   const int64_t c_mid = shape.c * shape.multiplier;
   check_input(dz, x.scalar_type(), 4, "dz");
@@ -69,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   const auto floats = at::TensorOptions().dtype(at::kFloat);
   const auto doubles = at::TensorOptions().dtype(at::kDouble);
   const bool affine_wanted = wanted[2] || wanted[3];
-  Tensor dx = wanted[0] ? empty_nhwc(shape.n, shape.c, shape.h, shape.w, x) : at::empty({0}, x.options());
+  const bool in_units = cpu_turns_in_units(shape);
+  Tensor dx = wanted[0] ? empty_image(x.sizes(), x, nchw && in_units) : at::empty({0}, x.options());
   Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options());
   Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);
   Tensor dshift = at::empty({wanted[3] ? shape.c : 0}, floats);
@@ -79,17 +91,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   p.shape = shape;
   p.plan = plan_cpu_backward(shape);
   p.c_pad = table_row(shape.c);
-  const Tensor x_rows = to_nhwc(x);
+  const Tensor image = in_units && is_nchw(x) ? x : to_nhwc(x);
   const Tensor dz_rows = in_pass_order(dz, shape);
   const Tensor w = packed_depthwise(w_dw, shape, p.c_pad);
   const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, p.c_pad, activation, alpha);
   const int64_t taps = shape.multiplier * shape.taps();
   Tensor dw_partial, daffine_partial;
-  p.x = x_rows.const_data_ptr();
+  p.x = image.const_data_ptr();
+  p.x_planes = is_nchw(image);
   p.dz = dz_rows.const_data_ptr();
   p.w = w.const_data_ptr<float>();
   p.prologue = prologue.affine();
   if (wanted[0]) p.dx = dx.mutable_data_ptr();
+  p.dx_planes = wanted[0] && is_nchw(dx);
   if (wanted[1]) {
     dw_partial = at::empty({p.plan.row_groups, taps, p.c_pad}, doubles);
     p.dw = dw_partial.mutable_data_ptr<double>();
@@ -99,9 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
     p.daffine = daffine_partial.mutable_data_ptr<double>();
   }
   if (!p.through_x() && !p.dw) return {dx, dw, dscale, dshift};
+  const int64_t thread_bytes = p.scratch_bytes(x.element_size());
+  const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, p.plan.units(), 1, [&](int64_t begin, int64_t end) {
+    char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
     for (int64_t unit = begin; unit < end; ++unit) {
-      with_storage(x.scalar_type(), [&](auto t) { depthwise_bprop_unit<decltype(t)>(p, unit); });
+      with_storage(x.scalar_type(), [&](auto t) { depthwise_bprop_unit<decltype(t)>(p, unit, mine); });
     }
   });
 
@@ -126,13 +143,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
       std::copy(sum + i * p.c_pad, sum + i * p.c_pad + shape.c, out);
     }
   }
-  return {dx, dw, dscale, dshift};
+  return {nchw && wanted[0] ? to_nchw(dx) : dx, dw, dscale, dshift};
 }
+
+namespace {
+
+/// dx in the layout that PyTorch's convolution would give it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop_alone(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
+                                                                 const OptionalTensor& scale_p,
+                                                                 const OptionalTensor& shift_p,
+                                                                 at::IntArrayRef geometry, int64_t activation,
+                                                                 double alpha, std::array<bool, 4> wanted) {
+  return depthwise_bprop(dz, x, w_dw, scale_p, shift_p, geometry, activation, alpha, wanted, !wants_nhwc({x, w_dw}));
+}
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_depthwise_fprop(Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_e, Tensor? shift_e, "
-      "int[] geometry, int[] activations, float[] alphas) -> Tensor");
+      "int[] geometry, int[] activations, float[] alphas, bool nchw=False) -> Tensor");
   m.def(
       "cpu_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
       "int activation, float alpha, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -140,7 +170,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) {
   m.impl("cpu_depthwise_fprop", &depthwise_fprop);
-  m.impl("cpu_depthwise_bprop", &depthwise_bprop);
+  m.impl("cpu_depthwise_bprop", &depthwise_bprop_alone);
 }
 
 }  // namespace xsep::cpu

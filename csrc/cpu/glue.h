@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 
@@ -39,11 +40,24 @@ void with_storage(at::ScalarType dtype, F&& f) {
 Tensor to_nhwc(const Tensor& t);
 Tensor to_nchw(const Tensor& t);
 
+/// Whether a tensor's planes follow each other, and not its pixels.
+inline bool is_nchw(const Tensor& t) { return t.is_contiguous() && !t.is_contiguous(at::MemoryFormat::ChannelsLast); }
+
+/// The layout PyTorch's convolutions would choose: channels_last as soon as the input or a weight is.
+inline bool wants_nhwc(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; });
+}
+
 /// Not yet written, in large pages where it is large: see memory.cpp.
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 inline Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, at::MemoryFormat format) {
   return empty(sizes, like.options().memory_format(format));
+}
+
+inline Tensor empty_image(at::IntArrayRef sizes, const Tensor& like, bool nchw) {
+  return empty_image(sizes, like, nchw ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
 }
 
 inline Tensor empty_nhwc(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
@@ -157,7 +171,7 @@ class DepthwiseInputs {
  private:
   InputRows input_rows(const DepthwiseShape& s, int64_t visits) {
     const ChannelAffine& a = prologue_.affine();
-    const bool nchw = x_.is_contiguous() && !x_.is_contiguous(at::MemoryFormat::ChannelsLast);
+    const bool nchw = is_nchw(x_);
     const bool by_rows = cpu_brings_rows(s, nchw, at::get_num_threads(), visits, x_.element_size());
     if (!nchw || (a.is_identity() && !by_rows)) x_ = to_nhwc(x_);
     InputRows in{};

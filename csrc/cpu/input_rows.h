@@ -184,9 +184,12 @@ class RowBringer {
       X* to[kLanes];
       int64_t row = rows.begin + first / in_.w, column = first % in_.w;
       const int64_t n = std::min<int64_t>(kLanes, pixels);
-      for (int64_t l = 0; l < n; ++l) {
-        to[l] = pixel(row, column);
-        if (++column == in_.w) column = 0, ++row;
+      X* next = pixel(row, column);
+      for (int64_t l = 0; l < n; ++l, next += in_.pixel_step) {
+        to[l] = next;
+        if (++column < in_.w) continue;
+        column = 0;
+        next = pixel(++row, 0) - in_.pixel_step;
       }
       turn_squares(from_ + c_begin_ * in_.h * in_.w + rows.begin * in_.w + first, to, n);
     }

@@ -10,7 +10,7 @@
 #define XSEP_CPU_KERNELS(PREFIX, T)                                                                                 \
   PREFIX template void bring_rows<T, T>(const InputRows&, int64_t, Range, Range, char*);                            \
   PREFIX template void depthwise_fprop_run<T>(const DepthwiseFprop&, Range, Range, const RunOutput&, RowWindow&);   \
-  PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t);                                     \
+  PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t, void*);                              \
   PREFIX template void separable_fprop_task<T, T>(const SeparableFprop&, int64_t, RowWindow&, void*);               \
   PREFIX template void make_z<T>(const SeparableFprop&, Range, RowWindow&, char*);                                  \
   PREFIX template void multiply_all_tiles<T>(const SeparableFprop&, int64_t, const char*, const void*, const Soon&, \

@@ -7,7 +7,7 @@
 #include "../common/cpu_plan.h"
 #include "activate.h"
 #include "gemm.h"
-#include "transpose.h"
+#include "planes.h"
 
 namespace xsep::cpu {
 
@@ -147,16 +147,8 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon,
 template <class T>
 void store_planes(const Pointwise& p, const T* from, int64_t step, int64_t m, int64_t pixel, int64_t n0,
                   int64_t columns) {
-  while (m > 0) {
-    const int64_t picture = pixel / p.plane;
-    const int64_t at = pixel % p.plane;
-    const int64_t count = std::min(m, p.plane - at);
-    T* to = static_cast<T*>(p.y) + (picture * p.c_out + n0) * p.plane + at;
-    transpose_matrix(from, count, columns, step, to, p.plane);
-    from += count * step;
-    pixel += count;
-    m -= count;
-  }
+  const Planes<T> y{static_cast<T*>(p.y), p.c_out, p.plane};
+  pixels_to_planes(from, step, y, {pixel, pixel + m}, {n0, n0 + columns});
 }
 
 }  // namespace detail

@@ -5,6 +5,7 @@
 #include "depthwise_bprop_op.h"
 #include "glue.h"
 #include "pair_gemm.h"
+#include "planes.h"
 
 namespace xsep::cpu {
 namespace {
@@ -26,14 +27,16 @@ Tensor wgrad_of_type(at::ScalarType dtype, const Tensor& dv, const Tensor& x, co
 
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);
   const AffineBuffers middle(scale_m, shift_m, shape.c, 1, inputs.params.c_pad, activations[1], alphas[1]);
-  const Tensor dv_rows = to_nhwc(dv);
+  const bool planes = is_nchw(dv);
+  const Tensor dv_image = planes ? dv : to_nhwc(dv);
   SeparableWgrad p{};
   p.depthwise = inputs.params;
   p.depthwise.output = middle.affine();
   p.c_out = c_out;
   p.pairs = pair_gemm(x.scalar_type()) == PairGemm::kDot;
   p.plan = plan_cpu_wgrad(shape, c_out, at::get_num_threads(), p.z_bytes());
-  p.dv = dv_rows.const_data_ptr();
+  p.dv = dv_image.const_data_ptr();
+  p.plane = planes ? shape.p * shape.q : 0;
   p.dw_row = round_up(shape.c, 16);
   Tensor dw = empty({c_out, shape.c, 1, 1}, options);
   const bool in_place = p.plan.pixel_groups == 1 && p.dw_row == shape.c && dtype == at::kFloat;
@@ -75,6 +78,78 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
   return wgrad_of_type(at::kFloat, dv, x, w_dw, scale_p, shift_p, scale_m, shift_m, geometry, activations, alphas);
 }
 
+/// One panel of w_pw [C_out, C_mid], which dz = dv w_pw multiplies by, to `out`.
+void pack_transposed(const Tensor& w, int64_t panel, void* out) {
+  const int64_t c_out = w.size(0), c_mid = w.size(1);
+  if (w.scalar_type() == at::kBFloat16) {
+    return pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
+                                 static_cast<uint32_t*>(out));
+  }
+  pack_transposed_panel(c_out, c_mid, w.const_data_ptr<float>(), panel, static_cast<float*>(out));
+}
+
+/// f(begin, end, scratch) for parts of [0, tasks), each with so many bytes of a thread's own.
+template <class F>
+void parallel_with_scratch(int64_t tasks, int64_t bytes, F&& f) {
+  const Tensor scratch = empty_bytes(bytes * at::get_num_threads());
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    f(begin, end, static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * bytes);
+  });
+}
+
+/// A panel is packed where it is multiplied: its weights are never written to memory.
+template <class T>
+void dgrad_by_panels(Pointwise p, const CpuTilePlan& plan, const T* dv, const Tensor& w) {
+  const int64_t panel_bytes = round_up(p.panel_bytes(), 64);
+  parallel_with_scratch(plan.tasks(), panel_bytes, [&](int64_t begin, int64_t end, char* packed) {
+    alignas(64) float products[kProductRows * kPanelColumns];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_transposed(w, panel, packed);
+      for (int64_t i = 0; i < plan.tiles; ++i) {
+        const Range tile = plan.tile(i);
+        multiply_panel<T>(p, dv + tile.begin * p.z_stride, packed, {}, panel, tile.end - tile.begin, tile.begin,
+                          products);
+      }
+    }
+  });
+}
+
+/// plane: pixels of one, where dv is NCHW and a tile of it is turned round at a time, else 0.
+template <class T>
+void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const T* dv, int64_t plane, const Tensor& w) {
+  const Tensor packed = empty({plan.panels * p.panel_bytes()}, w.options().dtype(at::kByte));
+  char* const panels = static_cast<char*>(packed.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(32768 / (p.depth * kPanelColumns), 1);
+  at::parallel_for(0, plan.panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) pack_transposed(w, panel, panels + panel * p.panel_bytes());
+  });
+  p.w_packed = panels;
+  const int64_t depth = w.size(0);
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  if (plane) p.z_stride = brought_pixel_step(depth, kBytes);
+  const int64_t tile_bytes = plane ? round_up(plan.tile_pixels * p.z_stride * kBytes, 64) : 0;
+  parallel_with_scratch(plan.tasks(), tile_bytes, [&](int64_t begin, int64_t end, char* scratch) {
+    alignas(64) float products[kProductRows * kPanelColumns];
+    for (int64_t task = begin; task < end; ++task) {
+      const Range tile = plan.tile(task % plan.tiles);
+      const Range group = plan.group_panels(task / plan.tiles);
+      const int64_t count = tile.end - tile.begin;
+      const T* from = dv + tile.begin * depth;
+      Soon next_tile{reinterpret_cast<const char*>(from + count * depth), count * depth * kBytes};
+      if (plane) {
+        T* const turned = reinterpret_cast<T*>(scratch);
+        pixels_from_planes(Planes<const T>{dv, depth, plane}, tile, {0, depth}, turned, p.z_stride);
+        from = turned;
+        next_tile = {};
+      }
+      for (int64_t panel = group.begin; panel < group.end; ++panel) {
+        const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
+        multiply_panel<T>(p, from, p.panel(panel), soon, panel, count, tile.begin, products);
+      }
+    }
+  });
+}
+
 /// dz = dv w_pw: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC.
 Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   check_input(dv, dv.scalar_type(), 4, "dv");
@@ -89,73 +164,51 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   Tensor dz = empty_nhwc(dv.size(0), c_mid, dv.size(2), dv.size(3), dv);
   if (dz.numel() == 0) return dz;
 
-  const Tensor rows = to_nhwc(dv);
-  const Tensor w = w_pw.contiguous();
+  const int64_t plane = dv.size(2) * dv.size(3);
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
-  const int64_t panel_size = c_out * kPanelColumns;
-  const Tensor packed = empty({panels, panel_size}, w.options());
-  at::parallel_for(0, panels, std::max<int64_t>(32768 / panel_size, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      if (pairs) {
-        pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
-                              static_cast<uint32_t*>(packed.mutable_data_ptr()) + panel * panel_size / 2);
-      } else {
-        pack_transposed_panel(c_out, c_mid, static_cast<const float*>(w.const_data_ptr()), panel,
-                              static_cast<float*>(packed.mutable_data_ptr()) + panel * panel_size);
-      }
-    }
-  });
-
+  const CpuTilePlan plan = plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), dv.element_size());
+  const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
+  const Tensor w = w_pw.contiguous();
   Pointwise p{};
   p.c_out = c_mid;
   p.depth = c_out;
   p.pairs = pairs;
   p.z_stride = c_out;
-  p.w_packed = packed.const_data_ptr();
   p.y = dz.mutable_data_ptr();
-  const int64_t pixels = dv.size(0) * dv.size(2) * dv.size(3);
-  const CpuTilePlan plan = plan_cpu_dgrad(pixels, c_out, panels, at::get_num_threads(), pairs ? 2 : 4);
-  at::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float products[kProductRows * kPanelColumns];
-    with_storage(dv.scalar_type(), [&](auto t) {
-      using T = decltype(t);
-      for (int64_t task = begin; task < end; ++task) {
-        const Range tile = plan.tile(task % plan.tiles);
-        const T* from = static_cast<const T*>(rows.const_data_ptr()) + tile.begin * c_out;
-        const Range group = plan.group_panels(task / plan.tiles);
-        const Soon next_tile{reinterpret_cast<const char*>(from + (tile.end - tile.begin) * c_out),
-                             (tile.end - tile.begin) * c_out * static_cast<int64_t>(sizeof(T))};
-        for (int64_t panel = group.begin; panel < group.end; ++panel) {
-          const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
-          multiply_panel<T>(p, from, p.panel(panel), soon, panel, tile.end - tile.begin, tile.begin, products);
-        }
-      }
-    });
+  with_storage(dv.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* const from = static_cast<const T*>(image.const_data_ptr());
+    if (plan.z_first) return dgrad_by_panels<T>(p, plan, from, w);
+    dgrad_by_tiles<T>(p, plan, from, is_nchw(image) ? plane : 0, w);
   });
   return dz;
 }
 
 /// Gradients of y = pw(dw(prologue(x))) for x, w_dw, w_pw, scale_p and shift_p, the last two in float32; empty where
-/// not wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in NHWC.
+/// not wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in the layout that PyTorch's convolutions would give
+/// it. What is not turned round in the kernels' tiles is turned round once for all of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor& dy, const Tensor& x,
                                                                    const Tensor& w_dw, const Tensor& w_pw,
                                                                    const OptionalTensor& scale_p,
                                                                    const OptionalTensor& shift_p,
                                                                    at::IntArrayRef geometry, int64_t activation,
                                                                    double alpha, std::array<bool, 5> wanted) {
-  const Tensor rows = to_nhwc(dy);
-  const Tensor x_rows = to_nhwc(x);
+  const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
+  const bool in_units = cpu_turns_in_units(shape);
+  const bool by_rows = cpu_brings_rows(shape, true, at::get_num_threads(), 1, x.element_size());
+  const Tensor dy_image = in_units ? dy : to_nhwc(dy);
+  const Tensor image = in_units && (by_rows || !wanted[2]) ? x : to_nhwc(x);
   Tensor dw_pw = at::empty({0}, x.options());
   if (wanted[2]) {
-    dw_pw = wgrad_of_type(x.scalar_type(), rows, x_rows, w_dw, scale_p, shift_p, {}, {}, geometry, {activation, 0},
+    dw_pw = wgrad_of_type(x.scalar_type(), dy_image, image, w_dw, scale_p, shift_p, {}, {}, geometry, {activation, 0},
                           {alpha, 0.0});
   }
   if (!wanted[0] && !wanted[1] && !wanted[3] && !wanted[4]) {
     return {at::empty({0}, x.options()), at::empty({0}, x.options()), dw_pw, zeros_float({0}), zeros_float({0})};
   }
   auto [dx, dw_dw, dscale, dshift] =
-      depthwise_bprop(pointwise_dgrad(rows, w_pw), x_rows, w_dw, scale_p, shift_p, geometry, activation, alpha,
-                      {wanted[0], wanted[1], wanted[3], wanted[4]});
+      depthwise_bprop(pointwise_dgrad(dy_image, w_pw), image, w_dw, scale_p, shift_p, geometry, activation, alpha,
+                      {wanted[0], wanted[1], wanted[3], wanted[4]}, !wants_nhwc({x, w_dw, w_pw}));
   return {dx, dw_dw, dw_pw, dscale, dshift};
 }
 

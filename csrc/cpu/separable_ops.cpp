@@ -37,14 +37,6 @@ PairGemm pair_gemm(at::ScalarType dtype) {
 
 namespace {
 
-constexpr int64_t kLeastPlane = 64;  // pixels
-
-/// The layout PyTorch's convolutions would choose: channels_last as soon as the input or a weight is.
-bool wants_nhwc(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; });
-}
-
 /// oneDNN's, for AMX.
 void gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
                 float* c) {
@@ -120,10 +112,8 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   TORCH_CHECK(c_out > 0 && w_pw.size(1) == c_mid && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [C_out, ",
               c_mid, ", 1, 1], but is ", w_pw.sizes());
   const bool nchw = !wants_nhwc({x, w_dw, w_pw});
-  // Planes of a few pixels would be stored a few values at a time: a y of them is turned round as a whole.
-  const bool planes = nchw && shape.p * shape.q >= kLeastPlane;
-  Tensor y = planes ? empty_image({shape.n, c_out, shape.p, shape.q}, x, at::MemoryFormat::Contiguous)
-                    : empty_nhwc(shape.n, c_out, shape.p, shape.q, x);
+  const bool planes = nchw && stores_planes(shape);
+  Tensor y = empty_image({shape.n, c_out, shape.p, shape.q}, x, planes);
   Tensor residual_rows;
   if (residual) {
     check_input(*residual, x.scalar_type(), 4, "residual");

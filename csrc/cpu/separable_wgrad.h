@@ -8,6 +8,7 @@
 #include "depthwise_fprop.h"
 #include "gemm.h"
 #include "pack.h"
+#include "planes.h"
 
 namespace xsep::cpu {
 
@@ -17,19 +18,57 @@ struct SeparableWgrad {
   CpuWgradPlan plan;
   int64_t c_out;
   bool pairs;      // z and dv are multiplied as BFloat16
-  const void* dv;  // T [pixels, c_out]
+  const void* dv;  // T [pixels, c_out], or [n, c_out, plane] where plane is not 0
+  int64_t plane;   // P * Q of an NCHW dv, else 0
   int64_t dw_row;  // a multiple of 16
   float* dw;       // [plan.pixel_groups, c_out, dw_row]
 
   int64_t z_bytes() const { return pairs ? 2 : 4; }
   int64_t z_tile_bytes() const { return round_up(plan.tile_pixels * plan.group_columns * z_bytes(), 64); }
-  /// dv as 32-bit elements: two pixels in one, or converted to float.
-  int64_t dv_tile_bytes() const { return round_up(plan.tile_pixels * c_out * z_bytes(), 64); }
+  /// From plane to plane of a tile of dv: not a distance of many powers of two.
+  int64_t plane_bytes() const { return round_up(plan.tile_pixels * z_bytes(), 128) + 64; }
+  /// dv as 32-bit elements: two pixels in one, or converted to float; or pieces of its planes.
+  int64_t dv_tile_bytes() const {
+    return plane ? c_out * plane_bytes() : round_up(plan.tile_pixels * c_out * z_bytes(), 64);
+  }
   int64_t tile_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
   /// What one thread needs: tiles, and rows of the input.
   int64_t scratch_bytes() const { return tile_bytes() + depthwise.input.bytes(); }
   RowWindow window(void* scratch) const { return {depthwise.input, static_cast<char*>(scratch) + tile_bytes()}; }
 };
+
+namespace detail {
+
+/// Has product read dv of some pixels: where it lies, or converted, in pairs or as pieces of planes in `tile`.
+template <class T>
+void give_dv(const SeparableWgrad& p, Range pixels, char* tile, Product& product) {
+  const int64_t count = pixels.end - pixels.begin;
+  const T* dv = static_cast<const T*>(p.dv) + pixels.begin * p.c_out;
+  product.a = tile;
+  if (p.plane) {
+    // Neighbours in depth are neighbours in memory: pairs as they lie, the last pixel of an odd number beside a zero.
+    const Planes<const T> planes{static_cast<const T*>(p.dv), p.c_out, p.plane};
+    product.a_row = p.plane_bytes() / 4;
+    product.a_step = 1;
+    if (!p.pairs) return copy_planes(planes, pixels, reinterpret_cast<float*>(tile), product.a_row);
+    T* const halves = reinterpret_cast<T*>(tile);
+    copy_planes(planes, pixels, halves, 2 * product.a_row);
+    for (int64_t c = 0; count % 2 != 0 && c < p.c_out; ++c) halves[2 * c * product.a_row + count] = T{};
+    return;
+  }
+  product.a_row = 1;
+  product.a_step = p.c_out;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (p.pairs) return interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(tile), p.c_out);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    product.a = dv;
+  } else {
+    to_floats(dv, count * p.c_out, reinterpret_cast<float*>(tile));
+  }
+}
+
+}  // namespace detail
 
 /// Task `task` of p.plan: the sums of its own pixels and columns. X is the depthwise stage's input type, T that of dv.
 /// window is one that p gave for this scratch.
@@ -52,32 +91,26 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
     const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
     const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
-    const T* dv = static_cast<const T*>(p.dv) + pixel * p.c_out;
-    Product product{dv, 1, p.c_out, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
+    Product product{nullptr, 0, 0, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
+    detail::give_dv<T>(p, {pixel, pixel + count}, dv_tile, product);
     const Range after{pixel + count, std::min(pixel + count + plan.tile_pixels, pixels.end)};
     const Range x = input_of_next_run(p.depthwise, after, window);
-    Soon soon{reinterpret_cast<const char*>(dv + count * p.c_out),
-              (after.end - after.begin) * p.c_out * static_cast<int64_t>(sizeof(T)),
-              reinterpret_cast<const char*>(x.begin), x.end - x.begin};
+    Soon soon{nullptr, 0, reinterpret_cast<const char*>(x.begin), x.end - x.begin};
+    if (!p.plane) {
+      soon.at = reinterpret_cast<const char*>(static_cast<const T*>(p.dv) + after.begin * p.c_out);
+      soon.bytes = (after.end - after.begin) * p.c_out * static_cast<int64_t>(sizeof(T));
+    }
     const int64_t blocks = ceil_div(p.c_out, kProductRows) * ceil_div(columns, kProductVectors * kLanes);
     soon.late(blocks * (p.pairs ? ceil_div(count, 2) : count));
-    if (p.pairs) {
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(dv_tile), p.c_out);
-        interleave_rows(reinterpret_cast<const BFloat16*>(z), count, columns, columns,
-                        reinterpret_cast<uint32_t*>(z_pairs), columns);
-        product.a = dv_tile;
-        product.b = z_pairs;
-        product.depth = ceil_div(count, 2);
-        multiply<true>(product, p.c_out, columns, soon);
-      }
-      continue;
+    if (!p.pairs) {
+      multiply<false>(product, p.c_out, columns, soon);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      interleave_rows(reinterpret_cast<const BFloat16*>(z), count, columns, columns,
+                      reinterpret_cast<uint32_t*>(z_pairs), columns);
+      product.b = z_pairs;
+      product.depth = ceil_div(count, 2);
+      multiply<true>(product, p.c_out, columns, soon);
     }
-    if constexpr (!std::is_same_v<T, float>) {
-      to_floats(dv, count * p.c_out, reinterpret_cast<float*>(dv_tile));
-      product.a = dv_tile;
-    }
-    multiply<false>(product, p.c_out, columns, soon);
   }
 }
 

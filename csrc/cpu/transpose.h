@@ -67,24 +67,32 @@ XSEP_INLINE void store_bits(T* p, Vec v) {
   *reinterpret_cast<Vec16Unaligned*>(p) = __builtin_convertvector(as_bits(v), Vec16);
 }
 
-/// to [columns, rows] = from [rows, columns]; steps in elements between rows.
-template <class T>
+/// to [columns, rows] = from [rows, columns]; steps in elements between rows. Squares through registers: the last ones
+/// begin so early that they are whole, where there is enough. kFetch: rows of `from` are too far apart for the hardware
+/// to follow, and what is read two lines later is asked for.
+template <bool kFetch = false, class T>
 void transpose_matrix(const T* from, int64_t rows, int64_t columns, int64_t from_step, T* to, int64_t to_step) {
-  const int64_t whole_rows = rows - rows % kLanes;
-  const int64_t whole_columns = columns - columns % kLanes;
-  for (int64_t j = 0; j < whole_columns; j += kLanes) {
-    for (int64_t i = 0; i < whole_rows; i += kLanes) {
-      Vec v[kLanes];
-      unroll<kLanes>([&](auto l) __attribute__((always_inline)) { v[l] = load_bits(from + (i + l) * from_step + j); });
+  const bool whole = rows >= kLanes && columns >= kLanes;
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      Vec v[kLanes] = {};
+      if (whole) {
+        const int64_t row = std::min(i, rows - kLanes), column = std::min(j, columns - kLanes);
+        const T* at = from + row * from_step + column;
+        unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
+          if constexpr (kFetch) __builtin_prefetch(at + l * from_step + 128 / sizeof(T), 0, 2);
+          v[l] = load_bits(at + l * from_step);
+        });
+        transpose(v);
+        T* out = to + column * to_step + row;
+        unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(out + l * to_step, v[l]); });
+        continue;
+      }
+      const int64_t n = std::min<int64_t>(kLanes, rows - i), m = std::min<int64_t>(kLanes, columns - j);
+      for (int64_t l = 0; l < n; ++l) v[l] = load_first_bits(from + (i + l) * from_step + j, m);
       transpose(v);
-      unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(to + (j + l) * to_step + i, v[l]); });
+      for (int64_t l = 0; l < m; ++l) store_first_bits(to + (j + l) * to_step + i, v[l], n);
     }
-    for (int64_t i = whole_rows; i < rows; ++i) {
-      for (int64_t l = 0; l < kLanes; ++l) to[(j + l) * to_step + i] = from[i * from_step + j + l];
-    }
-  }
-  for (int64_t j = whole_columns; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) to[j * to_step + i] = from[i * from_step + j];
   }
 }
 

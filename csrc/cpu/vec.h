@@ -215,6 +215,28 @@ XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
 }
 
 /// The first n lanes, 1 <= n <= kLanes, zero in the others; memory beyond them is not touched.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+XSEP_INLINE Vec load_first(const float* p, int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));
+}
+/// In parts: chips of AMD take long over a store with a mask.
+XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
+  if (n == kLanes) return store(p, v);
+  __m128 part = _mm256_castps256_ps128(v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+}
+#else
 XSEP_INLINE Vec load_first(const float* p, int64_t n) { return n == kLanes ? load(p) : load_elements<Vec>(p, n); }
 XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
   if (n == kLanes) {
@@ -223,6 +245,7 @@ XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
     store_elements(p, v, n);
   }
 }
+#endif
 #endif
 
 XSEP_INLINE Vec load_first(const BFloat16* p, int64_t n) { return bfloat16_to_float(load_first_16(p, n)); }

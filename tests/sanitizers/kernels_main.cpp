@@ -12,6 +12,7 @@
 #include "cpu/depthwise_bprop.h"
 #include "cpu/pack.h"
 #include "cpu/separable_fprop.h"
+#include "cpu/separable_wgrad.h"
 
 namespace {
 
@@ -201,7 +202,18 @@ bool forward(const Problem& problem, Rows how) {
   return good;
 }
 
-/// The depthwise backward with all it can give: dx, dw and the prologue's gradients.
+/// [n, c, plane] -> [n, plane, c]
+std::vector<float> in_pixels(int64_t n, int64_t c, int64_t plane, const std::vector<float>& planes) {
+  std::vector<float> turned(planes.size());
+  for (int64_t i = 0; i < n * c * plane; ++i) {
+    const int64_t picture = i / (c * plane), channel = i / plane % c, pixel = i % plane;
+    turned[static_cast<size_t>((picture * plane + pixel) * c + channel)] = planes[static_cast<size_t>(i)];
+  }
+  return turned;
+}
+
+/// The depthwise backward with all it can give: dx, dw and the prologue's gradients. The same of x and to dx in NCHW,
+/// in any combination.
 bool backward(const Problem& problem) {
   const DepthwiseShape& s = problem.shape;
   const int64_t c_mid = s.c * s.multiplier;
@@ -211,26 +223,106 @@ bool backward(const Problem& problem) {
   p.plan = plan_cpu_backward(s);
   p.c_pad = table_row(s.c);
   const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> x_planes = in_planes(s, x);
   const std::vector<float> dz = random_values(s.pixels_out() * c_mid, next);
   const std::vector<float> w = random_values(s.multiplier * s.taps() * p.c_pad, next);
   const std::vector<float> scale = random_values(p.c_pad, next), shift = random_values(p.c_pad, next);
-  p.x = x.data();
   p.dz = dz.data();
   p.w = w.data();
   p.prologue = {scale.data(), shift.data(), Activation::kSilu, 0};
-  std::vector<float> dx[2];
-  std::vector<double> sums[2];
-  for (int run = 0; run < 2; ++run) {
-    dx[run].assign(x.size(), std::nanf(""));
-    sums[run].assign(static_cast<size_t>(p.plan.row_groups * (s.multiplier * s.taps() + 2) * p.c_pad), 0.0);
-    p.dx = dx[run].data();
-    p.dw = sums[run].data();
+  std::vector<float> first_dx;
+  std::vector<double> first_sums;
+  bool good = true;
+  for (int run = 0; run < 5; ++run) {
+    const int threads = run == 0 ? 1 : kThreads;
+    p.x_planes = run == 2 || run == 3;
+    p.dx_planes = run == 3 || run == 4;
+    std::vector<float> dx(x.size(), std::nanf(""));
+    std::vector<double> sums(static_cast<size_t>(p.plan.row_groups * (s.multiplier * s.taps() + 2) * p.c_pad), 0.0);
+    p.x = p.x_planes ? x_planes.data() : x.data();
+    p.dx = dx.data();
+    p.dw = sums.data();
     p.daffine = p.dw + p.plan.row_groups * s.multiplier * s.taps() * p.c_pad;
-    run_tasks(p.plan.units(), run == 0 ? 1 : kThreads,
-              [&](int64_t unit, int) { depthwise_bprop_unit<float>(p, unit); });
+    std::vector<std::vector<float>> scratch(static_cast<size_t>(threads));
+    for (auto& mine : scratch) {
+      mine.assign(static_cast<size_t>(p.scratch_bytes(sizeof(float)) / 4), std::nanf(""));
+    }
+    run_tasks(p.plan.units(), threads, [&](int64_t unit, int thread) {
+      depthwise_bprop_unit<float>(p, unit, scratch[static_cast<size_t>(thread)].data());
+    });
+    if (p.dx_planes) dx = in_pixels(s.n, s.c, s.h * s.w, dx);
+    if (run == 0) first_dx = dx, first_sums = sums;
+    good = good && first_dx.size() == dx.size() && first_sums == sums;
+    for (size_t i = 0; i < dx.size(); ++i) good = good && dx[i] == first_dx[i];
   }
-  bool good = dx[0].size() == dx[1].size() && sums[0] == sums[1];
-  for (size_t i = 0; i < dx[0].size(); ++i) good = good && dx[0][i] == dx[1][i];
+  return good;
+}
+
+/// The pointwise weights' gradient of dv in NHWC and in NCHW: the same sums in the same order.
+bool weight_gradient(const Problem& problem) {
+  const DepthwiseShape& s = problem.shape;
+  if (s.multiplier != 1) return true;
+  const int64_t c_pad = table_row(s.c);
+  Random next;
+  const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> w_dw = random_values(s.c * s.taps(), next);
+  const std::vector<float> planes = random_values(s.pixels_out() * problem.c_out, next);
+  const std::vector<float> pixels = in_pixels(s.n, problem.c_out, s.p * s.q, planes);
+  std::vector<float> w(static_cast<size_t>(s.taps() * c_pad), 0.0f);
+  pack_depthwise(w_dw.data(), s.c, 1, s.taps(), c_pad, w.data());
+  SeparableWgrad p{};
+  p.depthwise.shape = s;
+  p.depthwise.c_pad = c_pad;
+  p.depthwise.w = w.data();
+  p.depthwise.input = input_rows(s, Rows::kWhereTheyLie, x, {});
+  p.plan = plan_cpu_wgrad(s, problem.c_out, kThreads, sizeof(float));
+  p.c_out = problem.c_out;
+  p.dw_row = round_up(s.c, 16);
+  std::vector<float> results[2];
+  for (int run = 0; run < 2; ++run) {
+    p.plane = run == 0 ? 0 : s.p * s.q;
+    p.dv = run == 0 ? pixels.data() : planes.data();
+    results[run].assign(static_cast<size_t>(p.plan.pixel_groups * p.c_out * p.dw_row), 0.0f);
+    p.dw = results[run].data();
+    std::vector<std::vector<float>> scratch(kThreads);
+    std::vector<RowWindow> windows;
+    for (auto& mine : scratch) {
+      mine.assign(static_cast<size_t>(p.scratch_bytes() / 4), std::nanf(""));
+      windows.push_back(p.window(mine.data()));
+    }
+    run_tasks(p.plan.tasks(), kThreads, [&](int64_t task, int thread) {
+      const auto i = static_cast<size_t>(thread);
+      separable_wgrad_task<float, float>(p, task, windows[i], scratch[i].data());
+    });
+  }
+  const std::vector<double> truth = [&] {
+    std::vector<float> identity(static_cast<size_t>(s.c * s.c), 0.0f);
+    for (int64_t c = 0; c < s.c; ++c) identity[static_cast<size_t>(c * s.c + c)] = 1.0f;
+    const std::vector<double> z = plain({"", s, s.c}, x, {}, w_dw, identity);
+    std::vector<double> dw(static_cast<size_t>(problem.c_out * s.c), 0.0);
+    for (int64_t pixel = 0; pixel < s.pixels_out(); ++pixel) {
+      for (int64_t o = 0; o < problem.c_out; ++o) {
+        for (int64_t c = 0; c < s.c; ++c) {
+          dw[static_cast<size_t>(o * s.c + c)] +=
+              static_cast<double>(pixels[static_cast<size_t>(pixel * problem.c_out + o)]) *
+              z[static_cast<size_t>(pixel * s.c + c)];
+        }
+      }
+    }
+    return dw;
+  }();
+  bool good = true;
+  for (int64_t o = 0; o < problem.c_out; ++o) {
+    for (int64_t c = 0; c < s.c; ++c) {
+      double sum = 0;
+      for (int64_t group = 0; group < p.plan.pixel_groups; ++group) {
+        const auto at = static_cast<size_t>((group * p.c_out + o) * p.dw_row + c);
+        good = good && results[0][at] == results[1][at];
+        sum += results[0][at];
+      }
+      good = good && std::fabs(sum - truth[static_cast<size_t>(o * s.c + c)]) <= 1e-3;
+    }
+  }
   return good;
 }
 
@@ -255,7 +347,7 @@ int main() {
     problem.shape.set_output_size();
     const bool there = forward(problem, Rows::kWhereTheyLie) && forward(problem, Rows::kTurned) &&
                        forward(problem, Rows::kWithPrologue);
-    const bool back = backward(problem);
+    const bool back = backward(problem) && weight_gradient(problem);
     std::printf("%s: forward %s, backward %s\n", problem.name, there ? "right" : "WRONG", back ? "right" : "WRONG");
     wrong += !there + !back;
   }

@@ -1,7 +1,7 @@
 """The ``cpu`` backend: C++ kernels for float32, bfloat16 and float16, the fused forward among them.
 
-The kernels work on NHWC. Of an NCHW input the forward turns round each row as it comes to it, in the caches, and the
-fused forward stores an NCHW output tile by tile; the backward, whose kernels read x twice, turns it round once.
+The kernels work on NHWC. NCHW tensors are turned round where they are read and written: the forward brings each row of
+x as it comes to it, in the caches, and stores y tile by tile; the backward's kernels turn tiles of x, dy and dx.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import extension
 from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
-from .base import Backend, DepthwiseGradients, Gradients, channel_sum, with_bias
+from .base import Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +61,17 @@ class CpuBackend(Backend):
             reasons.append(missing)
         return reasons
 
+    def slower_than_aten(self, problem: Problem) -> str:
+        module, p = extension.binding(), problem
+        where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
+        # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
+        if module is None or p.dtype != torch.float32:
+            return ""
+        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last):
+            return ""
+        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
+        return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
+
     def plan(self, problem: Problem) -> str:
         module, threads = extension.binding(), torch.get_num_threads()
         assert module is not None
@@ -93,10 +104,12 @@ class CpuBackend(Backend):
             return ", x turned to NHWC row by row"
         return ", x converted to NHWC"
 
-    def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+    def depthwise(
+        self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry, nchw: bool = False
+    ) -> Tensor:
         return torch.ops.xsep.cpu_depthwise_fprop(
             x, w_dw, prologue.scale, prologue.shift, epilogue.scale, epilogue.shift,
-            geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha),
+            geometry, (prologue.activation, epilogue.activation), (prologue.alpha, epilogue.alpha), nchw,
         )  # fmt: skip
 
     def depthwise_backward_kernel(
@@ -133,13 +146,15 @@ class CpuBackend(Backend):
         )  # fmt: skip
 
     def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
-        y = super().depthwise_forward(a)
-        return _to_nchw(y) if _wants_nchw(a.x, a.w_dw) else y
+        epilogue = with_bias(a.epilogue, a.bias)
+        return self.depthwise(a.x, a.w_dw, a.prologue, epilogue, Geometry(*a.geometry), _wants_nchw(a.x, a.w_dw))
 
     def depthwise_backward(
         self, dy: Tensor, a: DepthwiseArgs, y: Optional[Tensor], wanted: Sequence[bool]
     ) -> Gradients:
-        dx, *rest = super().depthwise_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
+        if needs_recompute(y, a.epilogue) or wanted[5]:
+            dy, y = _to_nhwc(dy), None if y is None else _to_nhwc(y)  # beside what is made anew, in NHWC
+        dx, *rest = super().depthwise_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw), *rest)
 
     def separable_backward(
@@ -148,7 +163,10 @@ class CpuBackend(Backend):
         if not wanted[4] and self.is_one_kernel(a):
             dx, *rest = self._separable_bprop(dy, a, wanted)
         else:
-            dx, *rest = super().separable_backward(_to_nhwc(dy), a._replace(x=_to_nhwc(a.x)), y, wanted)
+            several = a.w_dw.shape[0] != a.x.shape[1]
+            if several or not _has_dgrad(a.w_pw) or not a.middle.is_identity() or needs_recompute(y, a.epilogue):
+                dy, y = _to_nhwc(dy), None if y is None else _to_nhwc(y)  # beside what is made anew, in NHWC
+            dx, *rest = super().separable_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
     def is_one_kernel(self, a: SeparableArgs) -> bool:

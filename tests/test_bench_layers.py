@@ -1,0 +1,42 @@
+"""bench_layers.py: a whole record, and no figure for a layer that is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_layers  # noqa: E402
+import common  # noqa: E402
+
+
+def program(*arguments: str) -> int:
+    return common.run("bench_layers", lambda: bench_layers.main(["--quick", *arguments]))
+
+
+def test_every_layer_has_a_ratio_in_each_layout_and_direction(tmp_path: Path, capsys: Any) -> None:
+    assert program("--out", str(tmp_path)) == 0
+    record = json.loads((tmp_path / "layers.json").read_text())
+    assert len(record["layers"]) == len(bench_layers.QUICK) * 4 and not record["failures"]
+    for row in record["layers"]:
+        assert row["ratio"] == pytest.approx(row["us"]["PyTorch"] / row["us"]["xsep"])
+    assert capsys.readouterr().out.count("geometric mean") == 4
+
+
+def test_a_wrong_layer_gets_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_layers, "wrong", lambda layer, dtype, layout: "far off" if layer.filter == 5 else None)
+    assert program("--out", str(tmp_path), "--direction", "forward", "--layout", "contiguous") == 1
+    record = json.loads((tmp_path / "layers.json").read_text())
+    assert [row["layer"] for row in record["layers"]] == ["16->24 @10, 3x3, stride 1"]
+    assert len(record["failures"]) == 1 and "far off" in record["failures"][0]
+
+
+def test_no_picture_is_one_sentence(capsys: Any) -> None:
+    assert program("--batch", "0") != 0
+    assert "--batch and --threads must be at least 1" in capsys.readouterr().err
