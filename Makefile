@@ -13,8 +13,8 @@ NIGHTLY := XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -o faulthandle
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-layers bench-xception \
-	bench-memory gpu-check report lint format clean help
+.PHONY: all build test test-nightly test-real sanitize sanitize-full bench bench-full bench-cpu bench-layers \
+	bench-xception bench-memory gpu-check report lint format clean help
 
 help:
 	@echo "make test          build, then run the tests"

@@ -2,8 +2,8 @@
 
 ``auto`` asks, in this order: what was measured for this very problem on this card (by ``xsep.autotune`` or a shipped
 table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order, with ``aten`` first where a backend says of
-itself that it is slower. On a GPU a backend takes part only once a card
-of that architecture has verified the sources at hand, so that nobody's network runs on kernels no card has tested.
+itself that it is slower. On a GPU a backend takes part only once a card of that architecture has verified the sources
+at hand, so that nobody's network runs on kernels no card has tested.
 """
 
 from __future__ import annotations
