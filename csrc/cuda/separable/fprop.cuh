@@ -143,15 +143,13 @@ __device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, c
 
 // Waits until no more than `left` of this thread's newest groups of copies are on their way.
 __device__ __forceinline__ void wait_for_copies(int left) {
-  static_assert(kMostHalos == 4, "at most 3 are left");
+  static_assert(kMostHalos - 2 <= 2, "none but these");
   if (left == 0) {
     cp_async_wait<0>();
   } else if (left == 1) {
     cp_async_wait<1>();
-  } else if (left == 2) {
-    cp_async_wait<2>();
   } else {
-    cp_async_wait<3>();
+    cp_async_wait<2>();
   }
 }
 
