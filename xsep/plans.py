@@ -49,6 +49,10 @@ MARGIN = 1.1
 #: The part of its clocks in which a scheduler of a multiprocessor that runs the fused CUDA kernel issues something; the
 #: kernel's instructions are counted (fused_clocks in csrc/common/cuda_separable_plan.h).
 ISSUE_SHARE = 0.8
+#: Float32 lanes of a multiprocessor, 128 unless it stands here (CUDA programming guide, arithmetic throughput). With
+#: 64 a multiply-add takes its scheduler two clocks; three in five of the kernel's instructions use those lanes.
+LANES = {(8, 0): 64}
+LANES_SHARE = 0.6
 
 
 class Prediction(NamedTuple):
@@ -207,8 +211,9 @@ def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
     device, (p, q) = clock.device, clock.problem.output_size
     waste = plan.tiles * plan.tile_rows * plan.tile_columns / max(clock.problem.n * p * q, 1)
     matrix = waste * clock.work.pointwise / (clock.product * MMA_SYNC_SHARE.get(device.capability, 1.0))
-    # A multiprocessor's 128 lanes do 256 FLOP a clock.
-    issued = 1e6 * plan.clocks * device.multiprocessors * 256 / device.float32_flops / ISSUE_SHARE
+    lanes = LANES.get(device.capability, 128)
+    megahertz = device.float32_flops / (device.multiprocessors * 2 * lanes) / 1e6
+    issued = plan.clocks * (1 + LANES_SHARE * (128 / lanes - 1)) / megahertz / ISSUE_SHARE
     memory = clock.move(clock.work.bytes)
     limit = "memory" if memory >= max(matrix, issued) else "instructions" if issued >= matrix else "tensor cores"
     return max(memory, matrix, issued) + clock.launches(1), f"z never leaves the chip; the limit: {limit}"
