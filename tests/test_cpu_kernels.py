@@ -283,12 +283,22 @@ def test_without_the_extension_the_reason_says_how_to_build_it(monkeypatch: pyte
         extension.load_cpu.cache_clear()
 
 
-def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
+def planner() -> Any:
     module = extension.binding()
     assert module is not None, "the extension is not built"
+    return module
+
+
+def sizes(c: Case) -> tuple[Any, ...]:
+    """What every plan of a case depends on."""
+    return (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation)
+
+
+def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
+    module = planner()
     plans = [
         module.plan_cpu_separable(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            *sizes(c),
             c_out=c.c_out, threads=2, z_bytes=c.dtype.itemsize,
         )
         for c in MATRIX if c.op == "separable" and c.n and c.c_out > 128
@@ -298,11 +308,10 @@ def test_the_matrix_has_problems_of_both_ways_to_multiply() -> None:
 
 @pytest.mark.parametrize("nchw", [True, False], ids=["NCHW", "a prologue"])
 def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> None:
-    module = extension.binding()
-    assert module is not None, "the extension is not built"
+    module = planner()
     by_rows = [
         module.cpu_brings_rows(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            *sizes(c),
             nchw=nchw, threads=2, visits=1, element_bytes=c.dtype.itemsize,
         )
         for c in MATRIX
@@ -312,11 +321,10 @@ def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> 
 
 
 def test_the_matrix_has_gradients_of_nchw_turned_round_in_tiles_and_as_a_whole() -> None:
-    module = extension.binding()
-    assert module is not None, "the extension is not built"
+    module = planner()
     in_units = [
         module.cpu_turns_in_units(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation)
+            *sizes(c)
         )
         for c in MATRIX if c.n and c.layout == "contiguous"
     ]  # fmt: skip
@@ -324,11 +332,10 @@ def test_the_matrix_has_gradients_of_nchw_turned_round_in_tiles_and_as_a_whole()
 
 
 def test_the_matrix_has_planes_stored_in_several_tiles_of_a_run() -> None:
-    module = extension.binding()
-    assert module is not None, "the extension is not built"
+    module = planner()
     plans = [
         module.plan_cpu_depthwise(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation), threads=2
+            *sizes(c), threads=2
         )
         for c in MATRIX if c.n and c.layout == "contiguous" and c.op == "depthwise"
     ]  # fmt: skip
@@ -336,32 +343,15 @@ def test_the_matrix_has_planes_stored_in_several_tiles_of_a_run() -> None:
 
 
 def test_the_matrix_has_weight_gradients_of_one_group_of_pixels_and_of_several() -> None:
-    module = extension.binding()
-    assert module is not None, "the extension is not built"
+    module = planner()
     groups = {
         module.plan_cpu_wgrad(
-            (c.n, c.c_in, c.h, c.w), c.filter, c.multiplier, (*c.stride, *c.padding, *c.dilation),
+            *sizes(c),
             c_out=c.c_out, threads=2, z_bytes=c.dtype.itemsize,
         ).pixel_groups
         for c in MATRIX if c.op == "separable" and c.n and c.multiplier == 1
     }  # fmt: skip
     assert 1 in groups and max(groups) > 2
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 5, 7), (1, 16, 4, 4), (3, 33, 17, 1), (1, 1, 9, 9), (2, 70, 1, 1), (2, 64, 9, 31), (0, 3, 2, 2)]
-)
-def test_turning_a_layout_round_moves_every_value(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert extension.load_cpu().reason is None
-    nchw = torch.randn(shape).to(dtype)
-    nhwc = torch.ops.xsep.cpu_to_nhwc(nchw)
-    assert torch.equal(nhwc, nchw) and nhwc.is_contiguous(memory_format=torch.channels_last)
-    back = torch.ops.xsep.cpu_to_nchw(nhwc)
-    assert torch.equal(back, nchw) and back.is_contiguous()
-    crop = torch.randn(*shape[:3], 2 * shape[3]).to(dtype)[..., ::2]
-    assert torch.equal(torch.ops.xsep.cpu_to_nhwc(crop), crop)
-    assert torch.ops.xsep.cpu_to_nhwc(nhwc).data_ptr() != nhwc.data_ptr() or not nhwc.numel()
 
 
 @pytest.mark.parametrize("shape", [(2, 728, 364, 7), (1, 5, 7, 147), (2, 64, 129, 12), (3, 17, 2, 3), (1, 130, 66, 1)])
@@ -376,56 +366,6 @@ def test_pointwise_dgrad_is_the_product_by_the_weights(shape: tuple[int, int, in
     plain = torch.einsum("nopq,oc->ncpq", dv, w[..., 0, 0])
     error, theirs = ((t.double() - truth).abs().max().item() for t in (CPU.pointwise_dgrad(dv, w), plain))
     assert error <= 2 * theirs + 2 * torch.finfo(dtype).eps * truth.abs().max().item()
-
-
-def test_nchw_pictures_come_out_as_nchw_without_being_turned_round_as_a_whole() -> None:
-    import xsep
-
-    x, w_dw, w_pw = torch.randn(2, 19, 23, 29), torch.randn(19, 1, 3, 3), torch.randn(70, 19, 1, 1)
-    y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend="cpu")
-    nhwc = xsep.separable_conv2d(x.contiguous(memory_format=torch.channels_last), w_dw, w_pw, padding=1, backend="cpu")
-    assert y.is_contiguous() and nhwc.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, nhwc)
-
-
-@pytest.mark.parametrize("shape", [(2, 19, 23, 29), (1, 300, 40, 41), (2, 40, 5, 7), (1, 3, 8, 8)])
-@pytest.mark.parametrize("multiplier", [1, 2])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_depthwise_of_nchw_pictures_comes_out_as_nchw(
-    shape: tuple[int, int, int, int], multiplier: int, dtype: torch.dtype
-) -> None:
-    import xsep
-
-    x, w_dw = torch.randn(shape).to(dtype), torch.randn(shape[1] * multiplier, 1, 3, 3).to(dtype)
-    y = xsep.depthwise_conv2d(x, w_dw, padding=1, backend="cpu")
-    nhwc = xsep.depthwise_conv2d(x.contiguous(memory_format=torch.channels_last), w_dw, padding=1, backend="cpu")
-    assert y.is_contiguous() and nhwc.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, nhwc)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("c_in", [10, 33, 64])
-@pytest.mark.parametrize("size", [(3, 3), (1, 19), (70, 67)])
-def test_the_backward_of_nchw_gives_nchw_and_the_bits_of_nhwc(
-    size: tuple[int, int], c_in: int, dtype: torch.dtype
-) -> None:
-    from xsep.backends.cpu import _has_dgrad
-
-    assert extension.load_cpu().reason is None
-    x, dy = torch.randn(3, c_in, *size).to(dtype), torch.randn(3, 34, *size).to(dtype)
-    w_dw, w_pw = torch.randn(c_in, 1, 3, 3).to(dtype), torch.randn(34, c_in, 1, 1).to(dtype)
-    if not _has_dgrad(w_pw):
-        pytest.skip("this chip has no AVX512_BF16")
-    scale, geometry = torch.randn(c_in), (1, 1, 1, 1, 1, 1, 1, 1)
-    nchw, nhwc = (
-        torch.ops.xsep.cpu_separable_bprop(
-            dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout), w_dw, w_pw, scale, None, geometry,
-            1, 0.0, (True,) * 5
-        )
-        for layout in (torch.contiguous_format, torch.channels_last)
-    )  # fmt: skip
-    assert nchw[0].is_contiguous() and nhwc[0].is_contiguous(memory_format=torch.channels_last)
-    assert all(torch.equal(a, b) for a, b in zip(nchw, nhwc, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
