@@ -208,8 +208,15 @@ def time_on_gpu(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, T
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes/s, FLOP/s) of this device, measured: a copy far larger than its caches, and one large matrix product."""
+    """(bytes/s, FLOP/s) of this device, measured: a copy far larger than its caches, and one large matrix product.
+
+    The product is float32's where a CPU multiplies that faster: it is then what 16-bit values are converted for.
+    """
     gpu = device.type == "cuda"
+    if not gpu and dtype is not torch.float32:
+        small = {str(t): torch.randn(192, 192).to(t) for t in (dtype, torch.float32)}
+        tried = time_on_cpu({name: lambda m=m: torch.mm(m, m) for name, m in small.items()}, 10, 0.0)
+        dtype = dtype if tried[str(dtype)]["us"] < tried["torch.float32"]["us"] else torch.float32
     source = torch.ones(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     n = 8192 if gpu else 1536
@@ -237,8 +244,16 @@ def device_name(device: torch.device) -> str:
 
 
 def default_out(device: torch.device) -> Path:
-    """benchmarks/results/<cpu or card>/"""
-    return HERE / "results" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """benchmarks/results/<cpu and its vectors, or card>/"""
+    name = device_name(device)
+    if device.type == "cpu":
+        name = with_vectors(name, torch.backends.cpu.get_cpu_capability())
+    return HERE / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def with_vectors(cpu: str, capability: str) -> str:
+    """One model name may stand for chips that differ in nothing more than in this: "AMD EPYC (AVX2)"."""
+    return f"{cpu} ({capability})"
 
 
 def source_digest() -> str:

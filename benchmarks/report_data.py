@@ -28,9 +28,9 @@ class Card:
     @property
     def name(self) -> str:
         for content in self.files.values():
-            found = content.get("card") or content.get("environment", {}).get("device")
-            if found:
-                return str(found)
+            environment = content.get("environment", {})
+            if found := content.get("card") or environment.get("device"):
+                return str(found) if self.is_gpu else machine_of(environment)
         return self.folder
 
     @property
@@ -104,13 +104,18 @@ def speeds(xception: dict[str, Any], dtype: str, mode: str, way: str) -> dict[st
     return {r["network"]: r["steps_per_second"] for r in rows}
 
 
+def machine_of(environment: dict[str, Any]) -> str:
+    """A CPU in words, with the vectors that it has."""
+    return common.with_vectors(environment["device"], environment["torch_cpu_capability"])
+
+
 def setting(record: dict[str, Any]) -> str:
     """On what a result was taken, in words."""
     where = record["environment"]
     if record.get("device_type") == "cuda" or "capability" in where:
         machine = f"{where['device']}, CUDA {where.get('cuda')}, cuDNN {where.get('cudnn')}"
     else:
-        machine = f"{where['device']}, {where['cores']} cores, {where['threads']} threads"
+        machine = f"{machine_of(where)}, {where['cores']} cores, {where['threads']} threads"
     batch = f", batch {record['batch']} at {record['size']} px" if "size" in record else ""
     figure = f", {record['figure']}" if "figure" in record else ""
     pictures = record.get("photographs") or []

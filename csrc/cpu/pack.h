@@ -122,11 +122,12 @@ inline void interleave_rows(const BFloat16* from, int64_t rows, int64_t row_step
 
 /// One panel of w_pw [c_out, c_mid] itself, which dz = dv w_pw multiplies by: columns [panel * kPanelColumns, ..),
 /// zeros beyond c_mid, as float [c_out, kPanelColumns] or pairs [c_out / 2, kPanelColumns], for which c_out is even.
-inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const float* w_pw, int64_t panel, float* out) {
+template <class T>
+void pack_transposed_panel(int64_t c_out, int64_t c_mid, const T* w_pw, int64_t panel, float* out) {
   const int64_t n0 = panel * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, c_mid - n0);
   for (int64_t k = 0; k < c_out; ++k, out += kPanelColumns) {
-    std::copy(w_pw + k * c_mid + n0, w_pw + k * c_mid + n0 + columns, out);
+    to_floats(w_pw + k * c_mid + n0, columns, out);
     std::fill(out + columns, out + kPanelColumns, 0.0f);
   }
 }

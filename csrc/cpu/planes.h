@@ -29,9 +29,10 @@ struct Planes {
   }
 };
 
-/// Channels of pixels to NHWC: channels.begin of the first pixel to `to`, that of the next one `step` elements on.
-template <class T>
-void pixels_from_planes(const Planes<const T>& planes, Range pixels, Range channels, T* to, int64_t step) {
+/// Channels of pixels to NHWC: channels.begin of the first pixel to `to`, that of the next one `step` elements on, as
+/// To: float, or T itself.
+template <class To, class T>
+void pixels_from_planes(const Planes<const T>& planes, Range pixels, Range channels, To* to, int64_t step) {
   const int64_t count = channels.end - channels.begin;
   planes.by_pictures(pixels, [&](const T* from, int64_t n, int64_t first) {
     from += channels.begin * planes.size;

@@ -2,6 +2,8 @@
 // xsep::cpu_separable_bprop.
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "depthwise_bprop_op.h"
 #include "glue.h"
 #include "pair_gemm.h"
@@ -78,14 +80,17 @@ Tensor separable_wgrad(const Tensor& dv, const Tensor& x, const Tensor& w_dw, co
   return wgrad_of_type(at::kFloat, dv, x, w_dw, scale_p, shift_p, scale_m, shift_m, geometry, activations, alphas);
 }
 
-/// One panel of w_pw [C_out, C_mid], which dz = dv w_pw multiplies by, to `out`.
-void pack_transposed(const Tensor& w, int64_t panel, void* out) {
+/// One panel of w_pw [C_out, C_mid], which dz = dv w_pw multiplies by, to `out`: pairs, or float.
+void pack_transposed(const Tensor& w, bool pairs, int64_t panel, void* out) {
   const int64_t c_out = w.size(0), c_mid = w.size(1);
-  if (w.scalar_type() == at::kBFloat16) {
-    return pack_transposed_panel(c_out, c_mid, static_cast<const BFloat16*>(w.const_data_ptr()), panel,
-                                 static_cast<uint32_t*>(out));
+  if (pairs) {
+    const auto* from = static_cast<const BFloat16*>(w.const_data_ptr());
+    return pack_transposed_panel(c_out, c_mid, from, panel, static_cast<uint32_t*>(out));
   }
-  pack_transposed_panel(c_out, c_mid, w.const_data_ptr<float>(), panel, static_cast<float*>(out));
+  with_storage(w.scalar_type(), [&](auto t) {
+    const auto* from = static_cast<const decltype(t)*>(w.const_data_ptr());
+    pack_transposed_panel(c_out, c_mid, from, panel, static_cast<float*>(out));
+  });
 }
 
 /// f(begin, end, scratch) for parts of [0, tasks), each with so many bytes of a thread's own.
@@ -97,50 +102,79 @@ void parallel_with_scratch(int64_t tasks, int64_t bytes, F&& f) {
   });
 }
 
-/// A panel is packed where it is multiplied: its weights are never written to memory.
+/// A panel is packed where it is multiplied: its weights are never written to memory. dv is what the product reads.
 template <class T>
-void dgrad_by_panels(Pointwise p, const CpuTilePlan& plan, const T* dv, const Tensor& w) {
+void dgrad_by_panels(Pointwise p, const CpuTilePlan& plan, const void* dv, const Tensor& w) {
   const int64_t panel_bytes = round_up(p.panel_bytes(), 64);
   parallel_with_scratch(plan.tasks(), panel_bytes, [&](int64_t begin, int64_t end, char* packed) {
     alignas(64) float products[kProductRows * kPanelColumns];
     for (int64_t panel = begin; panel < end; ++panel) {
-      pack_transposed(w, panel, packed);
+      pack_transposed(w, p.pairs, panel, packed);
       for (int64_t i = 0; i < plan.tiles; ++i) {
         const Range tile = plan.tile(i);
-        multiply_panel<T>(p, dv + tile.begin * p.z_stride, packed, {}, panel, tile.end - tile.begin, tile.begin,
-                          products);
+        const char* from = static_cast<const char*>(dv) + tile.begin * p.z_stride * p.z_bytes();
+        multiply_panel<T>(p, from, packed, {}, panel, tile.end - tile.begin, tile.begin, products);
       }
     }
   });
 }
 
-/// plane: pixels of one, where dv is NCHW and a tile of it is turned round at a time, else 0.
+/// dv as the product reads it: T, or float made of it, brought tile by tile where it does not lie so.
 template <class T>
-void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const T* dv, int64_t plane, const Tensor& w) {
+struct DvTiles {
+  const T* dv;
+  int64_t depth;
+  int64_t plane;  // pixels of one, where dv is NCHW, else 0
+  bool pairs;
+
+  bool lies_so() const { return !plane && (pairs || std::is_same_v<T, float>); }
+  int64_t bytes() const { return pairs ? 2 : 4; }
+  int64_t step() const { return lies_so() ? depth : brought_pixel_step(depth, bytes()); }
+  int64_t tile_bytes(int64_t pixels) const { return lies_so() ? 0 : round_up(pixels * step() * bytes(), 64); }
+
+  const void* bring(Range pixels, char* scratch) const {
+    if (lies_so()) return dv + pixels.begin * depth;
+    if (pairs) {
+      bring_as(pixels, reinterpret_cast<T*>(scratch));
+    } else {
+      bring_as(pixels, reinterpret_cast<float*>(scratch));
+    }
+    return scratch;
+  }
+
+ private:
+  template <class To>
+  void bring_as(Range pixels, To* to) const {
+    if (plane) return pixels_from_planes(Planes<const T>{dv, depth, plane}, pixels, {0, depth}, to, step());
+    if constexpr (!std::is_same_v<T, To>) {
+      for (int64_t i = pixels.begin; i < pixels.end; ++i, to += step()) to_floats(dv + i * depth, depth, to);
+    }
+  }
+};
+
+template <class T>
+void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const DvTiles<T>& dv, const Tensor& w) {
   const Tensor packed = empty({plan.panels * p.panel_bytes()}, w.options().dtype(at::kByte));
   char* const panels = static_cast<char*>(packed.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(32768 / (p.depth * kPanelColumns), 1);
   at::parallel_for(0, plan.panels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) pack_transposed(w, panel, panels + panel * p.panel_bytes());
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_transposed(w, p.pairs, panel, panels + panel * p.panel_bytes());
+    }
   });
   p.w_packed = panels;
-  const int64_t depth = w.size(0);
-  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
-  if (plane) p.z_stride = brought_pixel_step(depth, kBytes);
-  const int64_t tile_bytes = plane ? round_up(plan.tile_pixels * p.z_stride * kBytes, 64) : 0;
-  parallel_with_scratch(plan.tasks(), tile_bytes, [&](int64_t begin, int64_t end, char* scratch) {
+  p.z_stride = dv.step();
+  parallel_with_scratch(plan.tasks(), dv.tile_bytes(plan.tile_pixels), [&](int64_t begin, int64_t end, char* scratch) {
     alignas(64) float products[kProductRows * kPanelColumns];
     for (int64_t task = begin; task < end; ++task) {
       const Range tile = plan.tile(task % plan.tiles);
       const Range group = plan.group_panels(task / plan.tiles);
       const int64_t count = tile.end - tile.begin;
-      const T* from = dv + tile.begin * depth;
-      Soon next_tile{reinterpret_cast<const char*>(from + count * depth), count * depth * kBytes};
-      if (plane) {
-        T* const turned = reinterpret_cast<T*>(scratch);
-        pixels_from_planes(Planes<const T>{dv, depth, plane}, tile, {0, depth}, turned, p.z_stride);
-        from = turned;
-        next_tile = {};
+      const void* from = dv.bring(tile, scratch);
+      Soon next_tile{};
+      if (!dv.plane) {
+        constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+        next_tile = {reinterpret_cast<const char*>(dv.dv + tile.end * dv.depth), count * dv.depth * kBytes};
       }
       for (int64_t panel = group.begin; panel < group.end; ++panel) {
         const Soon soon = panel + 1 < group.end ? Soon{p.panel(panel + 1), p.panel_bytes()} : next_tile;
@@ -156,37 +190,35 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   check_input(w_pw, dv.scalar_type(), 4, "w_pw");
   const int64_t c_out = w_pw.size(0);
   const int64_t c_mid = w_pw.size(1);
-  const bool pairs = dv.scalar_type() == at::kBFloat16;
   TORCH_CHECK(dv.size(1) == c_out && c_out > 0 && c_mid > 0 && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [",
               dv.size(1), ", C_mid, 1, 1], but is ", w_pw.sizes());
-  TORCH_CHECK(dv.scalar_type() == at::kFloat || (pairs && kHasBFloat16Instructions && c_out % 2 == 0),
-              "this takes float32, and bfloat16 with an even C_out on a chip with AVX512_BF16");
   Tensor dz = empty_nhwc(dv.size(0), c_mid, dv.size(2), dv.size(3), dv);
   if (dz.numel() == 0) return dz;
 
-  const int64_t plane = dv.size(2) * dv.size(3);
-  const int64_t panels = ceil_div(c_mid, kPanelColumns);
-  const CpuTilePlan plan = plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), dv.element_size());
-  const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
   const Tensor w = w_pw.contiguous();
   Pointwise p{};
   p.c_out = c_mid;
   p.depth = c_out;
-  p.pairs = pairs;
+  p.pairs = kHasBFloat16Instructions && dv.scalar_type() == at::kBFloat16 && c_out % 2 == 0;
   p.z_stride = c_out;
   p.y = dz.mutable_data_ptr();
+  const int64_t plane = dv.size(2) * dv.size(3);
+  const int64_t panels = ceil_div(c_mid, kPanelColumns);
+  const CpuTilePlan plan = plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), p.z_bytes());
+  const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
   with_storage(dv.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const T* const from = static_cast<const T*>(image.const_data_ptr());
-    if (plan.z_first) return dgrad_by_panels<T>(p, plan, from, w);
-    dgrad_by_tiles<T>(p, plan, from, is_nchw(image) ? plane : 0, w);
+    const DvTiles<T> tiles{static_cast<const T*>(image.const_data_ptr()), c_out, is_nchw(image) ? plane : 0, p.pairs};
+    if (!plan.z_first) return dgrad_by_tiles<T>(p, plan, tiles, w);
+    const Tensor read = tiles.lies_so() ? image : image.to(at::kFloat);
+    dgrad_by_panels<T>(p, plan, read.const_data_ptr(), w);
   });
   return dz;
 }
 
 /// Gradients of y = pw(dw(prologue(x))) for x, w_dw, w_pw, scale_p and shift_p, the last two in float32; empty where
-/// not wanted. Multiplier 1, and what pointwise_dgrad takes. dx is in the layout that PyTorch's convolutions would give
-/// it. What is not turned round in the kernels' tiles is turned round once for all of them.
+/// not wanted. Multiplier 1. dx is in the layout that PyTorch's convolutions would give it. What is not turned round in
+/// the kernels' tiles is turned round once for all of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor& dy, const Tensor& x,
                                                                    const Tensor& w_dw, const Tensor& w_pw,
                                                                    const OptionalTensor& scale_p,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -41,7 +42,7 @@ XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
   });
 }
 
-/// Values moved as they are, not as numbers.
+/// Values moved as they are, not as numbers: see Moved.
 XSEP_INLINE Vec load_bits(const float* p) { return load(p); }
 XSEP_INLINE Vec load_first_bits(const float* p, int64_t n) { return load_first(p, n); }
 XSEP_INLINE void store_bits(float* p, Vec v) { store(p, v); }
@@ -67,11 +68,27 @@ XSEP_INLINE void store_bits(T* p, Vec v) {
   *reinterpret_cast<Vec16Unaligned*>(p) = __builtin_convertvector(as_bits(v), Vec16);
 }
 
+/// How values come to registers and go from there, when To is what they become: T itself, or float.
+template <class T, class To>
+struct Moved {
+  static constexpr bool kSame = std::is_same_v<T, To>;
+  static_assert(kSame || std::is_same_v<To, float>);
+
+  static XSEP_INLINE Vec load(const T* p) {
+    if constexpr (kSame) return load_bits(p);
+    return cpu::load(p);
+  }
+  static XSEP_INLINE Vec load_first(const T* p, int64_t n) {
+    if constexpr (kSame) return load_first_bits(p, n);
+    return cpu::load_first(p, n);
+  }
+};
+
 /// to [columns, rows] = from [rows, columns]; steps in elements between rows. Squares through registers: the last ones
 /// begin so early that they are whole, where there is enough. kFetch: rows of `from` are too far apart for the hardware
 /// to follow, and what is read two lines later is asked for.
-template <bool kFetch = false, class T>
-void transpose_matrix(const T* from, int64_t rows, int64_t columns, int64_t from_step, T* to, int64_t to_step) {
+template <bool kFetch = false, class T, class To>
+void transpose_matrix(const T* from, int64_t rows, int64_t columns, int64_t from_step, To* to, int64_t to_step) {
   const bool whole = rows >= kLanes && columns >= kLanes;
   for (int64_t j = 0; j < columns; j += kLanes) {
     for (int64_t i = 0; i < rows; i += kLanes) {
@@ -81,15 +98,15 @@ void transpose_matrix(const T* from, int64_t rows, int64_t columns, int64_t from
         const T* at = from + row * from_step + column;
         unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
           if constexpr (kFetch) __builtin_prefetch(at + l * from_step + 128 / sizeof(T), 0, 2);
-          v[l] = load_bits(at + l * from_step);
+          v[l] = Moved<T, To>::load(at + l * from_step);
         });
         transpose(v);
-        T* out = to + column * to_step + row;
+        To* out = to + column * to_step + row;
         unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(out + l * to_step, v[l]); });
         continue;
       }
       const int64_t n = std::min<int64_t>(kLanes, rows - i), m = std::min<int64_t>(kLanes, columns - j);
-      for (int64_t l = 0; l < n; ++l) v[l] = load_first_bits(from + (i + l) * from_step + j, m);
+      for (int64_t l = 0; l < n; ++l) v[l] = Moved<T, To>::load_first(from + (i + l) * from_step + j, m);
       transpose(v);
       for (int64_t l = 0; l < m; ++l) store_first_bits(to + (j + l) * to_step + i, v[l], n);
     }

@@ -45,6 +45,11 @@ def channel_sum(t: Tensor) -> Tensor:
     return t.sum((0, 2, 3), dtype=wide)
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N * H * W, C], a view of NHWC images."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
 def tf32_allowed() -> bool:
     """Whether PyTorch's own float32 convolutions on a GPU may use TF32, which xsep's then do too.
 
@@ -97,20 +102,20 @@ class Backend(ABC):
         """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q], no bias: one GEMM over NHWC pixels."""
         n, c_mid, p, q = z.shape
         c_out = w_pw.shape[0]
-        rows = torch.mm(z.permute(0, 2, 3, 1).reshape(-1, c_mid), w_pw.reshape(c_out, c_mid).t())
+        rows = torch.mm(rows_of(z), w_pw.reshape(c_out, c_mid).t())
         return rows.view(n, p, q, c_out).permute(0, 3, 1, 2)
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
         """Gradient of ``pointwise`` for z: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q]."""
         n, c_out, p, q = dv.shape
         c_mid = w_pw.shape[1]
-        rows = torch.mm(dv.permute(0, 2, 3, 1).reshape(-1, c_out), w_pw.reshape(c_out, c_mid))
+        rows = torch.mm(rows_of(dv), w_pw.reshape(c_out, c_mid))
         return rows.view(n, p, q, c_mid).permute(0, 3, 1, 2)
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
         """Gradient of ``pointwise`` for w_pw: du [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
         c_out, c_mid = w_pw.shape[:2]
-        du_rows, z_rows = du.permute(0, 2, 3, 1).reshape(-1, c_out), z.permute(0, 2, 3, 1).reshape(-1, c_mid)
+        du_rows, z_rows = rows_of(du), rows_of(z)
         blocks = du_rows.shape[0] // SUM_ROWS
         if blocks < 2 or c_out * c_mid > SUM_ROWS or du.device.type != "cpu":
             return torch.mm(du_rows.t(), z_rows).view(c_out, c_mid, 1, 1)

@@ -15,16 +15,12 @@ from torch import Tensor
 from ..activations import activate, gradient_from_input, per_channel
 from ..problem import IDENTITY, Affine, Geometry, Problem
 from .aten import ATEN
+from .base import rows_of
 from .chain import TILE, Backward, ChainBackend, Forward, Load, RawGradient, Shortcut, tiles_of, wide
 
 #: Elements of a block that a CPU works on at a time, so that it stays in its cache.
 BLOCK = 2**18
 PLAIN = Affine()
-
-
-def rows_of(t: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C], a view of NHWC images."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
 def images_of(rows: Tensor, like: Tensor) -> Tensor:
@@ -175,10 +171,10 @@ class AtenChain(ChainBackend):
         return Forward(r, partials, counts, x_pre)
 
     def layer(self, x: Tensor, load: Load, w_dw: Tensor, w_pw: Tensor, geometry: Geometry) -> Tensor:
-        return ATEN.pointwise(self.depthwise(x, load, w_dw, geometry), w_pw)
+        return self.pointwise(self.depthwise(x, load, w_dw, geometry), w_pw)
 
     def pw_fprop(self, x: Tensor, load: Load, w: Tensor, statistics: bool) -> Forward:
-        r = ATEN.pointwise(self.loaded_and_activated(x, load)[1], w)
+        r = self.pointwise(self.loaded_and_activated(x, load)[1], w)
         return Forward(r, *(self.statistics(r) if statistics else (None, None)))
 
     def statistics(self, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +215,9 @@ class AtenChain(ChainBackend):
         c0, c1 = (s1 / count, i.square() * s2 / count) if batch else (zero, zero)
         coef = torch.stack([a, -a * c1, a * (c1 * mean.double() - c0)])
         return coef.to(dtype), (i * s2).to(dtype), s1.to(dtype)
+
+    def pointwise(self, z: Tensor, w: Tensor) -> Tensor:
+        return ATEN.pointwise(z, w)
 
     def pointwise_dgrad(self, dr: Tensor, w: Tensor) -> Tensor:
         return ATEN.pointwise_dgrad(dr, w)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ..problem import Geometry
-from .base import SUM_ROWS
 from .chain import Load, RawGradient, wide
-from .chain_aten import rows_of, unpooled
+from .chain_aten import unpooled
 from .chain_kernels import KernelChain
-from .cpu import CPU
+from .cpu import CPU, pixel_product
 
 
 class CpuChain(KernelChain):
@@ -35,17 +34,14 @@ class CpuChain(KernelChain):
             dr.pads != (1, 1), places,
         )  # fmt: skip
 
+    def pointwise(self, z: Tensor, w: Tensor) -> Tensor:
+        return CPU.pointwise(z, w)
+
     def pointwise_dgrad(self, dr: Tensor, w: Tensor) -> Tensor:
         return CPU.pointwise_dgrad(dr, w)
 
     def pointwise_wgrad(self, dr: Tensor, z: Tensor) -> Tensor:
-        """In blocks of rows, each rounded to the images' type, added up in float32."""
-        dr_rows, z_rows = rows_of(dr), rows_of(z)
-        g = torch.zeros((dr.shape[1], z.shape[1]), dtype=wide(z.dtype), device=z.device)
-        for start in range(0, dr_rows.shape[0], SUM_ROWS):
-            part = slice(start, start + SUM_ROWS)
-            g += torch.mm(dr_rows[part].t(), z_rows[part])
-        return g[:, :, None, None]
+        return pixel_product(dr, z)[:, :, None, None]
 
 
 CPU_CHAIN = CpuChain()

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..problem import IDENTITY, Geometry, Problem
 from . import chain_cuda_launch as launch
 from .aten import ATEN
-from .base import tf32_allowed
+from .base import rows_of, tf32_allowed
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
-from .chain_aten import images_of, rows_of
+from .chain_aten import images_of
 from .chain_kernels import KernelChain, affine_of
 from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, vectors_of
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import extension
 from ..problem import Geometry, Problem
+from .base import rows_of
 from .chain import TILE, Load, RawGradient, Shortcut, tiles_of
-from .chain_aten import rows_of
 from .cuda import DeviceFacts, is_aligned, nhwc, shape_of
 
 #: Sums that the depthwise backward's kernel can leave beside those of dw_dw.

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import extension
 from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
-from .base import Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, with_bias
+from .base import SUM_ROWS, Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, rows_of, with_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,11 +29,25 @@ def _to_nchw(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else torch.ops.xsep.cpu_to_nchw(t)
 
 
-def _has_dgrad(w_pw: Tensor) -> bool:
-    """Whether there is a kernel for the pointwise convolution's gradient for its input."""
-    if w_pw.dtype == torch.bfloat16:
-        return w_pw.shape[0] % 2 == 0 and bool(torch.ops.xsep.cpu_has_bfloat16_dot())
-    return w_pw.dtype == torch.float32
+def _is_multiplied(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies matrices of this type by instructions; value by value it takes a hundred times as
+    long."""
+    if dtype == torch.float32:
+        return True
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and bool(supported())
+
+
+def pixel_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b over the pixels of images, [C_a, C_b] in float32: blocks of pixels are multiplied and then added up."""
+    total = a.new_zeros((a.shape[1], b.shape[1]), dtype=torch.float32)
+    for rows_a, rows_b in zip(rows_of(a).split(SUM_ROWS), rows_of(b).split(SUM_ROWS)):
+        if a.dtype != torch.float32 and _is_multiplied(a.dtype):
+            total += torch.mm(rows_a.t(), rows_b)
+        else:
+            total.addmm_(rows_a.float().t(), rows_b.float())
+    return total
 
 
 def _wants_nchw(x: Tensor, *weights: Tensor) -> bool:
@@ -133,10 +147,16 @@ class CpuBackend(Backend):
             a.geometry, a.activations[:2], a.alphas[:2],
         )  # fmt: skip
 
+    def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
+        return torch.ops.xsep.cpu_pointwise_dgrad(z, w_pw.transpose(0, 1))
+
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
-        if _has_dgrad(w_pw):
-            return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
-        return super().pointwise_dgrad(dv, w_pw)
+        return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
+
+    def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
+        if _is_multiplied(du.dtype):
+            return super().pointwise_wgrad(du, z, w_pw)
+        return pixel_product(du, z).to(du.dtype).view(w_pw.shape)
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
         shift_e = a.shift_e if a.bias is None else with_bias(a.epilogue, a.bias).shift
@@ -164,7 +184,7 @@ class CpuBackend(Backend):
             dx, *rest = self._separable_bprop(dy, a, wanted)
         else:
             several = a.w_dw.shape[0] != a.x.shape[1]
-            if several or not _has_dgrad(a.w_pw) or not a.middle.is_identity() or needs_recompute(y, a.epilogue):
+            if several or not a.middle.is_identity() or needs_recompute(y, a.epilogue):
                 dy, y = _to_nhwc(dy), None if y is None else _to_nhwc(y)  # beside what is made anew, in NHWC
             dx, *rest = super().separable_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
@@ -174,7 +194,7 @@ class CpuBackend(Backend):
         them but a bias, so that dy is the products'."""
         plain = a.activations[1] == a.activations[2] == IDENTITY
         none = a.scale_m is None and a.shift_m is None and a.scale_e is None and a.shift_e is None
-        return plain and none and a.w_dw.shape[0] == a.x.shape[1] and _has_dgrad(a.w_pw)
+        return plain and none and a.w_dw.shape[0] == a.x.shape[1]
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
         dbias = channel_sum(dy) if wanted[3] else None
