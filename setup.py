@@ -160,6 +160,14 @@ def cuda_library() -> list[Extension]:
     ]
 
 
+def remove_stale_objects(folder: str, headers: list[str]) -> None:
+    """Objects older than a header, where ninja does not know which headers they were made of."""
+    newest = max((os.path.getmtime(os.path.join(ROOT, header)) for header in headers), default=0.0)
+    for path in pathlib.Path(folder).rglob("*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 class Build(BuildExtension):
     """One folder of objects a library, since several share sources; no Python tag on what is no Python module."""
 
@@ -179,6 +187,9 @@ class Build(BuildExtension):
         self.build_temp = os.path.join(
             ROOT, "build", f"{sys.implementation.cache_tag}-torch{torch.__version__}", ext.name
         )
+        if ext.name == "xsep._C_cuda" and torch.version.cuda is None:
+            # PyTorch has nvcc write down what it reads only where it has a CUDA of its own.
+            remove_stale_objects(self.build_temp, files("csrc/common/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/*.cuh"))
         super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 from typing import Any, Optional
@@ -36,6 +37,21 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return {extension.name for extension in found["ext_modules"]}
 
     return run
+
+
+def test_objects_older_than_a_header_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    remove = runpy.run_path(str(SETUP))["remove_stale_objects"]
+    files = {name: tmp_path / "csrc" / name for name in ("old.o", "header.cuh", "new.o", "old.txt")}
+    for path in files.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    for name, seconds in (("old.o", 1), ("old.txt", 1), ("header.cuh", 2), ("new.o", 3)):
+        os.utime(files[name], (seconds, seconds))
+    remove(str(tmp_path), [str(files["header.cuh"])])
+    assert {path.name for path in files["old.o"].parent.iterdir()} == {"header.cuh", "new.o", "old.txt"}
+    remove(str(tmp_path), [])
+    assert files["new.o"].exists()
 
 
 @pytest.mark.parametrize("cuda", [None, "13.0", "13.2"])

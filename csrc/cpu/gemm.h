@@ -5,15 +5,17 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
+#include "../common/geometry.h"
 #include "vec.h"
 
 namespace xsep::cpu {
 
 /// c [m, n] = a [m, depth] * b [depth, n], or added to what c holds.
 struct Product {
-  const void* a;  // row i, depth k at i * a_row + k * a_step
+  const void* a;  // row i, depth k at i * a_row + k * a_step, or as a_block says
   int64_t a_row, a_step;
   const void* b;  // depth k, column j at k * b_step + j; whole vectors are read
   int64_t b_step;
@@ -21,6 +23,7 @@ struct Product {
   int64_t c_row;
   int64_t depth;
   bool add;
+  int64_t a_block = 0;         // from kProductRows rows to the next so many, where these are not rows like others
   const char* next = nullptr;  // fetched towards the second-level cache, next_step bytes a step in depth: see Soon
   int64_t next_step = 0;
 };
@@ -168,13 +171,14 @@ void multiply(Product p, int64_t m, int64_t n, Soon& soon) {
   const auto* a = static_cast<const uint32_t*>(p.a);
   const auto* b = static_cast<const uint32_t*>(p.b);
   float* c = p.c;
+  const int64_t a_block = p.a_block ? p.a_block : kProductRows * p.a_row;
   const int64_t all_vectors = (n + kLanes - 1) / kLanes;
   for (int64_t j = 0; j < all_vectors;) {
     const int64_t left = all_vectors - j;
     const int64_t vectors = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
     p.b = b + j * kLanes;
     for (int64_t i = 0; i < m; i += kProductRows) {
-      p.a = a + i * p.a_row;
+      p.a = a + i / kProductRows * a_block;
       p.c = c + i * p.c_row + j * kLanes;
       soon.give(p);
       detail::with_rows(std::min<int64_t>(m - i, kProductRows), [&](auto rows) __attribute__((always_inline)) {
@@ -190,5 +194,31 @@ void multiply(Product p, int64_t m, int64_t n, Soon& soon) {
     j += vectors;
   }
 }
+
+/// Where values of a left side go for multiply to find a block's together, [blocks, depth, kProductRows]: in a row they
+/// are a line apart, and of rows many powers of two apart few stay in the first-level cache.
+struct LeftBlocks {
+  float* data;
+  int64_t m, depth;
+
+  static int64_t size(int64_t m, int64_t depth) { return round_up(m, kProductRows) * depth; }
+  void give(Product& p) const { p.a = data, p.a_row = 1, p.a_step = kProductRows, p.a_block = kProductRows * depth; }
+
+  /// Depths [k, k + count), each m values, step apart.
+  void put(const float* from, int64_t step, int64_t k, int64_t count) const {
+    for (int64_t i = 0; i < m; i += kProductRows) {
+      float* to = data + i * depth + k * kProductRows;
+      const auto rows = static_cast<size_t>(std::min<int64_t>(m - i, kProductRows));
+      for (int64_t l = 0; l < count; ++l, to += kProductRows) {
+        const float* at = from + l * step + i;
+        if (rows == kProductRows) {
+          std::memcpy(to, at, kProductRows * sizeof(float));
+        } else {
+          std::memcpy(to, at, rows * sizeof(float));
+        }
+      }
+    }
+  }
+};
 
 }  // namespace xsep::cpu

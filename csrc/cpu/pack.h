@@ -120,6 +120,22 @@ inline void interleave_rows(const BFloat16* from, int64_t rows, int64_t row_step
   }
 }
 
+namespace detail {
+
+/// Each row of a panel of w_pw is a few lines in a page of its own, which the hardware does not foresee: one some rows
+/// after row k is asked for. It may lie beyond the last, which does no harm.
+template <class T>
+void fetch_panel_row(const T* w_pw, int64_t c_mid, int64_t k, int64_t n0) {
+  constexpr int64_t kAhead = 8;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  const auto at = reinterpret_cast<uintptr_t>(w_pw) + static_cast<uintptr_t>(((k + kAhead) * c_mid + n0) * kBytes);
+  for (int64_t i = 0; i < kPanelColumns * kBytes; i += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 3);
+  }
+}
+
+}  // namespace detail
+
 /// One panel of w_pw [c_out, c_mid] itself, which dz = dv w_pw multiplies by: columns [panel * kPanelColumns, ..),
 /// zeros beyond c_mid, as float [c_out, kPanelColumns] or pairs [c_out / 2, kPanelColumns], for which c_out is even.
 template <class T>
@@ -127,6 +143,7 @@ void pack_transposed_panel(int64_t c_out, int64_t c_mid, const T* w_pw, int64_t 
   const int64_t n0 = panel * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, c_mid - n0);
   for (int64_t k = 0; k < c_out; ++k, out += kPanelColumns) {
+    detail::fetch_panel_row(w_pw, c_mid, k, n0);
     to_floats(w_pw + k * c_mid + n0, columns, out);
     std::fill(out + columns, out + kPanelColumns, 0.0f);
   }
@@ -135,7 +152,11 @@ inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const BFloat16* 
   const int64_t n0 = panel * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, c_mid - n0);
   if (columns < kPanelColumns) std::fill(out, out + c_out / 2 * kPanelColumns, 0u);
-  interleave_rows(w_pw + n0, c_out, c_mid, columns, out, kPanelColumns);
+  for (int64_t k = 0; k < c_out; k += 2, out += kPanelColumns) {
+    detail::fetch_panel_row(w_pw, c_mid, k, n0);
+    detail::fetch_panel_row(w_pw, c_mid, k + 1, n0);
+    interleave_rows(w_pw + k * c_mid + n0, 2, c_mid, columns, out, kPanelColumns);
+  }
 }
 
 /// count pixels of passes [count, multiplier, c] -> T [count, c * multiplier] in channel order.

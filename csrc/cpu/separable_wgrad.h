@@ -23,13 +23,24 @@ struct SeparableWgrad {
   int64_t dw_row;  // a multiple of 16
   float* dw;       // [plan.pixel_groups, c_out, dw_row]
 
+  /// Depths that are put into blocks together, where they do not lie as the product reads them.
+  static constexpr int64_t kRowsAtOnce = 8;
+  /// With fewer columns, values of a float dv are read too seldom to be put into blocks first.
+  static constexpr int64_t kLeastColumns = 128;
+
   int64_t z_bytes() const { return pairs ? 2 : 4; }
-  int64_t z_tile_bytes() const { return round_up(plan.tile_pixels * plan.group_columns * z_bytes(), 64); }
+  /// From row to row of z: rows many powers of two apart would share few sets of the first-level cache.
+  static int64_t z_row(int64_t columns) { return columns % 128 == 0 ? columns + 16 : columns; }
+  int64_t z_tile_bytes() const { return round_up(plan.tile_pixels * z_row(plan.group_columns) * z_bytes(), 64); }
   /// From plane to plane of a tile of dv: not a distance of many powers of two.
   int64_t plane_bytes() const { return round_up(plan.tile_pixels * z_bytes(), 128) + 64; }
-  /// dv as 32-bit elements: two pixels in one, or converted to float; or pieces of its planes.
+  int64_t blocks_bytes() const {
+    return round_up(LeftBlocks::size(c_out, pairs ? ceil_div(plan.tile_pixels, 2) : plan.tile_pixels) * 4, 64);
+  }
+  /// dv as 32-bit elements: two pixels in one, or converted to float, in blocks, and rows on their way there; or pieces
+  /// of its planes.
   int64_t dv_tile_bytes() const {
-    return plane ? c_out * plane_bytes() : round_up(plan.tile_pixels * c_out * z_bytes(), 64);
+    return plane ? c_out * plane_bytes() : blocks_bytes() + round_up(kRowsAtOnce * c_out * 4, 64);
   }
   int64_t tile_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
   /// What one thread needs: tiles, and rows of the input.
@@ -39,7 +50,8 @@ struct SeparableWgrad {
 
 namespace detail {
 
-/// Has product read dv of some pixels: where it lies, or converted, in pairs or as pieces of planes in `tile`.
+/// Has product read dv of some pixels: where it lies, or from `tile` in blocks, converted or in pairs, or as pieces of
+/// planes.
 template <class T>
 void give_dv(const SeparableWgrad& p, Range pixels, char* tile, Product& product) {
   const int64_t count = pixels.end - pixels.begin;
@@ -56,15 +68,31 @@ void give_dv(const SeparableWgrad& p, Range pixels, char* tile, Product& product
     for (int64_t c = 0; count % 2 != 0 && c < p.c_out; ++c) halves[2 * c * product.a_row + count] = T{};
     return;
   }
-  product.a_row = 1;
-  product.a_step = p.c_out;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (p.pairs) return interleave_rows(dv, count, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(tile), p.c_out);
-  }
   if constexpr (std::is_same_v<T, float>) {
-    product.a = dv;
-  } else {
-    to_floats(dv, count * p.c_out, reinterpret_cast<float*>(tile));
+    if (p.plan.group_columns < SeparableWgrad::kLeastColumns) {
+      product.a = dv, product.a_row = 1, product.a_step = p.c_out;
+      return;
+    }
+  }
+  const int64_t pixels_each = p.pairs ? 2 : 1;
+  const LeftBlocks blocks{reinterpret_cast<float*>(tile), p.c_out, ceil_div(count, pixels_each)};
+  blocks.give(product);
+  float* const rows = reinterpret_cast<float*>(tile + p.blocks_bytes());
+  for (int64_t k = 0; k < blocks.depth; k += SeparableWgrad::kRowsAtOnce) {
+    const int64_t some = std::min(SeparableWgrad::kRowsAtOnce, blocks.depth - k);
+    const T* from = dv + k * pixels_each * p.c_out;
+    if constexpr (std::is_same_v<T, float>) {
+      blocks.put(from, p.c_out, k, some);
+    } else {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        if (p.pairs) {
+          const int64_t pixels_left = std::min(2 * some, count - 2 * k);
+          interleave_rows(from, pixels_left, p.c_out, p.c_out, reinterpret_cast<uint32_t*>(rows), p.c_out);
+        }
+      }
+      if (!p.pairs) to_floats(from, some * p.c_out, rows);
+      blocks.put(rows, p.c_out, k, some);
+    }
   }
 }
 
@@ -79,7 +107,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
   const int64_t group = task / plan.column_groups;
   const int64_t column = task % plan.column_groups * plan.group_columns;
   const Range channels{column, std::min(column + plan.group_columns, shape.c)};
-  const int64_t columns = round_up(channels.end - channels.begin, 16);
+  const int64_t columns = round_up(channels.end - channels.begin, 16), z_row = p.z_row(columns);
   const Range pixels{group * plan.group_pixels, std::min((group + 1) * plan.group_pixels, shape.pixels_out())};
   char* z = static_cast<char*>(scratch);
   char* dv_tile = z + p.z_tile_bytes();
@@ -89,9 +117,9 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
   window.forget();
   for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += plan.tile_pixels) {
     const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
-    const RunOutput to{z - column * p.z_bytes(), columns, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
+    const RunOutput to{z - column * p.z_bytes(), z_row, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
-    Product product{nullptr, 0, 0, z, columns, dw, p.dw_row, count, pixel > pixels.begin};
+    Product product{nullptr, 0, 0, z, z_row, dw, p.dw_row, count, pixel > pixels.begin};
     detail::give_dv<T>(p, {pixel, pixel + count}, dv_tile, product);
     const Range after{pixel + count, std::min(pixel + count + plan.tile_pixels, pixels.end)};
     const Range x = input_of_next_run(p.depthwise, after, window);
@@ -105,8 +133,8 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
     if (!p.pairs) {
       multiply<false>(product, p.c_out, columns, soon);
     } else if constexpr (std::is_same_v<T, BFloat16>) {
-      interleave_rows(reinterpret_cast<const BFloat16*>(z), count, columns, columns,
-                      reinterpret_cast<uint32_t*>(z_pairs), columns);
+      interleave_rows(reinterpret_cast<const BFloat16*>(z), count, z_row, columns,
+                      reinterpret_cast<uint32_t*>(z_pairs), z_row);
       product.b = z_pairs;
       product.depth = ceil_div(count, 2);
       multiply<true>(product, p.c_out, columns, soon);
