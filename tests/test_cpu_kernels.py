@@ -105,8 +105,8 @@ def _matrix() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):
             add(n=3, c_in=c_in, c_out=128, h=70, w=67, dtype=dtype, activations=(None, None, None))
-    # So many channels that the products of the weights' gradient read dv in blocks, of several tiles of pixels, and rows
-    # of z in padded rows; the input's gradient by panels and by tiles.
+    # So many channels that the products of the weights' gradient read dv in blocks, of several tiles of pixels, and z
+    # in padded rows; the input's gradient by panels and by tiles.
     for dtype in TYPES:
         for c_in, c_out, layout in ((150, 131, "channels_last"), (256, 70, "channels_last"), (256, 70, "contiguous")):
             add(n=1, c_in=c_in, c_out=c_out, h=17, w=15, dtype=dtype, layout=layout, activations=(None, None, None))

@@ -140,13 +140,16 @@ def test_nchw_of_few_channels_is_turned_round_as_a_whole_in_the_backward(channel
 
 
 @pytest.mark.parametrize(
-    ("channels", "nchw", "idle"),
-    [(1, True, True), (1, False, True), (7, True, True), (7, False, False), (8, True, False)],
-)
-def test_vectors_are_all_but_empty_where_channels_are_few(channels: int, nchw: bool, idle: bool) -> None:
+    ("channels", "size", "nchw", "idle"),
+    [
+        (1, 64, True, True), (1, 64, False, True), (1, 19, False, False), (11, 64, True, True), (11, 64, False, False),
+        (12, 64, True, False), (11, 19, True, False),
+    ],
+)  # fmt: skip
+def test_vectors_are_all_but_empty_where_channels_are_few(channels: int, size: int, nchw: bool, idle: bool) -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    assert module.cpu_leaves_lanes_idle((2, channels, 19, 19), (3, 3), 1, SAME, nchw=nchw) == idle
+    assert module.cpu_leaves_lanes_idle((2, channels, size, size), (3, 3), 1, SAME, nchw=nchw) == idle
 
 
 def test_planning_refuses_what_cannot_be_meant() -> None:

@@ -20,15 +20,15 @@ def test_auto_takes_the_fused_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("channels", "layout", "runs_on"),
-    [(3, torch.contiguous_format, "aten"), (3, torch.channels_last, "cpu"), (1, torch.channels_last, "aten"),
-     (8, torch.contiguous_format, "cpu")],
+    ("channels", "size", "layout", "runs_on"),
+    [(3, 48, torch.contiguous_format, "aten"), (3, 48, torch.channels_last, "cpu"), (1, 48, torch.channels_last, "aten"),
+     (12, 48, torch.contiguous_format, "cpu"), (3, 9, torch.contiguous_format, "cpu")],
 )  # fmt: skip
 def test_channels_that_leave_vectors_empty_are_left_to_pytorch(
-    channels: int, layout: torch.memory_format, runs_on: str, monkeypatch: pytest.MonkeyPatch
+    channels: int, size: int, layout: torch.memory_format, runs_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XSEP_BACKEND", raising=False)
-    x = torch.randn(2, channels, 9, 9).contiguous(memory_format=layout).requires_grad_()
+    x = torch.randn(2, channels, size, size).contiguous(memory_format=layout).requires_grad_()
     w_dw, w_pw = torch.randn(channels, 1, 3, 3), torch.randn(4, channels, 1, 1)
     text = xsep.explain(x, w_dw, w_pw, padding=1)
     assert f"runs on   {runs_on}" in text and (runs_on == "cpu" or "leave most lanes of a vector idle" in text)

@@ -137,6 +137,40 @@ def test_without_gradients_everything_is_made(
     assert module.count() == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_without_gradients_two_convolutions_are_made_where_they_were_chosen(
+    layout: torch.memory_format, dtype: torch.dtype, inference: bool, module: Any
+) -> None:
+    options: dict[str, Any]
+    for options in (
+        {},
+        {"bias": torch.randn(12).to(dtype), "stride": (2, 1), "padding": (2, 2, 0, 0), "dilation": (1, 2)},
+        {"multiplier": 3, "padding": "valid"},
+    ):
+        call = make(dtype, layout, gradients=False, backend="aten", **options)
+        with torch.inference_mode(inference):
+            y = xsep.separable_conv2d(**call)
+            again = repeated.again(*call.values())
+            assert same([y, again], [by_python(call)] * 2) and again.is_inference() == inference
+    assert module.count() == 3
+
+
+def test_convolutions_with_more_around_them_or_gradients_are_pythons(module: Any) -> None:
+    calls = [
+        make(backend="aten", gradients=False, **options)
+        for options in (
+            {"padding": (0, 1, 0, 0)}, {"prologue": affine(8, "relu")}, {"middle": ChannelAffine(activation="relu")},
+            {"epilogue": affine(12, None)}, {"residual": torch.randn(2, 12, 7, 9)},
+        )
+    ]  # fmt: skip
+    for call in [*calls, make(backend="aten")]:
+        y = xsep.separable_conv2d(**call)
+        assert repeated.again(*call.values()) is None and same([y], [by_python(call)])
+    assert y.grad_fn is not None and "CppNode" not in y.grad_fn.name()
+
+
 def test_only_what_requires_a_gradient_gets_one(module: Any) -> None:
     call = make(bias=torch.randn(12))
     for name in ("x", "w_dw", "w_pw", "bias"):
@@ -264,7 +298,7 @@ def test_what_is_odd_is_left_to_python(name: str, module: Any) -> None:
     assert repeated.again(*call.values()) is not None
     with ODD[name](call):
         assert repeated.again(*call.values()) is None
-        module.remember(tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, True)
+        module.remember(tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, True, False)
     assert module.count() == 1
 
 
@@ -370,7 +404,7 @@ def test_known_calls_are_recorded_too(module: Any) -> None:
 def test_what_is_remembered_is_bounded(module: Any) -> None:
     call = make(gradients=False)
     for i in range(4100):
-        module.remember(tuple({**call, "padding": i}.values()), [1] * 8, [0] * 3, [0.0] * 3, False, True)
+        module.remember(tuple({**call, "padding": i}.values()), [1] * 8, [0] * 3, [0.0] * 3, False, True, False)
         assert 1 <= module.count() <= 4096
     assert module.count() < 4096
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import dispatch, extension
 from .arguments import ChannelAffine
+from .backends.aten import ATEN, is_two_convolutions
 from .backends.cpu import CPU
 from .backends.packed_weights import find
 from .problem import Problem, SeparableArgs
@@ -61,11 +62,14 @@ def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: st
     module = extension.repeated()
     chosen = dispatch.select(problem, name)
     assert module is not None  # who else said that it does not know the call
-    if chosen is not CPU:
+    convolutions = chosen is ATEN and is_two_convolutions(args)
+    if chosen is not CPU and not convolutions:
         module.refuse(call)
         return None
     backward = dispatch.choice(problem, name, "backward").backend
-    differentiable = backward is CPU and args.residual is None and CPU.is_one_kernel(args)
-    module.remember(call, args.geometry, args.activations, args.alphas, differentiable, problem.channels_last)
+    differentiable = backward is chosen is CPU and args.residual is None and CPU.is_one_kernel(args)
+    module.remember(
+        call, args.geometry, args.activations, args.alphas, differentiable, problem.channels_last, convolutions
+    )  # fmt: skip
     y: Optional[Tensor] = again(*call)
     return y

@@ -53,10 +53,11 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
 }
 
 /// Whether PyTorch's own convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or so
-/// few of NCHW that turning them round fills no vector either, leaves most lanes idle.
+/// few of NCHW that turning them round fills no vector either, leaves most lanes idle. Of few pixels a call is mostly
+/// checks and dispatch, which is one where PyTorch's are two.
 inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw) {
-  constexpr int64_t kLeastChannels = 8;
-  return s.c == 1 || (nchw && s.c < kLeastChannels);
+  constexpr int64_t kLeastChannels = 12, kLeastPixels = 4096;
+  return s.pixels_out() >= kLeastPixels && (s.c == 1 || (nchw && s.c < kLeastChannels));
 }
 
 struct CpuDepthwisePlan {

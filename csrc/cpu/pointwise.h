@@ -77,9 +77,10 @@ void finish_rows(const Pointwise& p, const float* products, int64_t rows, int64_
   }
 }
 
-/// The same from registers: a full block, no residual, and no activation or ReLU.
+/// The same from registers: all rows of a block, the last vector of columns perhaps in part, no residual, and no
+/// activation or ReLU.
 template <class T, bool kPairs, int kVectors>
-void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, PanelOutput<T> y) {
+void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, int64_t columns, PanelOutput<T> y) {
   constexpr int kRows = kProductRows;
   Vec sum[kRows][kVectors] = {};
   multiply_in_registers<kPairs>(product, sum);
@@ -97,7 +98,14 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
     if (rectified) {
       unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = relu(sum[i][j]); });
     }
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y.out + i * y.step + j * kLanes, sum[i][j]); });
+    const int64_t lanes = columns - j * kLanes;
+    if (j + 1 == kVectors && lanes < kLanes) {
+      unroll<kRows>([&](auto i) __attribute__((always_inline)) {
+        store_first(y.out + i * y.step + j * kLanes, sum[i][j], lanes);
+      });
+    } else {
+      unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y.out + i * y.step + j * kLanes, sum[i][j]); });
+    }
   });
 }
 
@@ -105,8 +113,7 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
 template <class T, bool kPairs>
 void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon, int64_t m, int64_t pixel, int64_t n0,
                     float* products, PanelOutput<T> y) {
-  constexpr int64_t kColumns = kProductVectors * kLanes;
-  static_assert(kPanelColumns % kColumns == 0);
+  static_assert(kPanelColumns % (kProductVectors * kLanes) == 0);
   constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t columns = std::min(kPanelColumns, p.c_out - n0);
   const ChannelAffine& e = p.epilogue;
@@ -123,18 +130,21 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon,
     }
     product.a = static_cast<const uint32_t*>(z) + row * z_stride;
     int64_t done = 0;
-    if (in_registers && rows == kProductRows) {
-      for (; done + kColumns <= columns; done += kColumns) {
-        product.b = static_cast<const uint32_t*>(w) + done;
-        soon.give(product);
-        multiply_and_finish<T, kPairs, kProductVectors>(p, product, n0 + done, {out + done, y.step});
+    while (in_registers && rows == kProductRows && done < columns) {
+      const int64_t left = ceil_div(columns - done, kLanes);
+      const int64_t vectors = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
+      const int64_t some = std::min(columns - done, vectors * kLanes);
+      product.b = static_cast<const uint32_t*>(w) + done;
+      soon.give(product);
+      const PanelOutput<T> to{out + done, y.step};
+      if (vectors == kProductVectors) {
+        multiply_and_finish<T, kPairs, kProductVectors>(p, product, n0 + done, some, to);
+      } else if (vectors == 2) {
+        multiply_and_finish<T, kPairs, 2>(p, product, n0 + done, some, to);
+      } else {
+        multiply_and_finish<T, kPairs, 1>(p, product, n0 + done, some, to);
       }
-      if (kProductVectors > 2 && done + 2 * kLanes <= columns) {
-        product.b = static_cast<const uint32_t*>(w) + done;
-        soon.give(product);
-        multiply_and_finish<T, kPairs, 2>(p, product, n0 + done, {out + done, y.step});
-        done += 2 * kLanes;
-      }
+      done += some;
     }
     if (done == columns) continue;
     product.b = static_cast<const uint32_t*>(w) + done;

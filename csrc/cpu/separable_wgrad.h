@@ -133,8 +133,8 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
     if (!p.pairs) {
       multiply<false>(product, p.c_out, columns, soon);
     } else if constexpr (std::is_same_v<T, BFloat16>) {
-      interleave_rows(reinterpret_cast<const BFloat16*>(z), count, z_row, columns,
-                      reinterpret_cast<uint32_t*>(z_pairs), z_row);
+      interleave_rows(reinterpret_cast<const BFloat16*>(z), count, z_row, columns, reinterpret_cast<uint32_t*>(z_pairs),
+                      z_row);
       product.b = z_pairs;
       product.depth = ceil_div(count, 2);
       multiply<true>(product, p.c_out, columns, soon);

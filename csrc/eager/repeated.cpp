@@ -9,6 +9,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
@@ -68,9 +69,16 @@ enum Place {
   kTensors
 };
 
+/// Who makes a call.
+enum class Maker {
+  kPython,
+  kKernels,       // the CPU's
+  kConvolutions,  // two of PyTorch's, with nothing but a bias around them and no gradient wanted
+};
+
 /// What the checks of a call came to.
 struct Checked {
-  bool here;  // the CPU's kernels were chosen; else nothing below counts
+  Maker maker;  // kPython: nothing below counts
   std::array<int64_t, 8> geometry;
   std::array<int64_t, 3> activations;
   std::array<double, 3> alphas;
@@ -97,6 +105,15 @@ Tensor run_fprop(const std::array<OptionalTensor, kTensors>& t, const Checked& c
   }
   return fprop.call(*t[kPlaceX], *t[kPlaceDw], *t[kPlacePw], t[kPlaceResidual], t[kScaleP], t[kShiftP], t[kScaleM],
                     t[kShiftM], t[kScaleE], shift, checked.geometry, checked.activations, checked.alphas, packed);
+}
+
+/// Of as much padding on one side as on the other.
+Tensor run_convolutions(const std::array<OptionalTensor, kTensors>& t, const Checked& checked) {
+  const at::IntArrayRef g = checked.geometry;
+  const std::array<int64_t, 2> padding{g[4], g[2]};
+  const Tensor z =
+      at::conv2d(*t[kPlaceX], *t[kPlaceDw], {}, g.slice(0, 2), padding, g.slice(6, 2), t[kPlaceX]->size(1));
+  return at::conv2d(z, *t[kPlacePw], t[kPlaceBias]);
 }
 
 /// t with exactly the strides of a fresh tensor of that layout: those of dimensions of size 1 are else left to chance.
@@ -371,7 +388,7 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto found = known().find(call.key());
   if (found == known().end()) Py_RETURN_NOTIMPLEMENTED;
   const Checked checked = found->second;
-  if (!checked.here) Py_RETURN_NONE;
+  if (checked.maker == Maker::kPython) Py_RETURN_NONE;
   const auto& t = call.tensors();
   bool gradient = false;
   if (at::GradMode::is_enabled()) {
@@ -380,7 +397,7 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
   if (gradient && (!checked.differentiable || excluded.has_any(c10::autograd_dispatch_keyset))) Py_RETURN_NONE;
   OptionalTensor packed;
-  if (!at::GradMode::is_enabled()) {
+  if (checked.maker == Maker::kKernels && !at::GradMode::is_enabled()) {
     packed = packed_weights(arguments[kWeightPw], t[kPlaceDw]->size(0) / t[kPlaceX]->size(1));
   }
   Tensor y;
@@ -390,7 +407,8 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       y = Separable::apply(*t[kPlaceX], *t[kPlaceDw], *t[kPlacePw], t[kPlaceBias], t[kScaleP], t[kShiftP], checked);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      y = conform(run_fprop(t, checked, packed), checked.images);
+      y = checked.maker == Maker::kKernels ? run_fprop(t, checked, packed) : run_convolutions(t, checked);
+      y = conform(y, checked.images);
     }
   }
   return THPVariable_Wrap(std::move(y));
@@ -407,8 +425,8 @@ void keep(const py::tuple& call, const Checked& checked) {
 }
 
 void remember(const py::tuple& call, const std::array<int64_t, 8>& geometry, const std::array<int64_t, 3>& activations,
-              const std::array<double, 3>& alphas, bool differentiable, bool channels_last) {
-  keep(call, {true, geometry, activations, alphas, differentiable,
+              const std::array<double, 3>& alphas, bool differentiable, bool channels_last, bool convolutions) {
+  keep(call, {convolutions ? Maker::kConvolutions : Maker::kKernels, geometry, activations, alphas, differentiable,
               channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous});
 }
 

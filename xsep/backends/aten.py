@@ -86,6 +86,16 @@ class AtenBackend(Backend):
         )
 
 
+def is_two_convolutions(a: SeparableArgs) -> bool:
+    """Whether the forward is two calls of ``conv2d`` and nothing else."""
+    g = Geometry(*a.geometry)
+    bare = a.prologue.is_identity() and a.middle.is_identity() and a.epilogue.is_identity() and a.residual is None
+    even = g.pad_left == g.pad_right and g.pad_top == g.pad_bottom
+    if not bare or not even or (a.bias is not None and a.bias.dtype != a.x.dtype):
+        return False
+    return a.x.dtype != torch.bfloat16 or not _is_misread(a.x, a.w_dw, [g.pad_top, g.pad_left], g)
+
+
 def _is_misread(x: Tensor, w_dw: Tensor, padding: list[int], g: Geometry) -> bool:
     """Whether the bfloat16 convolution of PyTorch 2.13's CPU build reads the wrong pixels of a channels_last x.
 
