@@ -21,8 +21,9 @@ def test_auto_takes_the_fused_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("channels", "size", "layout", "runs_on"),
-    [(3, 48, torch.contiguous_format, "aten"), (3, 48, torch.channels_last, "cpu"), (1, 48, torch.channels_last, "aten"),
-     (12, 48, torch.contiguous_format, "cpu"), (3, 9, torch.contiguous_format, "cpu")],
+    [(3, 48, torch.contiguous_format, "aten"), (3, 48, torch.channels_last, "cpu"),
+     (1, 48, torch.channels_last, "aten"), (12, 48, torch.contiguous_format, "cpu"),
+     (3, 9, torch.contiguous_format, "cpu")],
 )  # fmt: skip
 def test_channels_that_leave_vectors_empty_are_left_to_pytorch(
     channels: int, size: int, layout: torch.memory_format, runs_on: str, monkeypatch: pytest.MonkeyPatch

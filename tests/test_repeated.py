@@ -143,12 +143,12 @@ def test_without_gradients_everything_is_made(
 def test_without_gradients_two_convolutions_are_made_where_they_were_chosen(
     layout: torch.memory_format, dtype: torch.dtype, inference: bool, module: Any
 ) -> None:
-    options: dict[str, Any]
-    for options in (
+    some: list[dict[str, Any]] = [
         {},
         {"bias": torch.randn(12).to(dtype), "stride": (2, 1), "padding": (2, 2, 0, 0), "dilation": (1, 2)},
         {"multiplier": 3, "padding": "valid"},
-    ):
+    ]
+    for options in some:
         call = make(dtype, layout, gradients=False, backend="aten", **options)
         with torch.inference_mode(inference):
             y = xsep.separable_conv2d(**call)
