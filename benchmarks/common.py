@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -215,7 +216,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     gpu = device.type == "cuda"
     if not gpu and dtype is not torch.float32:
         small = {str(t): torch.randn(192, 192).to(t) for t in (dtype, torch.float32)}
-        tried = time_on_cpu({name: lambda m=m: torch.mm(m, m) for name, m in small.items()}, 10, 0.0)
+        tried = time_on_cpu({name: functools.partial(torch.mm, m, m) for name, m in small.items()}, 10, 0.0)
         dtype = dtype if tried[str(dtype)]["us"] < tried["torch.float32"]["us"] else torch.float32
     source = torch.ones(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
