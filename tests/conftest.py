@@ -19,7 +19,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run with pytest -m gpu")
 
 
+#: What takes longest, in this order before the rest: no process is left alone with it at the end, or with what the
+#: other one waits for.
+LONGEST = (
+    "tests/cuda/test_sanitizers.py", "tests/triton/interpreter", "tests/cuda/test_planted_faults.py",
+    "tests/triton/test_ahead_of_time.py", "tests/cuda/test_nvcc.py", "tests/cuda/test_emulated_ops.py",
+    "tests/test_cpu_kernels.py", "tests/train/test_runs.py", "tests/sanitizers/test_cpu_kernels.py",
+    "tests/ecosystem/test_onnx.py", "tests/test_xception.py", "tests/hardening/test_fuzz.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: next((i for i, p in enumerate(LONGEST) if item.nodeid.startswith(p)), len(LONGEST)))
     if torch.cuda.is_available() or PLACE.emulated:
         return
     for item in items:
@@ -31,6 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Several processes take a file at a time; the interpreter's folder is one file, as it is one process anyway."""
     from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # by the number of tests
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

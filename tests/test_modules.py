@@ -117,7 +117,10 @@ def test_four_ints_that_are_symmetric_are_the_pair_of_the_child() -> None:
 
 def test_activations_stand_where_they_are_said_to() -> None:
     ours = layer(prologue_activation="silu", middle_activation="leaky_relu", middle_alpha=0.3)
-    assert_as_good(ours, lambda m, v: m.conv_pw(F.leaky_relu(m.conv_dw(F.silu(v)), 0.3)), picture())
+    x = picture()
+    while ours.conv_dw(F.silu(x)).abs().min() < 1e-5:
+        x = picture()  # within rounding of the kink either slope would be right; of 20 pictures one has such a value
+    assert_as_good(ours, lambda m, v: m.conv_pw(F.leaky_relu(m.conv_dw(F.silu(v)), 0.3)), x)
 
 
 def test_depthwise_bias_is_added_before_the_middle_activation() -> None:

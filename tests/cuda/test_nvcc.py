@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from .emulated import CUDA_SOURCES
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 NIGHTLY = os.environ.get("XSEP_NIGHTLY", "") not in ("", "0")
 ARCHITECTURES = ["80", "90a", *(["86", "89"] if NIGHTLY else [])]
+ROOT = CUDA_SOURCES.parents[1]
 #: The files of torch glue hold no kernel to look at, and are compiled by the build.
 KERNELS = sorted(p for p in CUDA_SOURCES.rglob("*.cu") if not p.name.startswith("torch_library"))
 OPS = {
@@ -47,20 +49,34 @@ def _compile(source: Path, architecture: str) -> str:
     return done.stderr
 
 
+def _sources() -> list[Path]:
+    folders = (CUDA_SOURCES, CUDA_SOURCES.parent / "common")
+    return [file for folder in folders for file in sorted(p for p in folder.rglob("*") if p.is_file())]
+
+
+def _of_the_build(source: Path, architecture: str) -> str:
+    """What .ci/nvcc kept of ptxas's words, or nothing: not built with it, for another card, or of older sources."""
+    objects = f"{sys.implementation.cache_tag}-torch{torch.__version__}/xsep._C_cuda/csrc/cuda"
+    kept = ROOT / "build" / objects / source.relative_to(CUDA_SOURCES).with_suffix(".o.ptxas")
+    if not kept.exists() or kept.stat().st_mtime <= max(file.stat().st_mtime for file in _sources()):
+        return ""
+    kernels = re.split(r"(?=^ptxas info *: Compiling entry function)", kept.read_text(), flags=re.MULTILINE)
+    return "".join(words for words in kernels if f"for 'sm_{architecture}'" in words.partition("\n")[0])
+
+
 @pytest.fixture(scope="session")
 def reports() -> dict[str, str]:
     """ptxas's words for each source and architecture; kept from run to run for the same sources."""
     digest = hashlib.sha256(repr(ARCHITECTURES).encode())
-    for folder in (CUDA_SOURCES, CUDA_SOURCES.parent / "common"):
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            digest.update(file.read_bytes())
+    for file in _sources():
+        digest.update(file.read_bytes())
     kept = Path(tempfile.gettempdir()) / f"xsep-ptxas-{os.getuid()}-{digest.hexdigest()[:20]}.json"
     if kept.exists():
         found: dict[str, str] = json.loads(kept.read_text())
         return found
     jobs = [(source, architecture) for source in KERNELS for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        words = list(pool.map(lambda job: _compile(*job), jobs))
+        words = list(pool.map(lambda job: _of_the_build(*job) or _compile(*job), jobs))
     found = {f"{source.relative_to(CUDA_SOURCES)} sm_{a}": text for (source, a), text in zip(jobs, words)}
     kept.write_text(json.dumps(found))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,14 @@ def test_no_report() -> None:
         "OMP_NUM_THREADS": "1",
     }
     names = ("depthwise", "separable", "chain", "statistics")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOICE,
+    command = [sys.executable, "-m", "pytest", "-q", "-rpfE", "-p", "no:cacheprovider", "-k", CHOICE,
                *(str(HERE / f"test_emulated_{name}.py") for name in names)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=emulated.ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout and "runtime error" not in done.stderr
+    of_kernels = r"^PASSED \S+/test_emulated_(depthwise|separable|statistics)\.py::(\S+)"
+    ran = re.findall(of_kernels, done.stdout, re.MULTILINE)
+    assert {file for file, _ in ran} == {"depthwise", "separable", "statistics"}
+    for file, name in ran:
+        sanitized = "bf16" in name or (file == "depthwise" and "backward" in name and "fp16" in name)
+        assert sanitized, f"{name} runs kernels of emulated.NOT_SANITIZED"

@@ -107,6 +107,12 @@ def test_float16_overflows_no_sooner_than_in_pytorch(layout: torch.memory_format
     """The fused op holds z in float32: where PyTorch's z is infinite it may have the right finite answer."""
     x, w_dw, w_pw = tensors(torch.float16, layout)
     x[1, 3, 3, 4] = torch.finfo(torch.float16).max
+    # Twice, or about a quarter, of the largest value that there is: no z lies so near to it, and no y, that rounding
+    # decides whether it is infinite. Output 0 is so where z is not.
+    w_dw[3] = (torch.where(w_dw[3] < 0, -1, 1) * (0.2 + 0.1 * torch.rand(1, 3, 3))).half()
+    w_dw[3, 0, 1, 1] = 2
+    w_pw[:, 3] = (torch.where(w_pw[:, 3] < 0, -1, 1) * (0.1 + 0.3 * torch.rand(7, 1, 1))).half()
+    w_pw[0, 3] = 8
     theirs = two(x, w_dw, w_pw)[1]
     y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend="cpu")
     truth = two(x.double(), w_dw.double(), w_pw.double())[1]

@@ -211,6 +211,8 @@ def test_a_chain_trains() -> None:
         layer.conv.backend = "aten"
     ours, theirs = SeparableChain(*layers), SeparableChain(*plain)
     x = last(2, 5, 7, 6)
+    while copy.deepcopy(plain[0])(x).abs().min() < 1e-4:
+        x = last(2, 5, 7, 6)  # within rounding of the second ReLU's kink either gradient would be right
     assert ours.not_chained_reasons(x) == []
     results = []
     for m in (ours, theirs):
