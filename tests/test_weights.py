@@ -21,7 +21,7 @@ from xsep.models.weights import Loaded, WeightsError, load_weights
 from xsep.models.xception import MaxPool
 
 from .peers import keras_files, peer
-from .test_xception import outputs, randomize
+from .plain_xception import outputs, randomize
 
 __all__ = ["keras_files"]  # a fixture
 

@@ -17,7 +17,7 @@ from xsep.models.experiments import SpectrumConv2d
 from xsep.models.xception import MaxPool
 from xsep.modules import FusedSeparableConv2d
 
-from .test_xception import randomize
+from .plain_xception import randomize
 
 FULL = 22_855_952
 #: C_in -> C_out of the 34, in order.

@@ -42,8 +42,9 @@ def _is_multiplied(dtype: torch.dtype) -> bool:
 def pixel_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b over the pixels of images, [C_a, C_b] in float32: blocks of pixels are multiplied and then added up."""
     total = a.new_zeros((a.shape[1], b.shape[1]), dtype=torch.float32)
+    as_it_is = a.dtype != torch.float32 and _is_multiplied(a.dtype)
     for rows_a, rows_b in zip(rows_of(a).split(SUM_ROWS), rows_of(b).split(SUM_ROWS)):
-        if a.dtype != torch.float32 and _is_multiplied(a.dtype):
+        if as_it_is:
             total += torch.mm(rows_a.t(), rows_b)
         else:
             total.addmm_(rows_a.float().t(), rows_b.float())
@@ -148,6 +149,7 @@ class CpuBackend(Backend):
         )  # fmt: skip
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
+        # Pixels by a matrix, as the gradient is: that of the weights turned round.
         return torch.ops.xsep.cpu_pointwise_dgrad(z, w_pw.transpose(0, 1))
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
