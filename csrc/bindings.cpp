@@ -126,11 +126,13 @@ PYBIND11_MODULE(_C, m) {
       "Whether the backward turns NCHW tensors round in its tiles and units, or as a whole.");
   m.def(
       "cpu_leaves_lanes_idle",
-      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw) {
-        return xsep::cpu_leaves_lanes_idle(make_shape(x, filter, multiplier, geometry), nchw);
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, bool training) {
+        return xsep::cpu_leaves_lanes_idle(make_shape(x, filter, multiplier, geometry), nchw, training);
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
-      "Whether PyTorch's own convolutions do better, since the kernels' vectors would be all but empty.");
+      py::arg("training"),
+      "Whether PyTorch's own convolutions do better, since the kernels' vectors would be all but empty; training: "
+      "forward and backward together.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

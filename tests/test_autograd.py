@@ -93,10 +93,19 @@ def test_backward_repeats_bit_for_bit(dtype: torch.dtype, stride: int, backend: 
         assert all(torch.equal(first[k], again[k]) for k in first)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("wanted", range(11), ids=["x", "w_dw", "w_pw", "bias", "residual", *VECTORS])
-def test_one_gradient_alone(wanted: int, backend: str) -> None:
+def test_one_gradient_alone(wanted: int, stride: int, backend: str) -> None:
     """What is not asked for is not computed, and its absence changes nothing."""
-    case = Case(c_in=5, c_out=6, bias=True, residual=True, vectors=VECTORS, activations=("relu", "silu", "relu"))
+    case = Case(
+        c_in=21,
+        c_out=6,
+        stride=(stride, stride),
+        bias=True,
+        residual=True,
+        vectors=VECTORS,
+        activations=("relu", "silu", "relu"),
+    )
     f, tensors = function_of(case, backend)
     names = list(testing.make_inputs(case).tensors)
     name = ["x", "w_dw", "w_pw", "bias", "residual", *VECTORS][wanted]

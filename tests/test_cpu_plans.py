@@ -139,17 +139,23 @@ def test_nchw_of_few_channels_is_turned_round_as_a_whole_in_the_backward(channel
     assert module.cpu_turns_in_units((2, channels, 19, 19), (3, 3), 1, SAME) == in_units
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("channels", "size", "nchw", "idle"),
     [
-        (1, 64, True, True), (1, 64, False, True), (1, 19, False, False), (11, 64, True, True), (11, 64, False, False),
-        (12, 64, True, False), (11, 19, True, False),
+        (1, 64, True, True), (1, 64, False, True), (1, 19, False, False), (7, 64, True, True), (7, 64, False, False),
+        (8, 64, True, False), (7, 19, True, False),
     ],
 )  # fmt: skip
-def test_vectors_are_all_but_empty_where_channels_are_few(channels: int, size: int, nchw: bool, idle: bool) -> None:
+def test_vectors_are_all_but_empty_where_channels_are_few(
+    channels: int, size: int, nchw: bool, idle: bool, training: bool
+) -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    assert module.cpu_leaves_lanes_idle((2, channels, size, size), (3, 3), 1, SAME, nchw=nchw) == idle
+    x = (2, channels, size, size)
+    assert module.cpu_leaves_lanes_idle(x, (3, 3), 1, SAME, nchw=nchw, training=training) == idle
+    large = module.cpu_leaves_lanes_idle(x, (5, 5), 1, SAME, nchw=nchw, training=training)
+    assert large == (idle and (channels == 1 or not training))
 
 
 def test_planning_refuses_what_cannot_be_meant() -> None:

@@ -157,6 +157,55 @@ def test_without_gradients_two_convolutions_are_made_where_they_were_chosen(
     assert module.count() == 3
 
 
+def few_channels(k: int = 3, layout: torch.memory_format = torch.contiguous_format, **options: Any) -> dict[str, Any]:
+    """A problem that ``auto`` leaves to PyTorch where nothing is asked for."""
+    return make(
+        shape=(2, 3, 48, 48), layout=layout, w_dw=torch.randn(3, 1, k, k), w_pw=torch.randn(12, 3, 1, 1), **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", ["", "x", "w_dw", "w_pw"])
+def test_a_training_step_is_pytorchs_where_its_convolutions_are_faster(frozen: str, module: Any) -> None:
+    for _ in range(3):
+        call = few_channels(bias=torch.randn(12))
+        if frozen:
+            call[frozen].requires_grad_(False)
+        y = xsep.separable_conv2d(**call)
+        assert y.grad_fn is not None and "Convolution" in y.grad_fn.name()
+        z = nn.functional.conv2d(call["x"], call["w_dw"], None, 1, 1, 1, 3)
+        expected = nn.functional.conv2d(z, call["w_pw"], call["bias"])
+        dy = torch.randn_like(y)
+        assert same(results(y, call, dy), results(expected, call, dy))
+    assert module.count() == 1
+
+
+def test_a_training_step_is_the_kernels_where_only_a_forward_is_left_to_pytorch(module: Any) -> None:
+    call = few_channels(k=5)
+    y = xsep.separable_conv2d(**call)
+    assert y.grad_fn is not None and "CppNode" in y.grad_fn.name()
+    named = call | {"backend": "cpu"}
+    dy = torch.randn_like(y)
+    assert same(results(y, call, dy), results(by_python(named), named, dy))
+    with torch.no_grad():
+        left, kernels = xsep.separable_conv2d(**call), xsep.separable_conv2d(**named)
+        assert same([left], [by_python(call | {"backend": "aten"})])
+        torch.testing.assert_close(left, kernels)
+
+
+def test_who_asks_for_pytorchs_convolutions_has_z_made_again(module: Any) -> None:
+    call = few_channels(backend="aten")
+    kept: list[tuple[int, ...]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = xsep.separable_conv2d(**call)
+    assert y.grad_fn is not None and "Convolution" not in y.grad_fn.name()
+    assert kept.count((2, 3, 48, 48)) == 1  # x alone
+
+
 def test_convolutions_with_more_around_them_or_gradients_are_pythons(module: Any) -> None:
     calls = [
         make(backend="aten", gradients=False, **options)
@@ -298,7 +347,9 @@ def test_what_is_odd_is_left_to_python(name: str, module: Any) -> None:
     assert repeated.again(*call.values()) is not None
     with ODD[name](call):
         assert repeated.again(*call.values()) is None
-        module.remember(tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, True, False)
+        module.remember(
+            tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.KERNELS
+        )
     assert module.count() == 1
 
 
@@ -404,7 +455,7 @@ def test_known_calls_are_recorded_too(module: Any) -> None:
 def test_what_is_remembered_is_bounded(module: Any) -> None:
     call = make(gradients=False)
     for i in range(4100):
-        module.remember(tuple({**call, "padding": i}.values()), [1] * 8, [0] * 3, [0.0] * 3, False, True, False)
+        module.remember(tuple({**call, "padding": i}.values()), [1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.PYTHON)
         assert 1 <= module.count() <= 4096
     assert module.count() < 4096
 

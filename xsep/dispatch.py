@@ -136,8 +136,7 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
         return measured
     eligible = [name for name in able if not why_not_eligible(name, card.architecture)]
     if problem.device != "cuda":
-        # Backwards aten makes z anew as well, by PyTorch's kernels, which costs what they gain.
-        slower = backend(eligible[0]).slower_than_aten(problem) if direction == "forward" else ""
+        slower = backend(eligible[0]).slower_than_aten(problem, direction)
         if slower:
             return Choice(ATEN, f"{slower}; xsep.autotune can measure")
         return Choice(backend(eligible[0]), "the first of those that can run it; xsep.autotune can measure")

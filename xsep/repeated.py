@@ -60,16 +60,20 @@ def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: st
         RuntimeError: as :func:`xsep.dispatch.select`.
     """
     module = extension.repeated()
-    chosen = dispatch.select(problem, name)
     assert module is not None  # who else said that it does not know the call
-    convolutions = chosen is ATEN and is_two_convolutions(args)
-    if chosen is not CPU and not convolutions:
-        module.refuse(call)
-        return None
+    forward = dispatch.select(problem, name)
     backward = dispatch.choice(problem, name, "backward").backend
-    differentiable = backward is chosen is CPU and args.residual is None and CPU.is_one_kernel(args)
-    module.remember(
-        call, args.geometry, args.activations, args.alphas, differentiable, problem.channels_last, convolutions
-    )  # fmt: skip
+    # Whether PyTorch's convolutions are taken because they are known to be faster, and nobody asked for them.
+    left = dispatch.requested(name) == "auto" and bool(CPU.slower_than_aten(problem, "forward"))
+    maker = training = module.Maker.PYTHON
+    if forward is CPU:
+        maker = module.Maker.KERNELS
+    elif forward is ATEN and is_two_convolutions(args):
+        maker = module.Maker.CONVOLUTIONS
+    if backward is CPU and (forward is CPU or left) and args.residual is None and CPU.is_one_kernel(args):
+        training = module.Maker.KERNELS
+    elif backward is ATEN and left and maker is module.Maker.CONVOLUTIONS:
+        training = maker  # PyTorch's own gradients, beside which z is kept: making so few channels again costs more
+    module.remember(call, args.geometry, args.activations, args.alphas, problem.channels_last, maker, training)
     y: Optional[Tensor] = again(*call)
     return y

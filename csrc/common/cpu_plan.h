@@ -54,10 +54,13 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
 
 /// Whether PyTorch's own convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or so
 /// few of NCHW that turning them round fills no vector either, leaves most lanes idle. Of few pixels a call is mostly
-/// checks and dispatch, which is one where PyTorch's are two.
-inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw) {
-  constexpr int64_t kLeastChannels = 12, kLeastPixels = 4096;
-  return s.pixels_out() >= kLeastPixels && (s.c == 1 || (nchw && s.c < kLeastChannels));
+/// checks and dispatch, which is one where PyTorch's are two. training: beside a backward, where PyTorch's gradients of
+/// large filters take so long that ours are faster all the same.
+inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training) {
+  constexpr int64_t kLeastChannels = 8, kLeastPixels = 4096, kLargeFilter = 25;
+  if (s.pixels_out() < kLeastPixels) return false;
+  if (s.c == 1) return true;
+  return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
 }
 
 struct CpuDepthwisePlan {

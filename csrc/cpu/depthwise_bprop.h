@@ -26,11 +26,16 @@ struct DepthwiseBprop {
   const float* w;          // [multiplier, r * s, c_pad]
   ChannelAffine prologue;  // scale and shift [c_pad]
   void* dx;                // T [n, h, w, c], or [n, c, h, w]; may be null
-  double* dw;              // [plan.row_groups, multiplier, r * s, c_pad], may be null
+  double* dw;              // [plan.row_groups, multiplier, r * s, c_pad], may be null unless makes_all
   double* daffine;         // [plan.row_groups, 2, c_pad]: dscale, dshift; may be null
   bool x_planes;           // x is [n, c, h, w]: each unit turns its part round
   bool dx_planes;          // likewise
 
+  /// Whether blocks slide with a stride: then they make dx and dw together, whichever is wanted, to keep the code small.
+  static bool makes_all(const DepthwiseShape& s) {
+    const Geometry& g = s.geometry;
+    return g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1 && (s.s == 3 || s.s == 5 || s.s == 7);
+  }
   bool through_x() const { return dx != nullptr || daffine != nullptr; }
   bool through_value_of_x() const { return dw || daffine || prologue.activation != Activation::kIdentity; }
   /// Of a unit's part of x, and of dx in its place, from pixel to pixel.
@@ -309,7 +314,7 @@ void run_wanted(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, 
   return run_rows<T, How, false, true>(p, rows, unit, dw, daffine);
 }
 
-/// f(a Sliding) for one that the shape allows. With a stride only for all gradients at once, to keep the code small.
+/// f(a Sliding) for one that the shape allows.
 template <class F>
 void with_filter(const DepthwiseBprop& p, F&& f) {
   const DepthwiseShape& shape = p.shape;
@@ -317,7 +322,7 @@ void with_filter(const DepthwiseBprop& p, F&& f) {
   const auto with_width = [&](auto width) {
     constexpr int kS = width();
     if (g.stride_w == 1 && g.stride_h == 1) return f(Sliding<kS, 1, 0>{});
-    if (g.stride_w != 2 || !p.through_x() || !p.dw) return f(General{});
+    if (g.stride_w != 2) return f(General{});
     if (g.pad_left % 2 == 0) return f(Sliding<kS, 2, 0>{});
     f(Sliding<kS, 2, 1>{});
   };

@@ -86,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);
   Tensor dshift = at::empty({wanted[3] ? shape.c : 0}, floats);
   if (shape.n == 0) return {dx, dw.zero_(), dscale.zero_(), dshift.zero_()};
+  if (!wanted[0] && !wanted[1] && !affine_wanted) return {dx, dw, dscale, dshift};
 
   DepthwiseBprop p{};
   p.shape = shape;
@@ -104,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   p.prologue = prologue.affine();
   if (wanted[0]) p.dx = dx.mutable_data_ptr();
   p.dx_planes = wanted[0] && is_nchw(dx);
-  if (wanted[1]) {
+  if (wanted[1] || DepthwiseBprop::makes_all(shape)) {
     dw_partial = at::empty({p.plan.row_groups, taps, p.c_pad}, doubles);
     p.dw = dw_partial.mutable_data_ptr<double>();
   }
@@ -112,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
     daffine_partial = at::empty({p.plan.row_groups, 2, p.c_pad}, doubles);
     p.daffine = daffine_partial.mutable_data_ptr<double>();
   }
-  if (!p.through_x() && !p.dw) return {dx, dw, dscale, dshift};
   const int64_t thread_bytes = p.scratch_bytes(x.element_size());
   const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, p.plan.units(), 1, [&](int64_t begin, int64_t end) {
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
 
   const Tensor sums = at::empty({std::max<int64_t>(taps, 2), p.c_pad}, doubles);
   double* sum = sums.mutable_data_ptr<double>();
-  if (p.dw) {
+  if (wanted[1]) {
     at::parallel_for(0, ceil_div(shape.c, 64), 1, [&](int64_t begin, int64_t end) {
       const Range channels{begin * 64, std::min(end * 64, shape.c)};
       reduce_partials(p.dw, p.plan.row_groups, taps, p.c_pad, channels, sum);

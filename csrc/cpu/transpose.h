@@ -84,6 +84,32 @@ struct Moved {
   }
 };
 
+namespace detail {
+
+/// to [kLanes, kLanes] = from, turned round. The squares that are whole have registers of their own: an array that is
+/// also indexed by a variable would lie in memory, which takes four times as long.
+template <bool kFetch, class To, class T>
+XSEP_INLINE void transpose_square(const T* from, int64_t from_step, To* to, int64_t to_step) {
+  Vec v[kLanes];
+  unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
+    if constexpr (kFetch) __builtin_prefetch(from + l * from_step + 128 / sizeof(T), 0, 2);
+    v[l] = Moved<T, To>::load(from + l * from_step);
+  });
+  transpose(v);
+  unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(to + l * to_step, v[l]); });
+}
+
+/// The same of [rows, columns], at most kLanes each.
+template <class To, class T>
+void transpose_part(const T* from, int64_t rows, int64_t columns, int64_t from_step, To* to, int64_t to_step) {
+  Vec v[kLanes] = {};
+  for (int64_t l = 0; l < rows; ++l) v[l] = Moved<T, To>::load_first(from + l * from_step, columns);
+  transpose(v);
+  for (int64_t l = 0; l < columns; ++l) store_first_bits(to + l * to_step, v[l], rows);
+}
+
+}  // namespace detail
+
 /// to [columns, rows] = from [rows, columns]; steps in elements between rows. Squares through registers: the last ones
 /// begin so early that they are whole, where there is enough. kFetch: rows of `from` are too far apart for the hardware
 /// to follow, and what is read two lines later is asked for.
@@ -92,23 +118,14 @@ void transpose_matrix(const T* from, int64_t rows, int64_t columns, int64_t from
   const bool whole = rows >= kLanes && columns >= kLanes;
   for (int64_t j = 0; j < columns; j += kLanes) {
     for (int64_t i = 0; i < rows; i += kLanes) {
-      Vec v[kLanes] = {};
       if (whole) {
         const int64_t row = std::min(i, rows - kLanes), column = std::min(j, columns - kLanes);
-        const T* at = from + row * from_step + column;
-        unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
-          if constexpr (kFetch) __builtin_prefetch(at + l * from_step + 128 / sizeof(T), 0, 2);
-          v[l] = Moved<T, To>::load(at + l * from_step);
-        });
-        transpose(v);
-        To* out = to + column * to_step + row;
-        unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(out + l * to_step, v[l]); });
-        continue;
+        detail::transpose_square<kFetch>(from + row * from_step + column, from_step, to + column * to_step + row,
+                                         to_step);
+      } else {
+        detail::transpose_part(from + i * from_step + j, std::min<int64_t>(kLanes, rows - i),
+                               std::min<int64_t>(kLanes, columns - j), from_step, to + j * to_step + i, to_step);
       }
-      const int64_t n = std::min<int64_t>(kLanes, rows - i), m = std::min<int64_t>(kLanes, columns - j);
-      for (int64_t l = 0; l < n; ++l) v[l] = Moved<T, To>::load_first(from + (i + l) * from_step + j, m);
-      transpose(v);
-      for (int64_t l = 0; l < m; ++l) store_first_bits(to + (j + l) * to_step + i, v[l], n);
     }
   }
 }

@@ -73,16 +73,16 @@ enum Place {
 enum class Maker {
   kPython,
   kKernels,       // the CPU's
-  kConvolutions,  // two of PyTorch's, with nothing but a bias around them and no gradient wanted
+  kConvolutions,  // two of PyTorch's, with nothing but a bias around them
 };
 
 /// What the checks of a call came to.
 struct Checked {
-  Maker maker;  // kPython: nothing below counts
+  Maker maker;     // where no gradient is wanted
+  Maker training;  // where one is; kKernels: with nothing but a bias around the products, as cpu_separable_bprop has it
   std::array<int64_t, 8> geometry;
   std::array<int64_t, 3> activations;
   std::array<double, 3> alphas;
-  bool differentiable;  // the backward is cpu_separable_bprop, with nothing but a bias around the products
   at::MemoryFormat images;
 };
 
@@ -388,26 +388,28 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto found = known().find(call.key());
   if (found == known().end()) Py_RETURN_NOTIMPLEMENTED;
   const Checked checked = found->second;
-  if (checked.maker == Maker::kPython) Py_RETURN_NONE;
   const auto& t = call.tensors();
   bool gradient = false;
   if (at::GradMode::is_enabled()) {
     for (const OptionalTensor& one : t) gradient = gradient || (one && one->requires_grad());
   }
+  const Maker maker = gradient ? checked.training : checked.maker;
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
-  if (gradient && (!checked.differentiable || excluded.has_any(c10::autograd_dispatch_keyset))) Py_RETURN_NONE;
+  if (maker == Maker::kPython || (gradient && excluded.has_any(c10::autograd_dispatch_keyset))) Py_RETURN_NONE;
   OptionalTensor packed;
-  if (checked.maker == Maker::kKernels && !at::GradMode::is_enabled()) {
+  if (maker == Maker::kKernels && !at::GradMode::is_enabled()) {
     packed = packed_weights(arguments[kWeightPw], t[kPlaceDw]->size(0) / t[kPlaceX]->size(1));
   }
   Tensor y;
   {
     const py::gil_scoped_release others_may_run;
     if (gradient) {
-      y = Separable::apply(*t[kPlaceX], *t[kPlaceDw], *t[kPlacePw], t[kPlaceBias], t[kScaleP], t[kShiftP], checked);
+      y = maker == Maker::kConvolutions ? run_convolutions(t, checked)
+                                        : Separable::apply(*t[kPlaceX], *t[kPlaceDw], *t[kPlacePw], t[kPlaceBias],
+                                                           t[kScaleP], t[kShiftP], checked);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      y = checked.maker == Maker::kKernels ? run_fprop(t, checked, packed) : run_convolutions(t, checked);
+      y = maker == Maker::kKernels ? run_fprop(t, checked, packed) : run_convolutions(t, checked);
       y = conform(y, checked.images);
     }
   }
@@ -425,9 +427,9 @@ void keep(const py::tuple& call, const Checked& checked) {
 }
 
 void remember(const py::tuple& call, const std::array<int64_t, 8>& geometry, const std::array<int64_t, 3>& activations,
-              const std::array<double, 3>& alphas, bool differentiable, bool channels_last, bool convolutions) {
-  keep(call, {convolutions ? Maker::kConvolutions : Maker::kKernels, geometry, activations, alphas, differentiable,
-              channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous});
+              const std::array<double, 3>& alphas, bool channels_last, Maker maker, Maker training) {
+  const auto images = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  keep(call, {maker, training, geometry, activations, alphas, images});
 }
 
 PyMethodDef kAgain{"again", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&again)), METH_FASTCALL,
@@ -438,8 +440,11 @@ PyMethodDef kAgain{"again", reinterpret_cast<PyCFunction>(reinterpret_cast<void 
 PYBIND11_MODULE(_repeated, m) {
   m.doc() = "Calls on the CPU that were checked once, made again.";
   m.add_object("again", py::reinterpret_steal<py::object>(PyCFunction_New(&kAgain, nullptr)));
+  py::enum_<Maker>(m, "Maker", "Who makes a call.")
+      .value("PYTHON", Maker::kPython)
+      .value("KERNELS", Maker::kKernels)
+      .value("CONVOLUTIONS", Maker::kConvolutions);
   m.def("remember", &remember, "Keeps what the checks of a call came to, if it is ordinary.");
-  m.def("refuse", [](const py::tuple& call) { keep(call, {}); }, "Has again() say of a call that it is not for here.");
   m.def("forget", [] { known().clear(); }, "Has every call checked anew.");
   m.def("count", [] { return known().size(); }, "How many calls are known.");
   m.def(

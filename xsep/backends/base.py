@@ -75,9 +75,10 @@ class Backend(ABC):
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot run the problem: sentences, or an empty list where it can."""
 
-    def slower_than_aten(self, problem: Problem) -> str:
-        """Why PyTorch's own convolutions are faster at the forward of a problem that this backend can run; "" where
-        they are not known to be. By the problem alone: what runs never depends on what else a machine does."""
+    def slower_than_aten(self, problem: Problem, direction: str) -> str:
+        """Why PyTorch's own convolutions are faster at a problem that this backend can run, ``"forward"`` without
+        gradients or ``"backward"`` with the forward before it; "" where they are not known to be. By the problem alone:
+        what runs never depends on what else a machine does."""
         return ""
 
     @abstractmethod

@@ -76,13 +76,17 @@ class CpuBackend(Backend):
             reasons.append(missing)
         return reasons
 
-    def slower_than_aten(self, problem: Problem) -> str:
+    def slower_than_aten(self, problem: Problem, direction: str) -> str:
         module, p = extension.binding(), problem
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
         # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
         if module is None or p.dtype != torch.float32:
             return ""
-        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last):
+        training = direction == "backward"
+        # A depthwise convolution's backward has no z to make again and none to keep.
+        if training and p.op == "depthwise":
+            return ""
+        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last, training=training):
             return ""
         of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
         return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
