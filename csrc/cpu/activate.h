@@ -39,17 +39,26 @@ XSEP_INLINE void activate(Vec (&v)[N], Activation activation, float alpha) {
   unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = spilled[i]; });
 }
 
-/// N vectors of the same channels, starting at channel c of the affine.
+/// scale * v + shift of N vectors of the same channels, starting at channel c of the affine. Where there are both, in
+/// one rounding, so that every kernel that reads a value finds the same sign.
 template <int N>
-XSEP_INLINE void apply(const ChannelAffine& affine, int64_t c, Vec (&v)[N]) {
-  if (affine.scale) {
+XSEP_INLINE void scale_and_shift(const ChannelAffine& affine, int64_t c, Vec (&v)[N]) {
+  if (affine.scale && affine.shift) {
+    const Vec scale = load(affine.scale + c), shift = load(affine.shift + c);
+    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = fma(v[i], scale, shift); });
+  } else if (affine.scale) {
     const Vec scale = load(affine.scale + c);
     unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = v[i] * scale; });
-  }
-  if (affine.shift) {
+  } else if (affine.shift) {
     const Vec shift = load(affine.shift + c);
     unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = v[i] + shift; });
   }
+}
+
+/// The same and the activation.
+template <int N>
+XSEP_INLINE void apply(const ChannelAffine& affine, int64_t c, Vec (&v)[N]) {
+  scale_and_shift(affine, c, v);
   activate(v, affine.activation, affine.alpha);
 }
 

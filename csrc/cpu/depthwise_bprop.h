@@ -15,6 +15,9 @@
 
 namespace xsep::cpu {
 
+/// What dx is the gradient of: x, u = scale * x + shift, or act(u), which the convolution reads.
+enum class GradientOf { kX, kU, kLoaded };
+
 /// With x~ = act(scale * x + shift) and dx~ the convolution's gradient:
 /// du = act'(scale * x + shift) dx~, dx = scale du, dscale = sum(x du), dshift = sum(du).
 struct DepthwiseBprop {
@@ -26,6 +29,7 @@ struct DepthwiseBprop {
   const float* w;          // [multiplier, r * s, c_pad]
   ChannelAffine prologue;  // scale and shift [c_pad]
   void* dx;                // T [n, h, w, c], or [n, c, h, w]; may be null
+  GradientOf dx_of;        // x where daffine is wanted
   double* dw;              // [plan.row_groups, multiplier, r * s, c_pad], may be null unless makes_all
   double* daffine;         // [plan.row_groups, 2, c_pad]: dscale, dshift; may be null
   bool x_planes;           // x is [n, c, h, w]: each unit turns its part round
@@ -75,28 +79,22 @@ XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, 
     const T* at = b.x + i * b.x_step + c;
     u[i] = lanes == kLanes ? load(at) : load_first(at, lanes);
   });
-  if (p.prologue.scale) {
-    const Vec scale = load(p.prologue.scale + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = u[i] * scale; });
-  }
-  if (p.prologue.shift) {
-    const Vec shift = load(p.prologue.shift + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = u[i] + shift; });
-  }
+  scale_and_shift(p.prologue, c, u);
 }
 
 /// From dx~ of N adjacent pixels to dx and the sums over pixels.
 template <int N, class T>
 XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&d)[N]) {
   const ChannelAffine& prologue = p.prologue;
-  if (prologue.activation == Activation::kRelu) {
+  const Activation activation = p.dx_of == GradientOf::kLoaded ? Activation::kIdentity : prologue.activation;
+  if (activation == Activation::kRelu) {
     Vec u[N];
     load_prologue(p, b, c, lanes, u);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = u[i] > 0.0f ? d[i] : Vec{}; });
-  } else if (prologue.activation != Activation::kIdentity) {
+  } else if (activation != Activation::kIdentity) {
     Vec u[N];
     load_prologue(p, b, c, lanes, u);
-    differentiate_all(u, N, prologue.activation, prologue.alpha);
+    differentiate_all(u, N, activation, prologue.alpha);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * u[i]; });
   }
   if (b.daffine) {
@@ -110,7 +108,7 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
     add_to(b.daffine + b.sum_stride + c, dshift);
   }
   if (!b.dx) return;
-  if (prologue.scale) {
+  if (prologue.scale && p.dx_of == GradientOf::kX) {
     const Vec scale = load(prologue.scale + c);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * scale; });
   }

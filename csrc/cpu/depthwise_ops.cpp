@@ -71,7 +71,8 @@ Tensor in_pass_order(const Tensor& dz, const DepthwiseShape& s) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
                                                            const OptionalTensor& scale_p, const OptionalTensor& shift_p,
                                                            at::IntArrayRef geometry, int64_t activation, double alpha,
-                                                           std::array<bool, 4> wanted, bool nchw) {
+                                                           std::array<bool, 4> wanted, bool nchw,
+                                                           at::ScalarType dw_dtype, GradientOf dx_of) {
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   const int64_t c_mid = shape.c * shape.multiplier;
   check_input(dz, x.scalar_type(), 4, "dz");
@@ -82,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   const bool affine_wanted = wanted[2] || wanted[3];
   const bool in_units = cpu_turns_in_units(shape);
   Tensor dx = wanted[0] ? empty_image(x.sizes(), x, nchw && in_units) : at::empty({0}, x.options());
-  Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options());
+  Tensor dw = at::empty(wanted[1] ? w_dw.sizes() : at::IntArrayRef({0}), w_dw.options().dtype(dw_dtype));
   Tensor dscale = at::empty({wanted[2] ? shape.c : 0}, floats);
   Tensor dshift = at::empty({wanted[3] ? shape.c : 0}, floats);
   if (shape.n == 0) return {dx, dw.zero_(), dscale.zero_(), dshift.zero_()};
@@ -105,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop(const Tensor& dz, con
   p.prologue = prologue.affine();
   if (wanted[0]) p.dx = dx.mutable_data_ptr();
   p.dx_planes = wanted[0] && is_nchw(dx);
+  p.dx_of = dx_of;
   if (wanted[1] || DepthwiseBprop::makes_all(shape)) {
     dw_partial = at::empty({p.plan.row_groups, taps, p.c_pad}, doubles);
     p.dw = dw_partial.mutable_data_ptr<double>();
@@ -154,7 +156,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_bprop_alone(const Tensor& d
                                                                  const OptionalTensor& shift_p,
                                                                  at::IntArrayRef geometry, int64_t activation,
                                                                  double alpha, std::array<bool, 4> wanted) {
-  return depthwise_bprop(dz, x, w_dw, scale_p, shift_p, geometry, activation, alpha, wanted, !wants_nhwc({x, w_dw}));
+  return depthwise_bprop(dz, x, w_dw, scale_p, shift_p, geometry, activation, alpha, wanted, !wants_nhwc({x, w_dw}),
+                         w_dw.scalar_type());
+}
+
+/// As the training chain has it: dx in NHWC, the gradient of scale * x + shift, or of what the convolution read where
+/// something is still to be added to it; dw in float32.
+std::tuple<Tensor, Tensor> chain_depthwise_bprop(const Tensor& dz, const Tensor& x, const Tensor& w_dw,
+                                                 const OptionalTensor& scale_p, const OptionalTensor& shift_p,
+                                                 at::IntArrayRef geometry, int64_t activation, double alpha,
+                                                 bool of_loaded) {
+  const GradientOf dx_of = of_loaded ? GradientOf::kLoaded : GradientOf::kU;
+  auto [dx, dw, dscale, dshift] = depthwise_bprop(dz, x, w_dw, scale_p, shift_p, geometry, activation, alpha,
+                                                  {true, true, false, false}, false, at::kFloat, dx_of);
+  return {dx, dw};
 }
 
 }  // namespace
@@ -166,11 +181,15 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
       "int activation, float alpha, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_chain_depthwise_bprop(Tensor dz, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
+      "int activation, float alpha, bool of_loaded) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) {
   m.impl("cpu_depthwise_fprop", &depthwise_fprop);
   m.impl("cpu_depthwise_bprop", &depthwise_bprop_alone);
+  m.impl("cpu_chain_depthwise_bprop", &chain_depthwise_bprop);
 }
 
 }  // namespace xsep::cpu

@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor&
   }
   auto [dx, dw_dw, dscale, dshift] =
       depthwise_bprop(pointwise_dgrad(dy_image, w_pw), image, w_dw, scale_p, shift_p, geometry, activation, alpha,
-                      {wanted[0], wanted[1], wanted[3], wanted[4]}, !wants_nhwc({x, w_dw, w_pw}));
+                      {wanted[0], wanted[1], wanted[3], wanted[4]}, !wants_nhwc({x, w_dw, w_pw}), w_dw.scalar_type());
   return {dx, dw_dw, dw_pw, dscale, dshift};
 }
 

@@ -73,16 +73,31 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", UNDEFINED if NIGHTLY else "address"], ids=["thread", "address"])
-def test_kernels_without_torch(sanitizer: str) -> None:
-    """Buffers of exactly the right size; several threads, whose results are those of one."""
+each_sanitizer = pytest.mark.parametrize(
+    "sanitizer", ["thread", UNDEFINED if NIGHTLY else "address"], ids=["thread", "address"]
+)
+
+
+def said_by(name: str, main: Path, sanitizer: str) -> str:
+    """What a program prints that runs kernels under a sanitizer; it must have found nothing."""
     if not runtime("libtsan.so" if sanitizer == "thread" else "libasan.so"):
         pytest.skip("g++ has no sanitizer runtime here")
     flags = [*FLAGS, f"-fsanitize={sanitizer}", *(AVX2 if has_avx2() else [])]
-    program = built("kernels", [MAIN, ROOT / "csrc" / "cpu" / "activate.cpp"], flags, ["-lpthread"])
+    program = built(name, [main, ROOT / "csrc" / "cpu" / "activate.cpp"], flags, ["-lpthread"])
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr[-6000:]
-    assert done.stdout.count("forward right, backward right") == 8
+    return done.stdout
+
+
+@each_sanitizer
+def test_kernels_without_torch(sanitizer: str) -> None:
+    """Buffers of exactly the right size; several threads, whose results are those of one."""
+    assert said_by("kernels", MAIN, sanitizer).count("forward right, backward right") == 8
+
+
+@each_sanitizer
+def test_the_chains_passes_without_torch(sanitizer: str) -> None:
+    assert said_by("passes", MAIN.with_name("chain_main.cpp"), sanitizer) == "passes right\n"
 
 
 DRIVER = """

@@ -142,12 +142,9 @@ class AtenChain(ChainBackend):
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         return []
 
-    def unpooled(self, dr: RawGradient) -> Tensor:
-        return unpooled(dr)
-
     def formed(self, dr: RawGradient) -> Tensor:
         """dr itself, as a tensor."""
-        return raw_gradient(dr, dr.du if dr.taps is None else self.unpooled(dr))
+        return raw_gradient(dr, dr.du if dr.taps is None else unpooled(dr))
 
     def loaded_and_activated(self, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
         """(u, act(u)): both in x's type but for a wide u, whose sign must be that of the forward's."""
@@ -164,7 +161,7 @@ class AtenChain(ChainBackend):
         x_pre = None
         if residual is not None:
             # Backward reads the sum as it was stored, so the activation is of the rounded sum.
-            x = x_pre = loaded(x, load, residual).to(x.dtype)
+            x = x_pre = self.apply(x, load._replace(activation=IDENTITY), residual)
             load = load._replace(vec=None)
         r = self.layer(x, load, w_dw, w_pw, geometry)
         partials, counts = self.statistics(r) if statistics else (None, None)
@@ -226,21 +223,27 @@ class AtenChain(ChainBackend):
         dtype = wide(z.dtype)
         return torch.mm(rows_of(dr).to(dtype).t(), rows_of(z).to(dtype))[:, :, None, None]
 
+    def weight_gradient(self, dr: Tensor, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
+        """dw_pw, z made again."""
+        return self.pointwise_wgrad(dr, self.depthwise(x, load, w_dw, geometry))
+
     def depthwise_backward(
-        self, dz: Tensor, u: Tensor, act: Tensor, w_dw: Tensor, load: Load, geometry: Geometry,
-        shortcut: Optional[Shortcut],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(dx, dw_dw) of z = dw(act), act = act(u)."""
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, load: Load, geometry: Geometry, shortcut: Optional[Shortcut],
+        operands: Sequence[Tensor], centres: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(dx, dw_dw, sums) of z = dw(load(x))."""
+        u, act = self.loaded_and_activated(x, load)
         dtype = wide(act.dtype)
         e = ATEN.depthwise_backward_kernel(dz, act, w_dw, PLAIN, geometry, (True, False, False, False)).dx
         dw = ATEN.depthwise_backward_kernel(
             dz.to(dtype), act.to(dtype), w_dw.to(dtype), PLAIN, geometry, (False, True, False, False)
         ).dw_dw  # fmt: skip
         assert e is not None and dw is not None
-        return input_gradient(e, u, load, shortcut, act.dtype), dw
+        dx = input_gradient(e, u, load, shortcut, act.dtype)
+        return dx, dw, gradient_sums(dx, operands, centres)
 
     def sep_wgrad_pw(self, dr: RawGradient, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
-        return self.pointwise_wgrad(self.formed(dr), self.depthwise(x, load, w_dw, geometry))
+        return self.weight_gradient(self.formed(dr), x, load, w_dw, geometry)
 
     def sep_dgrad(
         self, dr: RawGradient, w_pw: Tensor, w_dw: Tensor, x: Tensor, load: Load, geometry: Geometry,
@@ -256,14 +259,13 @@ class AtenChain(ChainBackend):
         shortcut: Optional[Shortcut], operands: Sequence[Tensor], centres: Optional[Tensor], wanted: Sequence[bool],
     ) -> Backward:  # fmt: skip
         formed = self.formed(dr)
-        dw_pw = self.pointwise_wgrad(formed, self.depthwise(x, load, w_dw, geometry)) if wanted[2] else None
+        dw_pw = self.weight_gradient(formed, x, load, w_dw, geometry) if wanted[2] else None
         if not (wanted[0] or wanted[1]):
             return Backward(None, None, dw_pw, None)
         dz = self.pointwise_dgrad(formed, w_pw)
         del formed
-        u, act = self.loaded_and_activated(x, load)
-        dx, dw_dw = self.depthwise_backward(dz, u, act, w_dw, load, geometry, shortcut)
-        return Backward(dx, dw_dw, dw_pw, gradient_sums(dx, operands, centres))
+        dx, dw_dw, sums = self.depthwise_backward(dz, x, w_dw, load, geometry, shortcut, operands, centres)
+        return Backward(dx, dw_dw, dw_pw, sums)
 
     def pw_backward(self, dr: RawGradient, w: Tensor, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
         formed = self.formed(dr)

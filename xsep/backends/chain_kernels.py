@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs
 from .base import Backend
 from .chain import Load, Shortcut, wide
-from .chain_aten import AtenChain, activated, input_gradient
+from .chain_aten import AtenChain, activated, gradient_sums, input_gradient
 
 POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
 PLAIN = Affine()
@@ -49,13 +50,15 @@ class KernelChain(AtenChain):
         return self.kernels.separable_forward(args)
 
     def depthwise_backward(
-        self, dz: Tensor, u: Tensor, act: Tensor, w_dw: Tensor, load: Load, geometry: Geometry,
-        shortcut: Optional[Shortcut],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, dz: Tensor, x: Tensor, w_dw: Tensor, load: Load, geometry: Geometry, shortcut: Optional[Shortcut],
+        operands: Sequence[Tensor], centres: Optional[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """In one pass, the activation's derivative included unless a shortcut has to be added before it."""
+        u, act = self.loaded_and_activated(x, load)
         before = shortcut is not None and shortcut.activated
         source, prologue = (act, PLAIN) if before else (u, Affine(None, None, load.activation, load.alpha))
         wanted = (True, True, False, False)
         g = self.kernels.depthwise_backward_kernel(dz, source, w_dw, prologue, geometry, wanted)
         assert g.dx is not None and g.dw_dw is not None
-        return input_gradient(g.dx, u, load, shortcut, act.dtype, masked=not before), g.dw_dw.to(wide(act.dtype))
+        dx = input_gradient(g.dx, u, load, shortcut, act.dtype, masked=not before)
+        return dx, g.dw_dw.to(wide(act.dtype)), gradient_sums(dx, operands, centres)
