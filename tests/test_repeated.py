@@ -454,8 +454,9 @@ def test_known_calls_are_recorded_too(module: Any) -> None:
 
 def test_what_is_remembered_is_bounded(module: Any) -> None:
     call = make(gradients=False)
+    checked = ([1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.PYTHON)
     for i in range(4100):
-        module.remember(tuple({**call, "padding": i}.values()), [1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.PYTHON)
+        module.remember(tuple({**call, "padding": i}.values()), *checked)
         assert 1 <= module.count() <= 4096
     assert module.count() < 4096
 

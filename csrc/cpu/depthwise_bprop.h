@@ -35,7 +35,8 @@ struct DepthwiseBprop {
   bool x_planes;           // x is [n, c, h, w]: each unit turns its part round
   bool dx_planes;          // likewise
 
-  /// Whether blocks slide with a stride: then they make dx and dw together, whichever is wanted, to keep the code small.
+  /// Whether blocks slide with a stride: then they make dx and dw together, whichever is wanted, to keep the code
+  /// small.
   static bool makes_all(const DepthwiseShape& s) {
     const Geometry& g = s.geometry;
     return g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1 && (s.s == 3 || s.s == 5 || s.s == 7);

@@ -83,7 +83,7 @@ class CpuBackend(Backend):
         if module is None or p.dtype != torch.float32:
             return ""
         training = direction == "backward"
-        # A depthwise convolution's backward has no z to make again and none to keep.
+        # A depthwise convolution alone has no z to make again.
         if training and p.op == "depthwise":
             return ""
         if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last, training=training):
