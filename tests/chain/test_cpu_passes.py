@@ -123,6 +123,22 @@ def test_input_gradient(dtype: torch.dtype, c: int, short: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 128, 128), (1, 129, 127), (3, 107, 113)])
+def test_sums_of_so_many_pixels_that_groups_have_several_runs(n: int, h: int, w: int) -> None:
+    """There are at most 256 groups of runs of 64 pixels; the last ones are short."""
+    e, other, centres = last(n, 5, h, w, dtype=F32), last(n, 5, h, w, dtype=F32) + 3, 3 + 0.1 * torch.randn(2, 5)
+    found = []
+    for _ in on_both_numbers_of_threads():
+        with poisoned_memory():
+            found.append(
+                OPS.cpu_chain_input_gradient_(e.clone(), None, None, None, IDENTITY, 0.0, [other], centres)
+            )  # fmt: skip
+    terms = [e.double(), e.double() * (other.double() - centres.double()[1, :, None, None])]
+    size = max(float(t.abs().sum((0, 2, 3)).max()) for t in terms)
+    hold("sums", found[0], torch.stack([t.sum((0, 2, 3)) for t in terms]), None, F32, size)
+    assert torch.equal(*found)
+
+
 @each_type
 @pytest.mark.parametrize("code", [IDENTITY, RELU, SILU], ids=["identity", "relu", "silu"])
 def test_depthwise_gradient_of_what_is_loaded(dtype: torch.dtype, code: int) -> None:
