@@ -31,8 +31,7 @@ void launch(void (*kernel)(Params), const char* name, const LaunchShape& shape, 
   const auto shared_bytes = static_cast<size_t>(shape.shared_bytes);
 #ifdef XSEP_EMULATOR
   try {
-    emulator::begin_launch(name, stream);
-    emulator::run(name, shape.grid, threads, shared_bytes, [&] { kernel(params); });
+    emulator::launch(kernel, name, shape.grid, threads, shared_bytes, stream, params);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(error.what()) + ", for " + describe(params));
   }

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from . import ptx
+
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Set by test_sanitizers.py for a process that has the sanitizers' runtime preloaded.
 SANITIZED = os.environ.get("XSEP_EMULATOR_SANITIZED") == "1"
+#: The architecture for which nvcc compiles each kernel, and whose PTX then runs in the place of the C++; "" for none.
+PTX = os.environ.get("XSEP_EMULATED_PTX", "")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 #: Translation units that stand on PyTorch, and have its headers and its registry.
@@ -80,6 +84,8 @@ def build(name: str, sources: Path = CUDA_SOURCES, namespace: str = "xsep_emulat
     cache = Path(tempfile.gettempdir()) / f"xsep-emulator-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     units = [Unit(unit, sources, namespace) for unit in (*LIBRARIES[name], "emulator.cpp", "runtime.cpp")]
+    if PTX:
+        units += [TranslatedUnit(unit.name, sources, namespace) for unit in units if unit.is_kernel]
     digest = hashlib.sha256(" ".join(unit.digest for unit in units).encode()).hexdigest()[:20]
     target = cache / f"{name}-{digest}.so"
     with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -104,9 +110,11 @@ class Unit:
     """One file to compile; its object is kept for whoever links it, under a name made of all that goes into it."""
 
     def __init__(self, name: str, sources: Path, namespace: str) -> None:
+        self.name = name
         self.folders = (EMULATOR, sources)
         self.file = (sources if name.endswith(".cu") else EMULATOR) / name
         self.is_glue = name in GLUE
+        self.is_kernel = name.endswith(".cu") and not self.is_glue
         self.is_sanitized = SANITIZED and name not in NOT_SANITIZED
         # The sanitizers' own code takes the optimizer longer than it saves. Nothing is shared by name with another
         # library of the process: what this one knows of its cards is its own.
@@ -141,6 +149,32 @@ class Unit:
             systems = [str(cuda_include()), *(cpp_extension.include_paths() if self.is_glue else ())]
             includes += [word for path in systems for word in ("-isystem", path)]
             _run(["g++", "-x", "c++", *self.flags, *includes, "-c", str(self.file), "-o", str(out)])
+            os.replace(out, target)
+        return target
+
+
+class TranslatedUnit(Unit):
+    """What nvcc makes of one file, as PTX that is turned into C++."""
+
+    def __init__(self, name: str, sources: Path, namespace: str) -> None:
+        super().__init__(name, sources, namespace)
+        self.is_sanitized = False
+        digest = hashlib.sha256((self.digest + PTX).encode())
+        for file in (Path(ptx.__file__), *(EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))):
+            digest.update(file.read_bytes())
+        self.digest = digest.hexdigest()[:20]
+
+    def compiled(self, cache: Path, scratch: Path) -> Path:
+        target = cache / f"{self.file.stem}-ptx-{self.digest}.o"
+        if not target.exists():
+            module, source, out = (scratch / f"{target.stem}.{suffix}" for suffix in ("ptx", "cpp", "o"))
+            nvcc = str(cuda_include().parent / "bin" / "nvcc")
+            _run([nvcc, "-std=c++17", "-O3", f"-arch=sm_{PTX}", "-ptx", str(self.file), "-o", str(module)])
+            kernels = [entry.source for entry in ptx.entries(module.read_text())]
+            source.write_text("\n".join(['#include "ptx_machine.h"', *kernels]))
+            # Each instruction stands for itself: no two of them may become one that rounds once.
+            _run(["g++", "-std=c++20", "-O1", "-mfma", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR",
+                  f"-I{EMULATOR}", "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip
             os.replace(out, target)
         return target
 
@@ -304,11 +338,24 @@ def check_statistics(y: Tensor, statistics: Tensor, counts: Tensor) -> None:
     torch.testing.assert_close(m2, (rows - rows.mean(0)).square().sum(0), rtol=2e-6, atol=1e-30)
 
 
+def load(path: Path) -> ctypes.CDLL:
+    """The library, each kernel of which runs as it was translated if it was."""
+    library = ctypes.CDLL(str(path))
+    if PTX:
+        listed = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout.split("\n")
+        places = {words[2]: int(words[0], 16) for words in map(str.split, listed) if len(words) == 3}
+        base = ctypes.cast(library.emulate_seed, ctypes.c_void_p).value - places["emulate_seed"]
+        for name, place in places.items():
+            if name.startswith(ptx.PREFIX) and (kernel := places.get(name.removeprefix(ptx.PREFIX))) is not None:
+                library.emulate_translation(ctypes.c_void_p(base + kernel), ctypes.c_void_p(base + place))
+    return library
+
+
 class Library:
     """One built library; raises what the emulator reports."""
 
     def __init__(self, path: Path, seed: int = 0) -> None:
-        self.lib = ctypes.CDLL(str(path))
+        self.lib = load(path)
         self.lib.emulate_seed(seed)
 
     def call(self, function: str, params: ctypes.Structure) -> None:

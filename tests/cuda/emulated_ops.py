@@ -33,7 +33,7 @@ class EmulatedOps:
 
     def __init__(self, path: Path, namespace: str = "xsep_emulated") -> None:
         torch.ops.load_library(str(path))
-        self.lib, self.ops = ctypes.CDLL(str(path)), getattr(torch.ops, namespace)
+        self.lib, self.ops = emulated.load(path), getattr(torch.ops, namespace)
         self.lib.emulate_damaged_tensors.restype = ctypes.c_int64
         known = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
         self.names = sorted(name for own, _, name in known if own == namespace)

@@ -3,6 +3,7 @@
 #include "fiber_context.h"
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -58,13 +59,14 @@ std::vector<int> ready;
 std::vector<int> at_barrier;
 std::vector<Buffer> buffers;
 std::array<unsigned char, kSharedLimit + kGap*(kMaxBuffers + 1)> shared_storage alignas(1024);
-size_t shared_declared;
+size_t shared_bytes_declared;
 Context scheduler;
 int current;
 int alive;
 std::string error;
 Index block, grid, size;
 const std::function<void()>* kernel;
+std::map<const void*, Translation> translations;
 const char* kernel_name;
 std::mt19937 generator;
 #if defined(__SANITIZE_ADDRESS__)
@@ -218,14 +220,15 @@ const Slots& warp_exchange(const char* collective, const void* data, size_t byte
 }
 
 unsigned char* shared_base() { return shared_storage.data(); }
+size_t shared_declared() { return shared_bytes_declared; }
 
 int shared_buffer(int ordinal, int place, int size_in_bytes) {
   const auto start = static_cast<size_t>(place), bytes = static_cast<size_t>(size_in_bytes);
   if (ordinal == static_cast<int>(buffers.size())) {
     if (buffers.size() == kMaxBuffers) fail("takes more buffers than the emulator has gaps for");
-    if (place < 0 || start + bytes > shared_declared) {
+    if (place < 0 || start + bytes > shared_bytes_declared) {
       fail("takes shared memory up to byte " + std::to_string(start + bytes) + ", launched with " +
-           std::to_string(shared_declared));
+           std::to_string(shared_bytes_declared));
     }
     for (const Buffer& b : buffers) {
       if (start < b.place + b.bytes && b.place < start + bytes) fail("lays two shared buffers over each other");
@@ -271,6 +274,13 @@ void copy_async_wait(int groups_left) {
   if (deliver > 0) f.groups.erase(f.groups.begin(), f.groups.begin() + deliver);
 }
 
+Translation translation(const char* name, const void* kernel) {
+  if (translations.empty()) return nullptr;
+  const auto found = translations.find(kernel);
+  if (found == translations.end()) throw std::runtime_error(std::string(name) + ": its PTX was not translated");
+  return found->second;
+}
+
 void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {
   const int threads = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
   if (threads < 1 || threads > 1024) throw std::runtime_error(std::string(name) + ": impossible block size");
@@ -281,7 +291,7 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
   kernel_name = name;
   kernel = &body;
   error.clear();
-  shared_declared = shared_bytes;
+  shared_bytes_declared = shared_bytes;
   grid = {grid_dim.x, grid_dim.y, grid_dim.z};
   size = {block_dim.x, block_dim.y, block_dim.z};
 #if defined(__SANITIZE_ADDRESS__)
@@ -297,3 +307,8 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
 }
 
 }  // namespace emulator
+
+// From here on, kernels run as their PTX says; each of them has to have been named.
+extern "C" void emulate_translation(const void* kernel, emulator::Translation translated) {
+  emulator::translations[kernel] = translated;
+}

@@ -55,6 +55,7 @@ int lane();
 // `place` is where it lies on a GPU: buffers may not overlap there, nor go past what the launch asked for.
 int shared_buffer(int ordinal, int place, int bytes);
 unsigned char* shared_base();
+size_t shared_declared();  // bytes that the launch asked for
 
 void copy_async(void* destination, const void* source, size_t bytes, bool valid);
 void copy_async_commit();
@@ -70,8 +71,26 @@ void begin_launch(const char* name, cudaStream_t stream);
 // Which of the faults that a test has put into a copy of the sources is there; 0 for none.
 int planted_fault();
 
+// What was translated from the PTX of a kernel, and is to run in its place; null where kernels run as C++. Its
+// parameters are addresses of the kernel's, as cudaLaunchKernel takes them.
+using Translation = void (*)(const void* const* parameters);
+Translation translation(const char* name, const void* kernel);
+
 // Runs body once for each thread of each block. Throws std::runtime_error.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Params& params) {
+  begin_launch(name, stream);
+  const void* parameters[] = {&params};
+  if (const Translation translated = translation(name, reinterpret_cast<const void*>(kernel))) {
+    run(name, grid, block, shared_bytes, [&] { translated(parameters); });
+  } else {
+    run(name, grid, block, shared_bytes, [&] { kernel(params); });
+  }
+}
+
 void set_seed(uint32_t seed);
 
 template <class T>

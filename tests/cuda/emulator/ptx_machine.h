@@ -1,0 +1,394 @@
+// What the instructions of translated PTX mean (tests/cuda/ptx.py), for those that are no operator of C++. Registers
+// are bits; a 32-bit address of shared memory begins at kShared, where the CTA's dynamic memory lies.
+#pragma once
+
+#include <bit>
+#include <cfenv>
+#include <limits>
+#include <type_traits>
+
+#include "host_ptx.h"
+
+namespace machine {
+
+inline constexpr uint64_t kShared = 1024;
+
+template <size_t>
+struct BitsOf;
+template <>
+struct BitsOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct BitsOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<8> {
+  using type = uint64_t;
+};
+template <class T>
+using Bits = typename BitsOf<sizeof(T)>::type;
+
+template <class T>
+inline constexpr bool kIsFloat = !std::is_integral_v<T>;
+
+template <class T, class U>
+T bits_as(U value) {
+  static_assert(sizeof(T) == sizeof(U));
+  T out;
+  std::memcpy(static_cast<void*>(&out), static_cast<const void*>(&value), sizeof(T));
+  return out;
+}
+
+// A register's contents as T: its low bits where T is narrower.
+template <class T, class Register>
+T as(Register value) {
+  if constexpr (std::is_same_v<T, bool> || std::is_same_v<Register, bool>) {
+    return static_cast<T>(value);
+  } else if constexpr (!std::is_integral_v<Register>) {
+    return bits_as<T>(value);
+  } else {
+    return bits_as<T>(static_cast<Bits<T>>(value));
+  }
+}
+
+// A T into a register, which may be wider: a signed number keeps its sign.
+template <class Register, class T>
+Register to(T value) {
+  if constexpr (std::is_floating_point_v<Register>) {
+    return bits_as<Register>(value);
+  } else if constexpr (std::is_integral_v<T>) {
+    return static_cast<Register>(value);
+  } else {
+    return static_cast<Register>(bits_as<Bits<T>>(value));
+  }
+}
+
+// What a register holds that nothing was written to.
+template <class T>
+constexpr T poison() {
+  if constexpr (std::is_floating_point_v<T>) {
+    return std::numeric_limits<T>::quiet_NaN();
+  } else {
+    return static_cast<T>(0xdeadbeefdeadbeefull);
+  }
+}
+
+template <class Part, int i, class Whole>
+Part piece(Whole whole) {
+  return static_cast<Part>(whole >> (i * 8 * sizeof(Part)));
+}
+
+template <class Whole, class Part>
+Whole joined(std::initializer_list<Part> parts) {
+  Whole whole = 0;
+  int i = 0;
+  for (Part part : parts) whole |= static_cast<Whole>(part) << (i++ * 8 * static_cast<int>(sizeof(Part)));
+  return whole;
+}
+
+template <class T>
+bool is_nan(T value) {
+  return std::isnan(static_cast<double>(value));
+}
+
+// Numbers of 16 bits are reckoned in double and rounded once.
+template <class T>
+using Wide = std::conditional_t<kIsFloat<T> && sizeof(T) == 2, double, std::conditional_t<kIsFloat<T>, T, Bits<T>>>;
+
+template <class T, class From>
+T rounded(From value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<From, float>) return __float2half_rn(value);
+    return __double2half(static_cast<double>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<From, float>) return __float2bfloat16_rn(value);
+    return __double2bfloat16(static_cast<double>(value));
+  } else if constexpr (std::is_same_v<From, __half> || std::is_same_v<From, __nv_bfloat16>) {
+    return static_cast<T>(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <class T>
+Wide<T> wide(T value) {
+  return rounded<Wide<T>>(value);
+}
+
+// Integers wrap around.
+template <class T>
+T sum(T a, T b) {
+  return rounded<T>(wide(a) + wide(b));
+}
+template <class T>
+T difference(T a, T b) {
+  return rounded<T>(wide(a) - wide(b));
+}
+template <class T>
+T product(T a, T b) {
+  if constexpr (kIsFloat<T>) {
+    return rounded<T>(wide(a) * wide(b));
+  } else {
+    return static_cast<T>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+  }
+}
+template <class T>
+T high_product(T a, T b) {
+  using Twice = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+  return static_cast<T>(static_cast<Twice>(a) * static_cast<Twice>(b) >> (8 * sizeof(T)));
+}
+template <class T>
+T fused(T a, T b, T c) {
+  return rounded<T>(std::fma(wide(a), wide(b), wide(c)));
+}
+
+// Rounded towards minus infinity.
+inline float fma_down(float a, float b, float c) {
+  const double exact = static_cast<double>(a) * b + c;
+  const auto near = static_cast<float>(exact);
+  return static_cast<double>(near) > exact ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
+}
+
+template <class T>
+T quotient(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    if (b == 0) emulator::fail("an integer divided by zero");
+    if constexpr (std::is_signed_v<T>) {
+      if (b == -1) return difference<T>(0, a);
+    }
+  }
+  return static_cast<T>(a / b);
+}
+
+template <class T>
+T negated(T value) {
+  if constexpr (kIsFloat<T>) {
+    return bits_as<T>(static_cast<Bits<T>>(bits_as<Bits<T>>(value) ^ Bits<T>{1} << (8 * sizeof(T) - 1)));
+  } else {
+    return difference<T>(0, value);
+  }
+}
+template <class T>
+T magnitude(T value) {
+  if constexpr (kIsFloat<T>) {
+    return bits_as<T>(static_cast<Bits<T>>(bits_as<Bits<T>>(value) & ~(Bits<T>{1} << (8 * sizeof(T) - 1))));
+  } else {
+    return value < 0 ? difference<T>(0, value) : value;
+  }
+}
+inline bool inverted(bool value) { return !value; }
+template <class T>
+T inverted(T value) {
+  return static_cast<T>(~value);
+}
+
+// The smaller number; of a number and NaN, the number.
+template <class T>
+T smaller(T a, T b) {
+  if constexpr (kIsFloat<T>) {
+    if (is_nan(a)) return b;
+    if (is_nan(b)) return a;
+  }
+  return b < a ? b : a;
+}
+template <class T>
+T larger(T a, T b) {
+  if constexpr (kIsFloat<T>) {
+    if (is_nan(a)) return b;
+    if (is_nan(b)) return a;
+  }
+  return a < b ? b : a;
+}
+
+template <class T, class Count>
+T shifted_left(T value, Count count) {
+  const auto places = static_cast<uint32_t>(count);
+  return places >= 8 * sizeof(T) ? T{0} : static_cast<T>(static_cast<Bits<T>>(value) << places);
+}
+template <class T, class Count>
+T shifted_right(T value, Count count) {
+  const auto places = static_cast<uint32_t>(count);
+  if (places >= 8 * sizeof(T)) return value < 0 ? static_cast<T>(-1) : T{0};
+  return static_cast<T>(value >> places);
+}
+
+template <class T>
+T population(T value) {
+  return static_cast<T>(std::popcount(static_cast<Bits<T>>(value)));
+}
+template <class T>
+T leading_zeros(T value) {
+  return static_cast<T>(std::countl_zero(static_cast<Bits<T>>(value)));
+}
+
+inline float power_of_two(float value) { return std::exp2(value); }
+template <class T>
+T reciprocal(T value) {
+  return 1 / value;
+}
+template <class T>
+T reciprocal_root(T value) {
+  return 1 / std::sqrt(value);
+}
+
+template <class T>
+T rni(T value) {
+  return std::nearbyint(value);
+}
+template <class T>
+T rzi(T value) {
+  return std::trunc(value);
+}
+template <class T>
+T rmi(T value) {
+  return std::floor(value);
+}
+template <class T>
+T rpi(T value) {
+  return std::ceil(value);
+}
+inline float saturated(float value) { return value > 0 ? (value < 1 ? value : 1.0f) : 0.0f; }  // NaN: 0
+
+template <class T, class From>
+T to_integer(From value) {
+  if (is_nan(value)) return 0;
+  if (static_cast<double>(value) <= static_cast<double>(std::numeric_limits<T>::min())) {
+    return std::numeric_limits<T>::min();
+  }
+  if (static_cast<double>(value) >= static_cast<double>(std::numeric_limits<T>::max())) {
+    return std::numeric_limits<T>::max();
+  }
+  return static_cast<T>(value);
+}
+
+// Memory -------------------------------------------------------------------------------------------------------------
+
+inline void aligned(uint64_t address, size_t bytes, const char* what) {
+  if (address % bytes != 0) emulator::fail(std::string(what) + " of " + std::to_string(bytes) + " bytes, misaligned");
+}
+
+inline unsigned char* shared_memory(uint64_t address, size_t bytes, const char* what) {
+  const uint64_t at = static_cast<uint32_t>(address);
+  aligned(at, bytes, what);
+  if (at < kShared || at + bytes > kShared + emulator::shared_declared()) {
+    emulator::fail(std::string(what) + " of shared memory at byte " +
+                   std::to_string(static_cast<int64_t>(at) - static_cast<int64_t>(kShared)) + " of " +
+                   std::to_string(emulator::shared_declared()));
+  }
+  return emulator::shared_base() + (at - kShared);
+}
+
+inline unsigned char* host_memory(uint64_t address, size_t bytes, const char* what) {
+  aligned(address, bytes, what);
+  return reinterpret_cast<unsigned char*>(address);
+}
+
+inline const unsigned char* param_load(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a load of a parameter");
+}
+inline const unsigned char* global_load(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a load");
+}
+inline const unsigned char* generic_load(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a load");
+}
+inline const unsigned char* local_load(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a load");
+}
+inline const unsigned char* shared_load(uint64_t address, size_t bytes, int) {
+  return shared_memory(address, bytes, "a load");
+}
+inline unsigned char* global_store(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a store");
+}
+inline unsigned char* generic_store(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a store");
+}
+inline unsigned char* local_store(uint64_t address, size_t bytes, int) {
+  return host_memory(address, bytes, "a store");
+}
+inline unsigned char* shared_store(uint64_t address, size_t bytes, int) {
+  return shared_memory(address, bytes, "a store");
+}
+
+inline uint64_t to_shared(uint64_t generic) {
+  return generic - reinterpret_cast<uint64_t>(emulator::shared_base()) + kShared;
+}
+inline uint64_t from_shared(uint64_t address) {
+  return reinterpret_cast<uint64_t>(emulator::shared_base()) + (static_cast<uint32_t>(address) - kShared);
+}
+
+template <class T>
+T at(const unsigned char* from, int i) {
+  T value;
+  std::memcpy(static_cast<void*>(&value), from + static_cast<size_t>(i) * sizeof(T), sizeof(T));
+  return value;
+}
+template <class T>
+void store(unsigned char* into, int i, T value) {
+  std::memcpy(into + static_cast<size_t>(i) * sizeof(T), static_cast<const void*>(&value), sizeof(T));
+}
+
+inline void copy_async(uint64_t destination, uint64_t source, size_t bytes, uint32_t read, int) {
+  if (read != 0 && read != bytes) emulator::fail("cp.async of a part");
+  emulator::copy_async(shared_memory(destination, bytes, "cp.async"), host_memory(source, bytes, "cp.async"), bytes,
+                       read != 0);
+}
+
+// Of a whole warp ----------------------------------------------------------------------------------------------------
+
+inline void warp_barrier() { emulator::gather("bar.warp.sync", 0); }
+
+inline uint32_t shuffled(const char* how, uint32_t value, int from, uint32_t mask) {
+  if (mask != 0xffffffffu) emulator::fail("shfl.sync with a partial mask");
+  return emulator::gather(how, value)[static_cast<size_t>(from)];
+}
+
+// The lane that is read and whether it is inside, as the PTX ISA has it: `clamp` holds a segment mask and a bound.
+inline uint32_t shuffle_bfly(uint32_t value, uint32_t distance, uint32_t clamp, uint32_t mask, bool& inside) {
+  const int me = emulator::lane(), segment = static_cast<int>(clamp >> 8 & 31);
+  const int last = (me & segment) | (static_cast<int>(clamp & 31) & ~segment);
+  const int from = me ^ static_cast<int>(distance);
+  inside = from <= last;
+  return shuffled("shfl.bfly", value, inside ? from : me, mask);
+}
+inline uint32_t shuffle_idx(uint32_t value, uint32_t index, uint32_t clamp, uint32_t mask, bool& inside) {
+  const int me = emulator::lane(), segment = static_cast<int>(clamp >> 8 & 31);
+  const int first = me & segment, last = first | (static_cast<int>(clamp & 31) & ~segment);
+  const int from = first | (static_cast<int>(index & 31) & ~segment);
+  inside = from <= last;
+  return shuffled("shfl.idx", value, inside ? from : me, mask);
+}
+inline uint32_t shuffle_down(uint32_t value, uint32_t distance, uint32_t clamp, uint32_t mask, bool& inside) {
+  const int me = emulator::lane(), segment = static_cast<int>(clamp >> 8 & 31);
+  const int last = (me & segment) | (static_cast<int>(clamp & 31) & ~segment);
+  const int from = me + static_cast<int>(distance & 31);
+  inside = from <= last;
+  return shuffled("shfl.down", value, inside ? from : me, mask);
+}
+inline uint32_t shuffle_up(uint32_t value, uint32_t distance, uint32_t clamp, uint32_t mask, bool& inside) {
+  const int me = emulator::lane(), segment = static_cast<int>(clamp >> 8 & 31);
+  const int from = me - static_cast<int>(distance & 31);
+  inside = from >= ((me & segment) | (static_cast<int>(clamp & 31) & ~segment));
+  return shuffled("shfl.up", value, inside ? from : me, mask);
+}
+
+// Matrix i has its rows where lanes 8 i to 8 i + 7 say.
+template <int kMatrices, bool kTransposed>
+void load_matrices(uint32_t (&out)[4], uint64_t address, int) {
+  const void* row = emulator::shared_base();
+  if (emulator::lane() < 8 * kMatrices) row = shared_memory(address, 16, "ldmatrix");
+  if constexpr (kTransposed) {
+    xsep::cuda::ldmatrix_x4_transposed(out, row);
+  } else {
+    xsep::cuda::ldmatrix_x4(out, row);
+  }
+}
+
+}  // namespace machine

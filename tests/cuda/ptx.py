@@ -1,0 +1,413 @@
+"""PTX, as a compiler wrote it, turned into C++ for the emulator: one statement an instruction, registers as locals."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+#: C++ types of registers. It is the instruction that says what the bits mean.
+REGISTERS = {
+    "pred": "bool", "f32": "float", "f64": "double", "f16": "uint16_t", "b8": "uint8_t",
+    **{f"{kind}{bits}": f"uint{bits}_t" for kind in "usb" for bits in (16, 32, 64)},
+}  # fmt: skip
+TYPES = {
+    "pred": "bool", "f16": "__half", "bf16": "__nv_bfloat16", "f32": "float", "f64": "double",
+    **{f"{kind}{bits}": f"uint{bits}_t" for kind in "bu" for bits in (8, 16, 32, 64)},
+    **{f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+#: What one instruction says of caches, ordering and the like: nothing that changes a result here.
+IGNORED = {"volatile", "relaxed", "weak", "gpu", "cta", "sys", "nc", "uni", "aligned", "approx", "full", "L1", "L2",
+           "evict_first", "evict_last", "evict_normal", "no_allocate", "cache_hint", "128B", "256B", "cg", "ca", "cs",
+           "wt", "lu", "cv", "sync"}  # fmt: skip
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
+               "hs": ">="}  # fmt: skip
+SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.([xyz])$|%laneid$|%warpid$")
+
+
+class Entry(NamedTuple):
+    """A kernel by its ``kernel_key``, and what it does as ``extern "C" void PREFIX<key>(const void* const* params)``."""
+
+    key: str
+    source: str
+
+
+#: Before a kernel's key in the name of its translation.
+PREFIX = "translated_"
+
+
+def entries(ptx: str) -> Iterator[Entry]:
+    """Each ``.entry`` of a module."""
+    ptx = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
+    shared = re.findall(r"\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+(\w+)\[", ptx)
+    for found in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{]*\{", ptx):
+        body, depth, end = ptx[found.end() :], 1, 0
+        while depth:
+            brace = re.compile(r"[{}]").search(body, end)
+            assert brace is not None, "a kernel without an end"
+            depth, end = depth + (1 if brace[0] == "{" else -1), brace.end()
+        parameters = re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", found[2].strip())
+        key = kernel_key(found[1])
+        yield Entry(key, Translator(shared, parameters).function(PREFIX + key, body[: end - 1]))
+
+
+class Instruction(NamedTuple):
+    guard: str
+    words: list[str]
+    operands: list[str]
+
+
+def split(operands: str) -> list[str]:
+    """At the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for c in operands:
+        depth += (c in "{[(") - (c in "}])")
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts if part.strip()]
+
+
+class Translator:
+    """One kernel's body; ``shared`` and ``parameters`` are the names that stand for addresses."""
+
+    def __init__(self, shared: list[str], parameters: list[str]) -> None:
+        self.shared, self.parameters = shared, parameters
+        self.widths: dict[str, str] = {}
+
+    def function(self, name: str, body: str) -> str:
+        lines = [f'extern "C" void {name}(const void* const* params) {{', "using namespace machine;", "(void)params;"]
+        lines += self.declarations(body)
+        for depot in re.finditer(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", body):
+            lines.append(f"alignas({depot[1]}) unsigned char {depot[2]}[{depot[3]}];")
+        body = re.sub(r"\.(local|loc|file|pragma|branchtargets)\s[^;\n]*[;\n]", "", body)
+        lines += self.statements(body)
+        return "\n".join([*lines, "}"])
+
+    def declarations(self, body: str) -> Iterator[str]:
+        """Registers of the whole kernel: a jump may not pass over where a variable begins."""
+        for kind, prefix, count in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", body):
+            self.widths[prefix] = REGISTERS[kind]
+            names = [f"{prefix[1:]}_{i} = poison<{REGISTERS[kind]}>()" for i in range(int(count))]
+            yield f"{REGISTERS[kind]} {', '.join(names)};"
+
+    def statements(self, body: str) -> Iterator[str]:
+        place = 0
+        while True:
+            found = re.compile(r"\s*(?:([\w$]+):|([{}])|([^;]*;))").match(body, place)
+            if found is None:
+                return
+            place = found.end()
+            if found[1]:
+                yield f"{self.label(found[1])}:;"
+            elif found[2]:
+                yield found[2]
+            elif found[3].strip(" \t\n;"):
+                yield self.statement(" ".join(found[3].rstrip(";").split()))
+
+    def statement(self, text: str) -> str:
+        if text.startswith(".reg"):
+            _, kind, names = text.split(maxsplit=2)
+            if "<" in names:
+                return ""
+            for name in split(names):
+                self.widths[name] = REGISTERS[kind[1:]]
+            return f"{REGISTERS[kind[1:]]} {', '.join(self.local(name) for name in split(names))};"
+        found = re.match(r"(?:@(!?)([%\w]+)\s+)?(\S+)\s*(.*)$", text)
+        assert found is not None, text
+        words = re.split(r"\.|::", found[3])
+        try:
+            code = self.instruction(words, split(found[4]))
+        except (KeyError, ValueError, AttributeError, IndexError) as error:
+            raise NotImplementedError(f"PTX that the translator does not know: {text}") from error
+        return f"if ({found[1]}{self.value(found[2], 'pred')}) {{ {code} }}" if found[2] else code
+
+    @staticmethod
+    def label(name: str) -> str:
+        return "L_" + name.replace("$", "")
+
+    @staticmethod
+    def local(name: str) -> str:
+        return name.lstrip("%").replace("$", "_") + "_local"
+
+    def register(self, name: str) -> tuple[str, str]:
+        """Its C++ name and type."""
+        if name in self.widths:
+            return self.local(name), self.widths[name]
+        found = re.fullmatch(r"(%[a-z]+)(\d+)", name)
+        if found is None:
+            raise ValueError(name)
+        return f"{found[1][1:]}_{found[2]}", self.widths[found[1]]
+
+    def value(self, operand: str, kind: str) -> str:
+        """The operand as ``kind``."""
+        cpp = TYPES[kind]
+        if operand[:2] in ("0f", "0d"):
+            single = operand[1] == "f"
+            number = struct.unpack(">f" if single else ">d", bytes.fromhex(operand[2:]))[0]
+            if kind == ("f32" if single else "f64") and math.isfinite(number):
+                return f"{number.hex()}{'f' if single else ''}"
+            return f"as<{cpp}>(uint{32 if single else 64}_t(0x{operand[2:]}ull))"
+        if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", operand):
+            return f"({cpp})({operand.rstrip('U')}ll)"
+        if (special := SPECIAL.match(operand)) is not None:
+            names = {"tid": "thread_index", "ntid": "block_size", "ctaid": "block_index", "nctaid": "grid_size"}
+            call = f"emulator::{names[special[1]]}().{special[2]}" if special[1] else "emulator::lane()"
+            return f"({cpp}){call}"
+        if operand in self.parameters:
+            return f"(uint64_t)params[{self.parameters.index(operand)}]"
+        if operand in self.shared:
+            return f"({cpp})kShared"
+        if re.fullmatch(r"__local_depot\d+", operand):
+            return f"(uint64_t){operand}"
+        name, own = self.register(operand)
+        return name if own == cpp else f"({cpp}){name}" if (own, cpp) in CASTS else f"as<{cpp}>({name})"
+
+    def put(self, target: str, kind: str, value: str) -> str:
+        if target == "_":
+            return f"(void)({value});"
+        name, cpp = self.register(target)
+        return f"{name} = {value};" if cpp == TYPES[kind] else f"{name} = to<{cpp}, {TYPES[kind]}>({value});"
+
+    def address(self, operand: str) -> str:
+        found = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        if found is None:
+            raise ValueError(operand)
+        return f"({self.value(found[1], 'b64')} + ({found[2] or 0}ll))"
+
+    def instruction(self, words: list[str], o: list[str]) -> str:
+        op, rest = words[0], [w for w in words[1:] if w not in IGNORED]
+        method = getattr(self, f"op_{op}", None)
+        if method is not None:
+            return str(method(rest, o))
+        kind = rest[-1]
+        if op in ("add", "sub") and kind[0] == "s":
+            kind = f"u{kind[1:]}"  # the same bits, and wraps around in C++ too
+        if op in ("add", "sub") and kind in PLAIN:
+            return self.put(o[0], kind, f"{self.value(o[1], kind)} {'+-'[op == 'sub']} {self.value(o[2], kind)}")
+        if op in UNARY:
+            return self.put(o[0], kind, f"{UNARY[op]}({self.value(o[1], kind)})")
+        if op in BINARY:
+            if kind.startswith("b") and op in ("min", "max", "div"):
+                raise ValueError(op)
+            return self.put(o[0], kind, BINARY[op].format(a=self.value(o[1], kind), b=self.value(o[2], kind),
+                                                          t=TYPES[kind]))  # fmt: skip
+        raise KeyError(op)
+
+    # Control ------------------------------------------------------------------------------------------------------
+
+    def op_bra(self, rest: list[str], o: list[str]) -> str:
+        return f"goto {self.label(o[0])};"
+
+    def op_ret(self, rest: list[str], o: list[str]) -> str:
+        return "return;"
+
+    op_exit = op_ret
+
+    def op_trap(self, rest: list[str], o: list[str]) -> str:
+        return 'emulator::fail("trap");'
+
+    def op_bar(self, rest: list[str], o: list[str]) -> str:
+        if rest == ["warp"]:
+            return "warp_barrier();"
+        if o[0] != "0" or len(o) > 1:
+            raise ValueError("a named barrier")
+        return "emulator::block_barrier();"
+
+    op_barrier = op_bar
+
+    # Moves --------------------------------------------------------------------------------------------------------
+
+    def op_mov(self, rest: list[str], o: list[str]) -> str:
+        kind, (target, source) = rest[-1], o
+        if target.startswith("{"):
+            parts = split(target[1:-1])
+            part = f"b{int(kind[1:]) // len(parts)}"
+            moved = "; ".join(
+                self.put(name, part, f"piece<{TYPES[part]}, {i}>({self.value(source, kind)})").rstrip(";")
+                for i, name in enumerate(parts)
+            )
+            return moved + ";"
+        if source.startswith("{"):
+            parts = split(source[1:-1])
+            part = f"b{int(kind[1:]) // len(parts)}"
+            values = ", ".join(self.value(name, part) for name in parts)
+            return self.put(target, kind, f"joined<{TYPES[kind]}, {TYPES[part]}>({{{values}}})")
+        return self.put(target, kind, self.value(source, kind))
+
+    def op_cvta(self, rest: list[str], o: list[str]) -> str:
+        value = self.value(o[1], "u64")
+        if "shared" in rest:
+            value = f"to_shared({value})" if "to" in rest else f"from_shared({value})"
+        return self.put(o[0], "u64", value)
+
+    def op_selp(self, rest: list[str], o: list[str]) -> str:
+        kind = rest[-1]
+        return self.put(o[0], kind, f"{self.value(o[3], 'pred')} ? {self.value(o[1], kind)} : {self.value(o[2], kind)}")
+
+    def op_setp(self, rest: list[str], o: list[str]) -> str:
+        comparison, kind = rest[0], rest[-1]
+        combined = rest[1] if rest[1] in ("and", "or", "xor") else None
+        a, b = self.value(o[1], kind), self.value(o[2], kind)
+        if comparison in ("num", "nan"):
+            said = f"{'!' if comparison == 'num' else ''}(is_nan({a}) || is_nan({b}))"
+        elif comparison.endswith("u") and comparison[:-1] in COMPARISONS:
+            said = f"(is_nan({a}) || is_nan({b}) || {a} {COMPARISONS[comparison[:-1]]} {b})"
+        elif comparison == "ne" and kind[0] == "f":
+            said = f"(!is_nan({a}) && !is_nan({b}) && {a} != {b})"
+        else:
+            said = f"({a} {COMPARISONS[comparison]} {b})"
+        if combined:
+            said = f"({said} {dict(xor='!=', **{'and': '&&', 'or': '||'})[combined]} {self.value(o[3], 'pred')})"
+        targets = o[0].split("|")
+        if len(targets) == 1:
+            return self.put(targets[0], "pred", said)
+        return f"{{ const bool said = {said}; {self.put(targets[0], 'pred', 'said')} {self.put(targets[1], 'pred', '!said')} }}"
+
+    # Arithmetic ---------------------------------------------------------------------------------------------------
+
+    def op_mul(self, rest: list[str], o: list[str]) -> str:
+        kind = rest[-1]
+        if rest == ["lo", "s32"]:
+            kind = "u32"
+        a, b = self.value(o[1], kind), self.value(o[2], kind)
+        if "wide" in rest:
+            wide = f"{kind[0]}{2 * int(kind[1:])}"
+            return self.put(o[0], wide, f"({TYPES[wide]}){a} * ({TYPES[wide]}){b}")
+        if "hi" in rest:
+            return self.put(o[0], kind, f"high_product({a}, {b})")
+        if kind in PLAIN:
+            return self.put(o[0], kind, f"{a} * {b}")
+        return self.put(o[0], kind, f"product({a}, {b})")
+
+    def op_mad(self, rest: list[str], o: list[str]) -> str:
+        kind = rest[-1]
+        a, b = self.value(o[1], kind), self.value(o[2], kind)
+        if kind[0] == "f":
+            return self.op_fma(rest, o)
+        if "wide" in rest:
+            wide = f"{kind[0]}{2 * int(kind[1:])}"
+            product = f"({TYPES[wide]}){a} * ({TYPES[wide]}){b}"
+            return self.put(o[0], wide, f"sum<{TYPES[wide]}>({product}, {self.value(o[3], wide)})")
+        product = f"high_product({a}, {b})" if "hi" in rest else f"product({a}, {b})"
+        return self.put(o[0], kind, f"sum<{TYPES[kind]}>({product}, {self.value(o[3], kind)})")
+
+    def op_fma(self, rest: list[str], o: list[str]) -> str:
+        kind = rest[-1]
+        if rest[0] == "rm":
+            return self.put(o[0], kind, f"fma_down({', '.join(self.value(x, kind) for x in o[1:])})")
+        if rest[0] != "rn":
+            raise ValueError(rest[0])
+        if kind == "f32":
+            return self.put(o[0], kind, f"__builtin_fmaf({', '.join(self.value(x, kind) for x in o[1:])})")
+        return self.put(o[0], kind, f"fused({', '.join(self.value(x, kind) for x in o[1:])})")
+
+    def op_cvt(self, rest: list[str], o: list[str]) -> str:
+        to, source = rest[-2], rest[-1]
+        how = rest[:-2]
+        if to == "tf32":
+            if how != ["rna"]:
+                raise ValueError(how)
+            return self.put(o[0], "b32", f"xsep::cuda::to_tf32({self.value(o[1], 'f32')})")
+        if to in ("f16x2", "bf16x2"):
+            half = TYPES[to[:-2]]
+            high, low = (f"rounded<{half}>({self.value(x, source)})" for x in o[1:])
+            return self.put(o[0], "b32", f"joined<uint32_t, uint16_t>({{as<uint16_t>({low}), as<uint16_t>({high})}})")
+        value = self.value(o[1], source)
+        if to[0] in "us" and source[0] in "fb":
+            rounding = next(h for h in how if h in ("rni", "rzi", "rmi", "rpi"))
+            return self.put(o[0], to, f"to_integer<{TYPES[to]}>({rounding}({value}))")
+        if rounding := [h for h in how if h in ("rni", "rzi", "rmi", "rpi")]:
+            return self.put(o[0], to, f"{rounding[0]}({value})")
+        value = f"saturated({value})" if "sat" in how else value
+        return self.put(o[0], to, f"rounded<{TYPES[to]}>({value})")
+
+    # Memory -------------------------------------------------------------------------------------------------------
+
+    def op_ld(self, rest: list[str], o: list[str]) -> str:
+        space = next((w for w in rest if w in ("global", "shared", "param", "local", "const")), "generic")
+        kind, targets = rest[-1], split(o[0][1:-1]) if o[0].startswith("{") else [o[0]]
+        pointer = f"{space}_load({self.address(o[1])}, {len(targets)} * sizeof({TYPES[kind]}), __COUNTER__)"
+        loads = "".join(self.put(t, kind, f"at<{TYPES[kind]}>(from, {i})") for i, t in enumerate(targets))
+        return f"{{ const unsigned char* from = {pointer}; {loads} }}"
+
+    op_ldu = op_ld
+
+    def op_st(self, rest: list[str], o: list[str]) -> str:
+        space = next((w for w in rest if w in ("global", "shared", "local")), "generic")
+        kind, sources = rest[-1], split(o[1][1:-1]) if o[1].startswith("{") else [o[1]]
+        pointer = f"{space}_store({self.address(o[0])}, {len(sources)} * sizeof({TYPES[kind]}), __COUNTER__)"
+        stores = "".join(f"store(into, {i}, {self.value(s, kind)});" for i, s in enumerate(sources))
+        return f"{{ unsigned char* into = {pointer}; {stores} }}"
+
+    def op_cp(self, rest: list[str], o: list[str]) -> str:
+        if rest[:2] == ["async", "commit_group"]:
+            return "emulator::copy_async_commit();"
+        if rest[:2] == ["async", "wait_group"]:
+            return f"emulator::copy_async_wait({o[0]});"
+        if rest[0] != "async" or "shared" not in rest or "global" not in rest:
+            raise ValueError(rest)
+        read = self.value(o[3], "b32") if len(o) > 3 else o[2]
+        return f"copy_async({self.address(o[0])}, {self.address(o[1])}, {o[2]}, {read}, __COUNTER__);"
+
+    # Of a whole warp ------------------------------------------------------------------------------------------------
+
+    def op_shfl(self, rest: list[str], o: list[str]) -> str:
+        how, targets = rest[0], o[0].split("|")
+        values = ", ".join(self.value(x, "b32") for x in o[1:5])
+        code = f"bool inside; {self.put(targets[0], 'b32', f'shuffle_{how}({values}, inside)')}"
+        if len(targets) > 1:
+            code += self.put(targets[1], "pred", "inside")
+        return f"{{ {code} }}"
+
+    def op_ldmatrix(self, rest: list[str], o: list[str]) -> str:
+        if "m8n8" not in rest or rest[-1] != "b16":
+            raise ValueError(rest)
+        targets = split(o[0][1:-1])
+        name = f"load_matrices<{len(targets)}, {'true' if 'trans' in rest else 'false'}>"
+        loads = "".join(self.put(t, "b32", f"loaded[{i}]") for i, t in enumerate(targets))
+        return f"{{ uint32_t loaded[4]; {name}(loaded, {self.address(o[1])}, __COUNTER__); {loads} }}"
+
+    def op_mma(self, rest: list[str], o: list[str]) -> str:
+        shape, kinds = rest[0], rest[3:]
+        if rest[1:3] != ["row", "col"] or kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
+            raise ValueError(rest)
+        d, a, b, c = (split(x[1:-1]) for x in o)
+        call = {
+            ("m16n8k16", "bf16"): "mma_m16n8k16(d, a, b, __nv_bfloat16())",
+            ("m16n8k16", "f16"): "mma_m16n8k16(d, a, b, __half())",
+            ("m16n8k8", "tf32"): "mma_m16n8k8_tf32(d, a, b)",
+        }[shape, kinds[1]]
+        start = ", ".join(self.value(x, "f32") for x in c)
+        operands = "".join(
+            f"const uint32_t {name}[{len(x)}] = {{{', '.join(self.value(y, 'b32') for y in x)}}};"
+            for name, x in (("a", a), ("b", b))
+        )
+        done = "".join(self.put(t, "f32", f"d[{i}]") for i, t in enumerate(d))
+        return f"{{ float d[4] = {{{start}}}; {operands} xsep::cuda::{call}; {done} }}"
+
+
+#: Types whose sums and products are those of C++, and casts that keep the bits.
+PLAIN = ("f32", "f64", "u32", "u64")
+CASTS = {(f"uint{bits}_t", f"int{bits}_t") for bits in (16, 32, 64)}
+UNARY = {
+    "neg": "negated", "abs": "magnitude", "not": "inverted", "ex2": "power_of_two", "lg2": "std::log2", "rcp": "reciprocal",
+    "rsqrt": "reciprocal_root", "sqrt": "std::sqrt", "tanh": "std::tanh", "popc": "population", "clz": "leading_zeros",
+}  # fmt: skip
+BINARY = {
+    "add": "sum<{t}>({a}, {b})", "sub": "difference<{t}>({a}, {b})", "and": "{a} & {b}", "or": "{a} | {b}",
+    "xor": "{a} ^ {b}", "min": "smaller({a}, {b})", "max": "larger({a}, {b})", "div": "quotient({a}, {b})",
+    "rem": "{a} % {b}", "shl": "shifted_left({a}, {b})", "shr": "shifted_right({a}, {b})",
+    "copysign": "std::copysign({b}, {a})",
+}  # fmt: skip
+
+
+def kernel_key(mangled: str) -> str:
+    """The same from every compiler: of an anonymous namespace, nvcc writes in its name which file it is from."""
+    found = re.search(r"(\d+)_GLOBAL__N_", mangled)
+    if found is None:
+        return mangled
+    return f"{mangled[: found.start()]}12_GLOBAL__N_1{mangled[found.end(1) + int(found[1]) :]}"
