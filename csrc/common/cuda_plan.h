@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -30,18 +31,23 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline constexpr int kSharedAlignment = 128;
 constexpr int shared_bytes_of(int bytes) { return ceil_div(bytes, kSharedAlignment) * kSharedAlignment; }
 
-// Registers let 2, 3 or 4 CTAs of the depthwise forward be resident on a multiprocessor, 2 or 3 of the backward. The
-// backward has one wave only, since every CTA leaves a partial sum.
-inline constexpr int kFpropCtasPerSm = 12;
+// Registers let 2 or 3 CTAs of the depthwise backward be resident on a multiprocessor. It has one wave only, since every
+// CTA leaves a partial sum.
 inline constexpr int kBpropCtasPerSm = 2;
 
-// The depthwise kernels. A thread computes strips of kStripWidth pixels in neighbouring rows, for one vector of
-// channels; a CTA's threads lie over vectors (fastest, so that accesses are coalesced), then strips.
+// The depthwise kernels. A thread computes strips of kStripWidth neighbouring columns, for one vector of channels; a CTA's threads lie over vectors (fastest, so that accesses are coalesced), then strips.
 inline constexpr int kStripWidth = 4;
 inline constexpr int kDepthwiseThreads = 128;
 
-// Two rows share their loaded input where the registers allow it.
-constexpr int fprop_strip_rows(int k, int stride) { return k == 7 && stride == 2 ? 1 : 2; }
+// Channels a thread of the forward, and vectors of them a CTA at most.
+inline constexpr int kFpropVec = 4;
+inline constexpr int kFpropVectors = 32;
+
+// CTAs of the forward that are to be resident on a multiprocessor: registers for the open rows, and two rows of x.
+constexpr int fprop_ctas_per_sm(int k, int stride, int element_bytes) {
+  if (k == 3) return (stride == 1 ? 3 : 2) + (element_bytes == 2 ? 1 : 0);
+  return k == 5 && stride == 1 && element_bytes == 2 ? 3 : 2;
+}
 
 // In x, not z: a strip starts where a tap of even index falls on it, so that its taps are known at compile time.
 constexpr int bprop_strip_rows(int stride) { return stride; }
@@ -54,7 +60,7 @@ struct DepthwisePlan {
   int vec;              // channels a thread
   int vectors;          // vectors a CTA
   int slices;           // CTAs side by side along the channels
-  int strip_rows;       // rows a thread
+  int strip_rows;       // rows of a strip
   int strips_down, strips_across;  // threads of a CTA over the picture
   int tiles_down, tiles_across;    // CTA tiles a picture
   int workers;                     // CTAs that share the tiles of a slice
@@ -100,13 +106,34 @@ inline void tile_plane(DepthwisePlan& plan, int rows, int columns, int halo) {
   plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
 }
 
-// CTAs that share the tiles of a slice, and load its weights once each. No more than ctas_per_sm for the whole device:
-// with a multiple of how many are resident at a time, the last wave is as full as the others.
-inline bool share_out(DepthwisePlan& plan, const ConvShape& c, const DeviceProperties& device, int ctas_per_sm) {
+// Fills in strips and tiles of a kernel whose threads walk down their strips: as long as all multiprocessors have work,
+// since a strip begins with rows that another one reads too. A step is one row of x.
+inline void tile_walks(DepthwisePlan& plan, const ConvShape& c, int ctas) {
+  constexpr double kSetUp = 4;  // steps that a strip takes beside those of its rows
+  const int strips = kDepthwiseThreads / plan.vectors, columns_of_strips = ceil_div(c.q, kStripWidth);
+  const int workers = std::max(1, ctas / plan.slices);
+  double best = 0.0;
+  for (const int parts : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64}) {
+    const int rows = ceil_div(c.p, parts), rows_of_strips = ceil_div(c.p, rows);
+    if (parts > 1 && rows < 4) break;
+    for (int across = 1; across <= std::min(strips, columns_of_strips); ++across) {
+      const int down = std::min(strips / across, rows_of_strips);
+      const double tiles = static_cast<double>(c.n) * ceil_div(rows_of_strips, down) * ceil_div(columns_of_strips, across);
+      const double steps = std::ceil(tiles / workers) * ((rows - 1) * c.stride_h + c.r + kSetUp);
+      if (best != 0.0 && steps >= best) continue;
+      best = steps;
+      plan.strip_rows = rows, plan.strips_down = down, plan.strips_across = across;
+    }
+  }
+  plan.tiles_down = ceil_div(ceil_div(c.p, plan.strip_rows), plan.strips_down);
+  plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
+}
+
+// CTAs that share the tiles of a slice, and load its weights once each.
+inline bool share_out(DepthwisePlan& plan, const ConvShape& c, int ctas) {
   const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
   if (tiles > std::numeric_limits<int>::max()) return false;
-  const int wanted = device.multiprocessors * ctas_per_sm / plan.slices;
-  plan.workers = std::max(1, std::min(static_cast<int>(tiles), wanted));
+  plan.workers = std::max(1, std::min(static_cast<int>(tiles), ctas / plan.slices));
   return plan.slices <= 65535;
 }
 
@@ -122,17 +149,17 @@ inline DepthwisePlan general_plan(const DeviceProperties& device) {
 inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes, bool aligned,
                                           const DeviceProperties& device) {
   DepthwisePlan plan{};
-  plan.vec = 16 / element_bytes;
+  plan.vec = kFpropVec;
   if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) return detail::general_plan(device);
   plan.sliding_window = true;
-  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, 16);
+  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, kFpropVectors);
   plan.slices = ceil_div(c.c_in / plan.vec, plan.vectors);
-  plan.strip_rows = fprop_strip_rows(c.r, c.stride_h);
-  detail::tile_plane(plan, c.p, c.q, c.r - c.stride_h);
+  const int ctas = device.multiprocessors * fprop_ctas_per_sm(c.r, c.stride_h, element_bytes);
+  detail::tile_walks(plan, c, ctas);
   // One float a tap and channel, and the four per-channel vectors of prologue and epilogue.
-  const int table_row = plan.vectors * plan.vec * 4;
+  const int table_row = kFpropVectors * plan.vec * 4;
   plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row);
-  return detail::share_out(plan, c, device, kFpropCtasPerSm) ? plan : detail::general_plan(device);
+  return detail::share_out(plan, c, ctas) ? plan : detail::general_plan(device);
 }
 
 // What the forward adds to shared_bytes to take statistics of y: three floats a thread and channel, and a count.
@@ -170,7 +197,7 @@ inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes,
                       shared_bytes_of(c.r * plan.strips_down * plan.strips_across * table_row);
   DepthwisePlan general = detail::general_plan(device);
   general.workers = 1;
-  return detail::share_out(plan, c, device, kBpropCtasPerSm) ? plan : general;
+  return detail::share_out(plan, c, device.multiprocessors * kBpropCtasPerSm) ? plan : general;
 }
 
 }  // namespace xsep::cuda

@@ -26,22 +26,29 @@ __device__ __forceinline__ void map(float (&u)[COUNT], Function f) {
   for (int i = 0; i < COUNT; ++i) u[i] = f(u[i]);
 }
 
+template <int GROUPS, int COUNT, class Function>
+__device__ __forceinline__ void map(float (&u)[GROUPS][COUNT], Function f) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) map(u[g], f);
+}
+
 // Those that take a few instructions, and those that take a few dozen.
 __device__ __forceinline__ bool is_cheap(Activation code) {
   return code != Activation::kSilu && code != Activation::kGelu && code != Activation::kGeluTanh &&
          code != Activation::kElu;
 }
 
-// A NaN stays a NaN in every activation: the comparisons are written so that it fails them.
-template <int COUNT>
-__device__ __forceinline__ void activate_cheap(float (&u)[COUNT], const ActivationChoice& activation) {
+// A NaN stays a NaN in every activation: comparisons are written so that it fails them.
+// Registers of any shape, so that the choice is made once for all of them.
+template <class Registers>
+__device__ __forceinline__ void activate_cheap(Registers& u, const ActivationChoice& activation) {
   const float alpha = activation.alpha;
   switch (activation.code) {
     case Activation::kRelu:
-      map(u, [](float v) { return v < 0.0f ? 0.0f : v; });
+      map(u, [](float v) { return max_nan(v, 0.0f); });
       break;
     case Activation::kRelu6:
-      map(u, [](float v) { return v < 0.0f ? 0.0f : (v > 6.0f ? 6.0f : v); });
+      map(u, [](float v) { return min_nan(max_nan(v, 0.0f), 6.0f); });
       break;
     case Activation::kLeakyRelu:
       map(u, [=](float v) { return v > 0.0f ? v : v * alpha; });
@@ -89,8 +96,7 @@ __device__ __forceinline__ void activate(float (&u)[COUNT], const ActivationChoi
 template <int GROUPS, int COUNT>
 __device__ __forceinline__ void activate_groups(float (&u)[GROUPS][COUNT], const ActivationChoice& activation) {
   if (is_cheap(activation.code)) {
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) activate_cheap(u[g], activation);
+    activate_cheap(u, activation);
     return;
   }
 #pragma unroll 1

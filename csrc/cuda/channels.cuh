@@ -14,26 +14,28 @@ __device__ __forceinline__ float channel_value(const ChannelVector& v, int64_t c
 }
 
 // A table of float32 rows in shared memory, each with VEC values for each of `vectors` threads. The values of one
-// thread lie 4 to a plane, so that the 16-byte reads of neighbouring threads fill the banks evenly.
-template <int VEC>
+// thread lie 4 to a plane, so that the 16-byte reads of neighbouring threads fill the banks evenly. With MOST, a row has
+// room for so many threads however many there are: then where a value lies is known at compile time.
+template <int VEC, int MOST = 0>
 class ChannelTable {
  public:
   static constexpr int kPlane = VEC < 4 ? VEC : 4;
   static_assert(VEC % kPlane == 0, "a thread's channels fill whole planes");
 
-  __device__ ChannelTable(SharedBuffer<float> memory, int vectors) : memory_(memory), vectors_(vectors) {}
+  __device__ explicit ChannelTable(SharedBuffer<float> memory, int vectors = MOST)
+      : memory_(memory), vectors_(MOST > 0 ? MOST : vectors) {}
 
   static constexpr __host__ __device__ int size(int rows, int vectors) { return rows * vectors * VEC; }
 
   __device__ float& at(int row, int channel) const {
     const int vector = channel / VEC, i = channel % VEC;
-    return memory_[((row * (VEC / kPlane) + i / kPlane) * vectors_ + vector) * kPlane + i % kPlane];
+    return memory_[((row * (VEC / kPlane) + i / kPlane) * count() + vector) * kPlane + i % kPlane];
   }
 
   __device__ __forceinline__ void read(float (&out)[VEC], int row, int vector) const {
 #pragma unroll
     for (int plane = 0; plane < VEC / kPlane; ++plane) {
-      const float* source = memory_.get() + ((row * (VEC / kPlane) + plane) * vectors_ + vector) * kPlane;
+      const float* source = memory_.get() + ((row * (VEC / kPlane) + plane) * count() + vector) * kPlane;
       const auto pack = Pack<float, kPlane>::load(source);
 #pragma unroll
       for (int i = 0; i < kPlane; ++i) out[plane * kPlane + i] = pack.v[i];
@@ -46,18 +48,20 @@ class ChannelTable {
       Pack<float, kPlane> pack;
 #pragma unroll
       for (int i = 0; i < kPlane; ++i) pack.v[i] = values[plane * kPlane + i];
-      pack.store(memory_.get() + ((row * (VEC / kPlane) + plane) * vectors_ + vector) * kPlane);
+      pack.store(memory_.get() + ((row * (VEC / kPlane) + plane) * count() + vector) * kPlane);
     }
   }
 
  private:
+  __device__ __forceinline__ int count() const { return MOST > 0 ? MOST : vectors_; }
+
   SharedBuffer<float> memory_;
   int vectors_;
 };
 
 // Loads the weights of channels [first, first + vectors * VEC) into rows 0 to taps - 1; zeros past the last channel.
-template <class T, int VEC>
-__device__ void load_weights(const ChannelTable<VEC>& table, const void* w_dw, int taps, int first, int channels,
+template <class T, int VEC, int MOST>
+__device__ void load_weights(const ChannelTable<VEC, MOST>& table, const void* w_dw, int taps, int first, int channels,
                              int vectors) {
   const T* weights = static_cast<const T*>(w_dw);  // [C_mid, R S]
   for (int i = static_cast<int>(threadIdx.x); i < vectors * VEC * taps; i += static_cast<int>(blockDim.x)) {
@@ -67,8 +71,8 @@ __device__ void load_weights(const ChannelTable<VEC>& table, const void* w_dw, i
   }
 }
 
-template <class T, int VEC>
-__device__ void load_channel_vector(const ChannelTable<VEC>& table, int row, const ChannelVector& v, float absent,
+template <class T, int VEC, int MOST>
+__device__ void load_channel_vector(const ChannelTable<VEC, MOST>& table, int row, const ChannelVector& v, float absent,
                                     int first, int channels, int vectors) {
   for (int c = static_cast<int>(threadIdx.x); c < vectors * VEC; c += static_cast<int>(blockDim.x)) {
     table.at(row, c) = first + c < channels ? channel_value<T>(v, first + c, absent) : absent;

@@ -86,4 +86,16 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
+// The larger and the smaller, in one instruction; NaN where either is NaN, as in PyTorch.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+  return smaller;
+}
+
 }  // namespace xsep::cuda

@@ -193,6 +193,8 @@ class Translator:
         if op in BINARY:
             if kind.startswith("b") and op in ("min", "max", "div"):
                 raise ValueError(op)
+            if "NaN" in rest:
+                op = f"{op}.NaN"
             return self.put(o[0], kind, BINARY[op].format(a=self.value(o[1], kind), b=self.value(o[2], kind),
                                                           t=TYPES[kind]))  # fmt: skip
         raise KeyError(op)
@@ -399,7 +401,8 @@ UNARY = {
 }  # fmt: skip
 BINARY = {
     "add": "sum<{t}>({a}, {b})", "sub": "difference<{t}>({a}, {b})", "and": "{a} & {b}", "or": "{a} | {b}",
-    "xor": "{a} ^ {b}", "min": "smaller({a}, {b})", "max": "larger({a}, {b})", "div": "quotient({a}, {b})",
+    "xor": "{a} ^ {b}", "min": "smaller({a}, {b})", "max": "larger({a}, {b})",
+    "min.NaN": "xsep::cuda::min_nan({a}, {b})", "max.NaN": "xsep::cuda::max_nan({a}, {b})", "div": "quotient({a}, {b})",
     "rem": "{a} % {b}", "shl": "shifted_left({a}, {b})", "shr": "shifted_right({a}, {b})",
     "copysign": "std::copysign({b}, {a})",
 }  # fmt: skip

@@ -1,9 +1,9 @@
-// Depthwise forward, fast path: square filters of 3, 5 or 7, stride 1 or 2, whole 16-byte vectors of channels.
+// Depthwise forward, fast path: square filters of 3, 5 or 7, stride 1 or 2, whole vectors of channels.
 //
-// A thread computes ROWS x kStripWidth neighbouring pixels of y for one vector of channels. It loads each input row
-// under them once, all vectors of the row in flight together, and slides the filter over it in registers; the threads
-// of a CTA lie in one compact tile, so what strips share is found in L1. A CTA keeps one slice of the channels, whose
-// weights it holds in shared memory, and walks over tiles.
+// A thread walks down kStripWidth neighbouring columns of y, for one vector of channels. It loads each row of x under
+// them once, the next row while it multiplies this one, and adds what the row is to each row of y that it reaches: those
+// slide through registers, begun at the filter's first row and stored after its last. What neighbours share is found in
+// L1. A CTA keeps one slice of the channels, whose weights it holds in shared memory, and goes from tile to tile.
 #pragma once
 
 #include "../channels.cuh"
@@ -13,161 +13,247 @@
 
 namespace xsep::cuda {
 
-// One input row under a strip: WIDTH neighbouring pixels of VEC channels, with the prologue applied.
-template <class T, int VEC, int WIDTH>
-struct InputRow {
-  float tap[WIDTH][VEC];
+// The columns under a strip, of which there are those of x.
+template <int WIDTH>
+struct Columns {
+  int first, size;
 
-  // pixel: of the row's first column, which is column w of W; columns outside read as zero, after the prologue too.
-  __device__ __forceinline__ void load(const DepthwiseFpropParams& p, int64_t pixel, int c, int w,
-                                       const float (&scale)[VEC], const float (&shift)[VEC], bool with_prologue) {
-    const int64_t first = pixel * p.shape.c_in + c;
-    const T* x = static_cast<const T*>(p.x) + first;
-    Pack<T, VEC> raw[WIDTH];
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      const bool inside = static_cast<unsigned>(w + i) < static_cast<unsigned>(p.shape.w);
-      raw[i] = inside ? Pack<T, VEC>::load(x + i * p.shape.c_in) : Pack<T, VEC>::zero();
-    }
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) raw[i].widen(tap[i]);
-    if (!with_prologue) return;
-    const T* residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + first;
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      float (&pre)[VEC] = tap[i];
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) pre[v] = fmaf(scale[v], pre[v], shift[v]);
-      if (residual == nullptr || static_cast<unsigned>(w + i) >= static_cast<unsigned>(p.shape.w)) continue;
-      float other[VEC];
-      Pack<T, VEC>::load(residual + i * p.shape.c_in).widen(other);
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) pre[v] += other[v];
-      round_to<T>(pre);  // what backward will find in x_pre
-    }
-    activate_groups(tap, {p.prologue.activation, p.prologue.alpha});
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      const bool inside = static_cast<unsigned>(w + i) < static_cast<unsigned>(p.shape.w);
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) tap[i][v] = inside ? tap[i][v] : 0.0f;
-    }
+  __device__ __forceinline__ bool all() const { return first >= 0 && first <= size - WIDTH; }
+  __device__ __forceinline__ bool has(int i) const {
+    return static_cast<unsigned>(first + i) < static_cast<unsigned>(size);
   }
 };
 
-// Writes x_pre for the pixels of x that belong to the strip at (p0, q0): every pixel belongs to exactly one.
-template <class T, int VEC, int STRIDE, int ROWS>
-__device__ void store_x_pre(const DepthwiseFpropParams& p, int64_t picture, int p0, int q0, int c,
-                            const float (&scale)[VEC], const float (&shift)[VEC]) {
-  const ConvShape& s = p.shape;
-  const auto clamp = [](int v, int high) { return v < 0 ? 0 : (v > high ? high : v); };
-  const int top = p0 == 0 ? 0 : clamp(p0 * STRIDE - s.pad_top, s.h);
-  const int bottom = p0 + ROWS >= s.p ? s.h : clamp((p0 + ROWS) * STRIDE - s.pad_top, s.h);
-  const int left = q0 == 0 ? 0 : clamp(q0 * STRIDE - s.pad_left, s.w);
-  const int right = q0 + kStripWidth >= s.q ? s.w : clamp((q0 + kStripWidth) * STRIDE - s.pad_left, s.w);
-  for (int h = top; h < bottom; ++h) {
-    for (int w = left; w < right; ++w) {
-      const int64_t at = ((picture * s.h + h) * s.w + w) * s.c_in + c;
-      float pre[VEC], other[VEC];
-      Pack<T, VEC>::load(static_cast<const T*>(p.x) + at).widen(pre);
-      Pack<T, VEC>::load(static_cast<const T*>(p.residual) + at).widen(other);
+// One row of x under a strip, as it is stored; zero where there is no pixel.
+template <class T, int VEC, int WIDTH>
+struct InputRow {
+  Pack<T, VEC> pixel[WIDTH];
+
+  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns) {
+    if (columns.all()) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) pre[v] = fmaf(scale[v], pre[v], shift[v]) + other[v];
-      Pack<T, VEC>::round(pre).store(static_cast<T*>(p.x_pre) + at);
+      for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::load(source + i * step);
+    } else {
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        pixel[i] = columns.has(i) ? Pack<T, VEC>::load(source + i * step) : Pack<T, VEC>::zero();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void widen(float (&tap)[WIDTH][VEC]) const {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) pixel[i].widen(tap[i]);
+  }
+};
+
+// act(scale x + shift [+ residual]) of the pixels that are there, the others zero. residual: of the first, or null.
+template <class T, int VEC, int WIDTH, class Table>
+__device__ __forceinline__ void apply_prologue(float (&tap)[WIDTH][VEC], const DepthwiseFpropParams& p,
+                                               const Table& affines, int vector, const T* residual,
+                                               const Columns<WIDTH>& columns) {
+  if (p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr) {
+    float scale[VEC], shift[VEC];
+    affines.read(scale, 0, vector);
+    affines.read(shift, 1, vector);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) tap[i][v] = fmaf(scale[v], tap[i][v], shift[v]);
+    }
+  }
+  if (residual != nullptr) {
+    InputRow<T, VEC, WIDTH> row;
+    row.load(residual, p.shape.c_in, columns);
+    float other[WIDTH][VEC];
+    row.widen(other);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) tap[i][v] += other[i][v];
+      round_to<T>(tap[i]);  // what backward will find in x_pre
+    }
+  }
+  activate_groups(tap, {p.prologue.activation, p.prologue.alpha});
+  if (columns.all()) return;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) {
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) tap[i][v] = columns.has(i) ? tap[i][v] : 0.0f;
+  }
+}
+
+template <int VEC, class Table>
+__device__ __forceinline__ void apply_epilogue(float (&sum)[kStripWidth][VEC], const DepthwiseFpropParams& p,
+                                               const Table& affines, int vector) {
+  float scale[VEC], shift[VEC];
+  affines.read(scale, 2, vector);
+  affines.read(shift, 3, vector);
+#pragma unroll
+  for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) sum[j][v] = fmaf(scale[v], sum[j][v], shift[v]);
+  }
+  activate_groups(sum, {p.epilogue.activation, p.epilogue.alpha});
+}
+
+// Adds what row r of the filter makes of a row of x.
+template <int K, int STRIDE, int VEC, int WIDTH, class Table>
+__device__ __forceinline__ void add_row(float (&sum)[kStripWidth][VEC], const float (&tap)[WIDTH][VEC],
+                                        const Table& weights, int r, int vector) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    float weight[VEC];
+    weights.read(weight, r * K + k, vector);
+#pragma unroll
+    for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) sum[j][v] = fmaf(tap[j * STRIDE + k][v], weight[v], sum[j][v]);
     }
   }
 }
 
-template <class T, int K, int STRIDE, int ROWS>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+// Writes one row of x_pre, x's row h, of the columns [left, right): every pixel belongs to exactly one strip.
+template <class T, int VEC>
+__device__ __forceinline__ void store_x_pre(const DepthwiseFpropParams& p, int64_t picture, int h, int left, int right,
+                                            int c, const float (&scale)[VEC], const float (&shift)[VEC]) {
+  const ConvShape& s = p.shape;
+  for (int w = left; w < right; ++w) {
+    const int64_t at = ((picture * s.h + h) * s.w + w) * s.c_in + c;
+    float pre[VEC], other[VEC];
+    read_pixel<T>(pre, p.x, at);
+    read_pixel<T>(other, p.residual, at);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) pre[v] = fmaf(scale[v], pre[v], shift[v]) + other[v];
+    write_pixel<T>(p.x_pre, at, pre);
+  }
+}
+
+// Of `count` rows or columns of y from `first` on, where x's that belong to them begin and end: all of x belongs to
+// somebody, and so does what no tap reaches.
+struct OwnRange {
+  int begin, end;
+
+  __device__ OwnRange(int first, int count, int outputs, int stride, int pad, int size)
+      : begin(first == 0 ? 0 : min(max(first * stride - pad, 0), size)),
+        end(first + count >= outputs ? size : min(max((first + count) * stride - pad, 0), size)) {}
+};
+
+template <class T, int K, int STRIDE>
+__global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE, static_cast<int>(sizeof(T))))
     depthwise_fprop_kernel(const __grid_constant__ DepthwiseFpropParams p) {
-  constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+  constexpr int kVec = kFpropVec, kTaps = K * K;
   constexpr int kWidth = (kStripWidth - 1) * STRIDE + K;
-  constexpr int kTaps = K * K;
-  static_assert(kVec * sizeof(T) == 16, "a vector is one 16-byte access");
+  constexpr int kOpen = (K - 1) / STRIDE + 1;  // rows of y that one row of x reaches
+  constexpr bool kLoadsAhead = K < 7 || sizeof(T) == 2;  // else no registers are left for a second row of x
+  using Table = ChannelTable<kVec, kFpropVectors>;
+  using Row = InputRow<T, kVec, kWidth>;
 
   const ConvShape& s = p.shape;
   const int vectors = p.plan.vectors;
   SharedArena arena;
-  const ChannelTable<kVec> weights(arena.take<float>(ChannelTable<kVec>::size(kTaps, vectors)), vectors);
-  const ChannelTable<kVec> affines(arena.take<float>(ChannelTable<kVec>::size(4, vectors)), vectors);
+  const Table weights(arena.take<float>(Table::size(kTaps, kFpropVectors)));
+  const Table affines(arena.take<float>(Table::size(4, kFpropVectors)));
   const int first = static_cast<int>(blockIdx.y) * vectors * kVec;
   load_weights<T>(weights, p.w_dw, kTaps, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 0, p.prologue.scale, 1.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 1, p.prologue.shift, 0.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 2, p.epilogue.scale, 1.0f, first, s.c_in, vectors);
   load_channel_vector<T>(affines, 3, p.epilogue.shift, 0.0f, first, s.c_in, vectors);
-  const FpropStatistics<T, kVec, ROWS> statistics(p, arena);
+  const FpropStatistics<T, kVec> statistics(p, arena);
   __syncthreads();
 
   const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
   const int c = first + vector * kVec;
   const bool idle = strip >= p.plan.strips_down * p.plan.strips_across || c >= s.c_in;
   const bool with_prologue = !p.prologue.is_identity() || p.residual != nullptr;
+  const bool with_epilogue = !p.epilogue.is_identity();
+  const int64_t row_length = static_cast<int64_t>(s.w) * s.c_in;
 
   const int tiles = s.n * p.plan.tiles_down * p.plan.tiles_across;
   for (int tile = idle ? tiles : static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
     const int tile_p = rest % p.plan.tiles_down;
     const int64_t picture = rest / p.plan.tiles_down;
-    const int p0 = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * ROWS;
+    const int p0 = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * p.plan.strip_rows;
     const int q0 = (tile_q * p.plan.strips_across + strip % p.plan.strips_across) * kStripWidth;
     if (p0 >= s.p || q0 >= s.q) continue;
+    const int rows = min(p.plan.strip_rows, s.p - p0), steps = (rows - 1) * STRIDE + K;
     const int h0 = p0 * STRIDE - s.pad_top, w0 = q0 * STRIDE - s.pad_left;
+    const Columns<kWidth> columns{w0, s.w};
+    const int64_t corner = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;
+    const T* source = static_cast<const T*>(p.x) + corner;  // of the row that is loaded next
+    const T* residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + corner;
+    const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
 
-    float sum[ROWS * kStripWidth][kVec] = {};
-    float scale[kVec], shift[kVec];
+    T* out = static_cast<T*>(p.y) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
+    const int columns_left = s.q - q0;
+
+    Row next = {};
+    const auto load = [&](int i) {
+      if (i < steps && is_row(i)) next.load(source, s.c_in, columns);
+      source += row_length;
+    };
+    if (kLoadsAhead) load(0);
+    float sum[kOpen][kStripWidth][kVec];  // of rows of y, the one begun last first
 #pragma unroll 1
-    for (int i = 0; i < (ROWS - 1) * STRIDE + K; ++i) {
-      const int h = h0 + i;
-      if (static_cast<unsigned>(h) >= static_cast<unsigned>(s.h)) continue;
-      affines.read(scale, 0, vector);
-      affines.read(shift, 1, vector);
-      InputRow<T, kVec, kWidth> row;
-      row.load(p, (picture * s.h + h) * s.w + w0, c, w0, scale, shift, with_prologue);
+    for (int i0 = 0; i0 < steps; i0 += STRIDE) {
 #pragma unroll
-      for (int y = 0; y < ROWS; ++y) {
-        const int r = i - y * STRIDE;
-        if (r < 0 || r >= K) continue;
-#pragma unroll
-        for (int q = 0; q < K; ++q) {
-          float weight[kVec];
-          weights.read(weight, r * K + q, vector);
+      for (int phase = 0; phase < STRIDE; ++phase) {
+        const int i = i0 + phase;
+        if (phase > 0 && i >= steps) break;
+        float tap[kWidth][kVec];
+        if (!kLoadsAhead) load(i);
+        next.widen(tap);
+        if (kLoadsAhead) load(i + 1);
+        if (is_row(i) && with_prologue) apply_prologue<T>(tap, p, affines, vector, residual, columns);
+        if (residual != nullptr) residual += row_length;
+        if (phase == 0) {
 #pragma unroll
           for (int j = 0; j < kStripWidth; ++j) {
 #pragma unroll
-            for (int v = 0; v < kVec; ++v) {
-              float& total = sum[y * kStripWidth + j][v];
-              total = fmaf(row.tap[j * STRIDE + q][v], weight[v], total);
-            }
+            for (int v = 0; v < kVec; ++v) sum[0][j][v] = 0.0f;
           }
+        }
+        if (is_row(i)) {
+#pragma unroll
+          for (int age = kOpen - 1; age >= 0; --age) {
+            const int r = age * STRIDE + phase, y = i0 / STRIDE - age;
+            if (r >= K || y < 0 || y >= rows) continue;
+            add_row<K, STRIDE>(sum[age], tap, weights, r, vector);
+          }
+        }
+        constexpr int kLast = (K - 1) / STRIDE;
+        if (phase == (K - 1) % STRIDE && i0 / STRIDE >= kLast) {
+          if (with_epilogue) apply_epilogue(sum[kLast], p, affines, vector);
+          T* pixel = out;
+#pragma unroll
+          for (int j = 0; j < kStripWidth; ++j) {
+            if (j < columns_left) Pack<T, kVec>::round(sum[kLast][j]).store(pixel);
+            pixel += s.c_mid;
+          }
+          out += static_cast<int64_t>(s.q) * s.c_mid;
+          statistics.add(sum[kLast], columns_left);
+        }
+      }
+#pragma unroll
+      for (int age = kOpen - 1; age > 0; --age) {
+#pragma unroll
+        for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) sum[age][j][v] = sum[age - 1][j][v];
         }
       }
     }
-
-    affines.read(scale, 2, vector);
-    affines.read(shift, 3, vector);
-#pragma unroll
-    for (int j = 0; j < ROWS * kStripWidth; ++j) {
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) sum[j][v] = fmaf(scale[v], sum[j][v], shift[v]);
-    }
-    activate_groups(sum, {p.epilogue.activation, p.epilogue.alpha});
-#pragma unroll
-    for (int y = 0; y < ROWS; ++y) {
-      if (p0 + y >= s.p) break;
-      T* out = static_cast<T*>(p.y) + ((picture * s.p + p0 + y) * s.q + q0) * s.c_mid + c;
-#pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
-        if (q0 + j >= s.q) break;
-        Pack<T, kVec>::round(sum[y * kStripWidth + j]).store(out + j * s.c_mid);
-      }
-    }
-    statistics.add(sum, s.p - p0, s.q - q0);
     if (p.x_pre != nullptr) {
+      float scale[kVec], shift[kVec];
       affines.read(scale, 0, vector);
       affines.read(shift, 1, vector);
-      store_x_pre<T, kVec, STRIDE, ROWS>(p, picture, p0, q0, c, scale, shift);
+      const OwnRange across(q0, kStripWidth, s.q, STRIDE, s.pad_left, s.w);
+      const OwnRange down(p0, rows, s.p, STRIDE, s.pad_top, s.h);
+      for (int h = down.begin; h < down.end; ++h) {
+        store_x_pre<T>(p, picture, h, across.begin, across.end, c, scale, shift);
+      }
     }
   }
   statistics.store();
@@ -181,22 +267,22 @@ void launch_depthwise_fprop(const DepthwiseFpropParams& p, cudaStream_t stream) 
   void (*kernel)(DepthwiseFpropParams) = nullptr;
   switch (p.shape.r * 10 + p.shape.stride_h) {
     case 31:
-      kernel = depthwise_fprop_kernel<T, 3, 1, fprop_strip_rows(3, 1)>;
+      kernel = depthwise_fprop_kernel<T, 3, 1>;
       break;
     case 32:
-      kernel = depthwise_fprop_kernel<T, 3, 2, fprop_strip_rows(3, 2)>;
+      kernel = depthwise_fprop_kernel<T, 3, 2>;
       break;
     case 51:
-      kernel = depthwise_fprop_kernel<T, 5, 1, fprop_strip_rows(5, 1)>;
+      kernel = depthwise_fprop_kernel<T, 5, 1>;
       break;
     case 52:
-      kernel = depthwise_fprop_kernel<T, 5, 2, fprop_strip_rows(5, 2)>;
+      kernel = depthwise_fprop_kernel<T, 5, 2>;
       break;
     case 71:
-      kernel = depthwise_fprop_kernel<T, 7, 1, fprop_strip_rows(7, 1)>;
+      kernel = depthwise_fprop_kernel<T, 7, 1>;
       break;
     case 72:
-      kernel = depthwise_fprop_kernel<T, 7, 2, fprop_strip_rows(7, 2)>;
+      kernel = depthwise_fprop_kernel<T, 7, 2>;
       break;
     default:
       no_such_kernel("depthwise_fprop_kernel", p);

@@ -10,7 +10,7 @@
 
 namespace xsep::cuda {
 
-template <class T, int VEC, int ROWS>
+template <class T, int VEC>
 class FpropStatistics {
  public:
   // Behind the plan's own buffers, and only where there are statistics. All threads of the CTA.
@@ -24,12 +24,11 @@ class FpropStatistics {
     counts_[static_cast<int>(threadIdx.x)] = 0;
   }
 
-  // Adds the thread's strip, of which rows x columns pixels are y's, as it is stored.
-  __device__ __forceinline__ void add(const float (&strip)[ROWS * kStripWidth][VEC], int rows, int columns) const {
+  // Adds a row of the thread's strip, of which so many pixels are y's, as it is stored.
+  __device__ __forceinline__ void add(const float (&strip)[kStripWidth][VEC], int columns) const {
     if (p_.statistics == nullptr) return;
     const int thread = static_cast<int>(threadIdx.x), before = counts_[thread];
-    rows = min(rows, ROWS), columns = min(columns, kStripWidth);
-    const auto inside = [=](int pixel) { return pixel / kStripWidth < rows && pixel % kStripWidth < columns; };
+    columns = min(columns, kStripWidth);
     float centre[VEC], sum[VEC] = {}, squares[VEC] = {};
 #pragma unroll
     for (int v = 0; v < VEC; ++v) centre[v] = strip[0][v];
@@ -40,17 +39,17 @@ class FpropStatistics {
       sums_.read(squares, 2, thread);
     }
 #pragma unroll
-    for (int i = 0; i < ROWS * kStripWidth; ++i) {
+    for (int i = 0; i < kStripWidth; ++i) {
       float y[VEC];
       Pack<T, VEC>::round(strip[i]).widen(y);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const float off = inside(i) ? y[v] - centre[v] : 0.0f;
+        const float off = i < columns ? y[v] - centre[v] : 0.0f;
         sum[v] += off;
         squares[v] = fmaf(off, off, squares[v]);
       }
     }
-    const int after = before + rows * columns;
+    const int after = before + columns;
     const float count = static_cast<float>(after), share = 1.0f / count;
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {

@@ -114,4 +114,7 @@ inline uint32_t to_tf32(float value) {
   return bits & 0xffffe000u;
 }
 
+inline float max_nan(float a, float b) { return std::isnan(a) ? a : (b < a ? a : b); }
+inline float min_nan(float a, float b) { return std::isnan(a) ? a : (a < b ? a : b); }
+
 }  // namespace xsep::cuda
