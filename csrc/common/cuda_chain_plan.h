@@ -26,6 +26,22 @@ struct ImagePlan {
   int workers;  // CTAs that share the pixels of a slice
 };
 
+namespace detail {
+
+// Chooses how many vectors of channels a CTA takes: the fewest lanes idle in the last slice, then the widest.
+inline int vectors_of_a_cta(int total, int most) {
+  const int least = std::max(1, most / 2);
+  if (total <= most) return total;
+  int best = most, best_waste = ceil_div(total, most) * most - total;
+  for (int v = most - 1; v >= least; --v) {
+    const int waste = ceil_div(total, v) * v - total;
+    if (waste < best_waste) best = v, best_waste = waste;
+  }
+  return best;
+}
+
+}  // namespace detail
+
 // aligned: every tensor starts on a 16-byte boundary.
 inline ImagePlan plan_images(int64_t pixels, int channels, int element_bytes, bool aligned, int ctas_per_sm,
                              const DeviceProperties& device) {

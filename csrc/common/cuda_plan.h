@@ -49,11 +49,9 @@ constexpr int fprop_ctas_per_sm(int k, int stride, int element_bytes) {
   return k == 5 && stride == 1 && element_bytes == 2 ? 3 : 2;
 }
 
-// In x, not z: a strip starts where a tap of even index falls on it, so that its taps are known at compile time.
-constexpr int bprop_strip_rows(int stride) { return stride; }
-
 // Sums for every tap stay in a thread's registers, so the larger filters take fewer channels a thread.
 constexpr int bprop_vec(int k) { return k == 3 ? 4 : 2; }
+inline constexpr int kBpropVectors = 32;  // a CTA, at most
 
 struct DepthwisePlan {
   bool sliding_window;  // else the general kernels: any filter, stride, dilation, channel count and multiplier
@@ -75,57 +73,44 @@ inline bool has_sliding_window(const ConvShape& c) {
          c.pad_top >= 0 && c.pad_left >= 0;
 }
 
-// Chooses how many vectors of channels a CTA takes: the fewest lanes idle in the last slice, then the widest.
-inline int vectors_of_a_cta(int total, int most) {
-  const int least = std::max(1, most / 2);
-  if (total <= most) return total;
-  int best = most, best_waste = ceil_div(total, most) * most - total;
-  for (int v = most - 1; v >= least; --v) {
-    const int waste = ceil_div(total, v) * v - total;
-    if (waste < best_waste) best = v, best_waste = waste;
-  }
-  return best;
-}
+// A plane that is walked over: pictures of rows x columns, of which a thread takes `unit` rows a step, after so many
+// steps that begin its strip and that another strip takes too.
+struct WalkedPlane {
+  int pictures, rows, columns, unit, first_steps;
+  int vectors, vector_bytes;  // of a pixel
+};
 
-// Fills in strips and tiles for a plane of `rows` x `columns` pixels: few idle threads, and compact tiles, which read
-// little halo twice.
-inline void tile_plane(DepthwisePlan& plan, int rows, int columns, int halo) {
-  const int strips = kDepthwiseThreads / plan.vectors;
-  const int rows_of_strips = ceil_div(rows, plan.strip_rows), columns_of_strips = ceil_div(columns, kStripWidth);
-  double best = -1.0;
-  for (int across = 1; across <= std::min(strips, columns_of_strips); ++across) {
-    const int down = std::min(strips / across, rows_of_strips);
-    const double useful =
-        static_cast<double>(rows_of_strips) * columns_of_strips /
-        (static_cast<double>(ceil_div(rows_of_strips, down)) * ceil_div(columns_of_strips, across) * strips);
-    const double height = down * plan.strip_rows, width = across * kStripWidth;
-    const double score = useful * height * width / ((height + halo) * (width + halo));
-    if (score > best) best = score, plan.strips_down = down, plan.strips_across = across;
-  }
-  plan.tiles_down = ceil_div(rows_of_strips, plan.strips_down);
-  plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
-}
-
-// Fills in strips and tiles of a kernel whose threads walk down their strips: as long as all multiprocessors have work,
-// since a strip begins with rows that another one reads too. A step is one row of x.
-inline void tile_walks(DepthwisePlan& plan, const ConvShape& c, int ctas) {
-  constexpr double kSetUp = 4;  // steps that a strip takes beside those of its rows
-  const int strips = kDepthwiseThreads / plan.vectors, columns_of_strips = ceil_div(c.q, kStripWidth);
-  const int workers = std::max(1, ctas / plan.slices);
-  double best = 0.0;
-  for (const int parts : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64}) {
-    const int rows = ceil_div(c.p, parts), rows_of_strips = ceil_div(c.p, rows);
-    if (parts > 1 && rows < 4) break;
-    for (int across = 1; across <= std::min(strips, columns_of_strips); ++across) {
-      const int down = std::min(strips / across, rows_of_strips);
-      const double tiles = static_cast<double>(c.n) * ceil_div(rows_of_strips, down) * ceil_div(columns_of_strips, across);
-      const double steps = std::ceil(tiles / workers) * ((rows - 1) * c.stride_h + c.r + kSetUp);
-      if (best != 0.0 && steps >= best) continue;
-      best = steps;
-      plan.strip_rows = rows, plan.strips_down = down, plan.strips_across = across;
+// Fills in vectors, slices, strips and tiles. A strip goes as far down as leaves work for all CTAs that are resident at
+// a time; of the ways to share a CTA's threads out over channels and columns, the one that should take the least time.
+inline void tile_walks(DepthwisePlan& plan, const WalkedPlane& plane, int most_vectors, int ctas) {
+  constexpr int kSetUp = 4, kSectorBytes = 32;  // steps that a strip takes beside its own; and what L2 is read in
+  const int units = ceil_div(plane.rows, plane.unit), columns_of_strips = ceil_div(plane.columns, kStripWidth);
+  const int least = std::max(1, most_vectors / 2);
+  double best = std::numeric_limits<double>::infinity();
+  for (int slices = ceil_div(plane.vectors, most_vectors);; ++slices) {
+    const int vectors = ceil_div(plane.vectors, slices);
+    if (plan.vectors > 0 && vectors < least) break;
+    const int strips = kDepthwiseThreads / vectors, workers = std::max(1, ctas / slices);
+    const double bytes = vectors * plane.vector_bytes;
+    const double sectors = slices > 1 && vectors * plane.vector_bytes % kSectorBytes != 0 ? 1.0 + 24.0 / bytes : 1.0;
+    for (const int parts : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64}) {
+      const int steps = ceil_div(units, parts), rows_of_strips = ceil_div(units, steps);
+      if (parts > 1 && steps < 4) break;
+      for (int across = 1; across <= std::min(strips, columns_of_strips); ++across) {
+        const int down = std::min(strips / across, rows_of_strips);
+        const double tiles =
+            static_cast<double>(plane.pictures) * ceil_div(rows_of_strips, down) * ceil_div(columns_of_strips, across);
+        // Neighbouring strips of a CTA find their common columns in L1; those of other CTAs are read from L2.
+        const double columns = 1.0 + static_cast<double>(plane.first_steps * plane.unit) / (across * kStripWidth);
+        const double time = std::ceil(tiles / workers) * (steps + plane.first_steps + kSetUp) * columns * sectors;
+        if (time >= best) continue;
+        best = time;
+        plan.vectors = vectors, plan.slices = slices;
+        plan.strip_rows = steps * plane.unit, plan.strips_down = down, plan.strips_across = across;
+      }
     }
   }
-  plan.tiles_down = ceil_div(ceil_div(c.p, plan.strip_rows), plan.strips_down);
+  plan.tiles_down = ceil_div(ceil_div(plane.rows, plan.strip_rows), plan.strips_down);
   plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
 }
 
@@ -152,10 +137,9 @@ inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes,
   plan.vec = kFpropVec;
   if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) return detail::general_plan(device);
   plan.sliding_window = true;
-  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, kFpropVectors);
-  plan.slices = ceil_div(c.c_in / plan.vec, plan.vectors);
   const int ctas = device.multiprocessors * fprop_ctas_per_sm(c.r, c.stride_h, element_bytes);
-  detail::tile_walks(plan, c, ctas);
+  const detail::WalkedPlane plane{c.n, c.p, c.q, 1, (c.r - 1) / c.stride_h, c.c_in / plan.vec, plan.vec * element_bytes};
+  detail::tile_walks(plan, plane, kFpropVectors, ctas);
   // One float a tap and channel, and the four per-channel vectors of prologue and epilogue.
   const int table_row = kFpropVectors * plan.vec * 4;
   plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row);
@@ -174,7 +158,6 @@ inline int bprop_partial_rows(const ConvShape& c) { return c.r * c.s + kMostGrad
 
 inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes, bool aligned,
                                           const DeviceProperties& device) {
-  static_cast<void>(element_bytes);
   DepthwisePlan plan{};
   plan.vec = bprop_vec(c.r);
   if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) {
@@ -187,17 +170,18 @@ inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes,
     return plan;
   }
   plan.sliding_window = true;
-  plan.vectors = detail::vectors_of_a_cta(c.c_in / plan.vec, 32);
-  plan.slices = ceil_div(c.c_in / plan.vec, plan.vectors);
-  plan.strip_rows = bprop_strip_rows(c.stride_h);
-  detail::tile_plane(plan, c.h + c.pad_top % c.stride_h, c.w + c.pad_left % c.stride_w, (c.r - 1) / c.stride_h);
+  const int ctas = device.multiprocessors * kBpropCtasPerSm;
+  const detail::WalkedPlane plane{
+      c.n, c.h + c.pad_top % c.stride_h, c.w + c.pad_left % c.stride_w, c.stride_h, (c.r - 1) / c.stride_h,
+      c.c_in / plan.vec, plan.vec * element_bytes};
+  detail::tile_walks(plan, plane, kBpropVectors, ctas);
   // Weights and prologue vectors; then one filter row of every thread's sums, to be added up.
-  const int table_row = plan.vectors * plan.vec * 4;
+  const int table_row = kBpropVectors * plan.vec * 4;
   plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row) +
-                      shared_bytes_of(c.r * plan.strips_down * plan.strips_across * table_row);
+                      shared_bytes_of(c.r * plan.strips_down * plan.strips_across * plan.vectors * plan.vec * 4);
   DepthwisePlan general = detail::general_plan(device);
   general.workers = 1;
-  return detail::share_out(plan, c, device.multiprocessors * kBpropCtasPerSm) ? plan : general;
+  return detail::share_out(plan, c, ctas) ? plan : general;
 }
 
 }  // namespace xsep::cuda

@@ -115,8 +115,8 @@ __device__ __forceinline__ void activate_groups(float (&u)[GROUPS][COUNT], const
 }
 
 // act'(u), with PyTorch's conventions at the kinks, in the place of u.
-template <int COUNT>
-__device__ __forceinline__ void activation_slope(float (&u)[COUNT], const ActivationChoice& activation) {
+template <class Registers>
+__device__ __forceinline__ void activation_slope(Registers& u, const ActivationChoice& activation) {
   const float alpha = activation.alpha;
   switch (activation.code) {
     case Activation::kRelu:
@@ -151,6 +151,33 @@ __device__ __forceinline__ void activation_slope(float (&u)[COUNT], const Activa
       break;
     default:
       map(u, [](float) { return 1.0f; });
+      break;
+  }
+}
+
+// d *= act'(u); where the slope is 0 or 1, it chooses, which takes an instruction less.
+template <int GROUPS, int COUNT>
+__device__ __forceinline__ void multiply_by_slope(float (&d)[GROUPS][COUNT], float (&u)[GROUPS][COUNT],
+                                                  const ActivationChoice& activation) {
+  const auto for_each = [&](auto combine) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) d[g][i] = combine(d[g][i], u[g][i]);
+    }
+  };
+  switch (activation.code) {
+    case Activation::kIdentity:
+      break;
+    case Activation::kRelu:
+      for_each([](float gradient, float v) { return v > 0.0f ? gradient : 0.0f; });
+      break;
+    case Activation::kRelu6:
+      for_each([](float gradient, float v) { return v > 0.0f && v < 6.0f ? gradient : 0.0f; });
+      break;
+    default:
+      activation_slope(u, activation);
+      for_each([](float gradient, float slope) { return gradient * slope; });
       break;
   }
 }

@@ -86,6 +86,13 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
+// Two registers as one of 64 bits, the first in its lower half.
+__device__ __forceinline__ uint64_t joined_words(uint32_t low, uint32_t high) {
+  uint64_t both;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(high));
+  return both;
+}
+
 // The larger and the smaller, in one instruction; NaN where either is NaN, as in PyTorch.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float larger;

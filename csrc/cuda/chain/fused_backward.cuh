@@ -163,12 +163,8 @@ __device__ __forceinline__ void form_dx(StripSums& total, const FusedBackwardPar
     if (row >= s.h || column >= s.w) continue;
     const int64_t at = origin + (i * s.w + j) * s.c_in;
     // x itself, from L2, on its way while the windows are slid.
-    Pack<T, kChainVec> raw[kStripWidth];
-#pragma unroll
-    for (int k = 0; k < kStripWidth; ++k) {
-      const T* pixel = static_cast<const T*>(p.depthwise.x) + at + k * s.c_in;
-      raw[k] = column + k < s.w ? Pack<T, kChainVec>::load(pixel) : Pack<T, kChainVec>::zero();
-    }
+    PixelRow<T, kChainVec, kStripWidth> raw;
+    raw.load(static_cast<const T*>(p.depthwise.x) + at, s.c_in, {column, s.w});
     float x[1][kStripWidth][kChainVec], dx[1][kStripWidth][kChainVec] = {};
     const unsigned char* source = memory.x.get() + ((i + 1) * kHaloColumns + j + 1) * plan.pitch_in;
 #pragma unroll
@@ -185,12 +181,14 @@ __device__ __forceinline__ void form_dx(StripSums& total, const FusedBackwardPar
     float scale[kChainVec], shift[kChainVec];
     affines.read(scale, 0, thread.vector);
     affines.read(shift, 1, thread.vector);
+    // Pixel by pixel: all at once take more registers than are left.
 #pragma unroll
     for (int k = 0; k < kStripWidth; ++k) {
-      if (column + k >= s.w) break;
-      float pixel[kChainVec];
-      raw[k].widen(pixel);
-      finish_gradient<T>(dx[0][k], total.sums, p.depthwise.epilogue, {p.depthwise.x, p.depthwise.dx, s.h, s.w, s.c_in},
+      float pixel[1][kChainVec], gradient[1][kChainVec];
+      raw.pixel[k].widen(pixel[0]);
+#pragma unroll
+      for (int v = 0; v < kChainVec; ++v) gradient[0][v] = dx[0][k][v];
+      finish_gradient<T>(gradient, total.sums, p.depthwise.epilogue, {p.depthwise.x, p.depthwise.dx, s.h, s.w, s.c_in},
                          {tile.picture, row, column + k, at + k * s.c_in}, c, pixel, scale, shift, activation,
                          [&](int m, float (&centre)[kChainVec]) { affines.read(centre, 2 + m, thread.vector); });
     }

@@ -39,30 +39,28 @@ __global__ void __launch_bounds__(kImageThreads, 2)
       place.w = static_cast<int>(pixel % s.w), place.h = static_cast<int>(pixel / s.w % s.h);
       place.picture = pixel / s.w / s.h;
     }
-    float d[VEC], x[VEC] = {};
-    read_pixel<T>(d, p.e, place.at);
-    if (reads_x) read_pixel<T>(x, p.x, place.at);
+    float d[1][VEC], x[1][VEC] = {};
+    read_pixel<T>(d[0], p.e, place.at);
+    if (reads_x) read_pixel<T>(x[0], p.x, place.at);
     const bool joins = epilogue.shortcut != nullptr;
     if (joins && epilogue.before_mask != 0) add_shortcut<T>(d, epilogue, place, s.h, s.w, s.c, thread.c);
     if (activation.code != Activation::kIdentity) {
-      float slope[VEC];
+      float slope[1][VEC];
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) slope[v] = fmaf(scale[v], x[v], shift[v]);
+      for (int v = 0; v < VEC; ++v) slope[0][v] = fmaf(scale[v], x[0][v], shift[v]);
       if (p.residual != nullptr) {
         float other[VEC];
         read_pixel<T>(other, p.residual, place.at);
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) slope[v] += other[v];
+        for (int v = 0; v < VEC; ++v) slope[0][v] += other[v];
       }
-      activation_slope(slope, activation);
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) d[v] *= slope[v];
+      multiply_by_slope(d, slope, activation);
     }
     if (joins && epilogue.before_mask == 0) add_shortcut<T>(d, epilogue, place, s.h, s.w, s.c, thread.c);
-    const auto rounded = Pack<T, VEC>::round(d);
+    const auto rounded = Pack<T, VEC>::round(d[0]);
     if (p.dx != nullptr) rounded.store(static_cast<T*>(p.dx) + place.at);
-    rounded.widen(d);
-    add_to_sums<T>(sums, d, epilogue, p.x, x, place.at, [&](int k, float (&middle)[VEC]) {
+    rounded.widen(d[0]);
+    add_to_sums<T>(sums, d, epilogue, p.x, x, place.at, s.c, {place.w, s.w}, [&](int k, float (&middle)[VEC]) {
 #pragma unroll
       for (int v = 0; v < VEC; ++v) middle[v] = centres[k][v];
     });

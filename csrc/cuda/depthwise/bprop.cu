@@ -72,19 +72,19 @@ __device__ __forceinline__ float chain_gradient(const DepthwiseBpropParams& p, f
                                                 float (&sums)[kMostGradientSums]) {
   const ConvShape& s = p.shape;
   const bool joins = p.epilogue.shortcut != nullptr, before = p.epilogue.before_mask != 0;
-  float d[1] = {e};
+  float d[1][1] = {{e}};
   if (joins && before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
-  d[0] *= prologue.slope(x);
+  d[0][0] *= prologue.slope(x);
   if (joins && !before) add_shortcut<T>(d, p.epilogue, place, s.h, s.w, s.c_in, c);
-  round_to<T>(d);
+  round_to<T>(d[0]);
   float total[kMostGradientSums][1] = {};
-  const float pixel[1] = {x};
-  add_to_sums<T>(total, d, p.epilogue, p.x, pixel, place.at, [&](int k, float (&centre)[1]) {
+  const float pixel[1][1] = {{x}};
+  add_to_sums<T>(total, d, p.epilogue, p.x, pixel, place.at, s.c_in, {place.w, s.w}, [&](int k, float (&centre)[1]) {
     centre[0] = p.epilogue.centres[static_cast<int64_t>(k + 1) * s.c_in + c];
   });
 #pragma unroll
   for (int k = 0; k < kMostGradientSums; ++k) sums[k] += total[k][0];
-  return d[0];
+  return d[0][0];
 }
 
 // dx and this CTA's share of the sums. A CTA has 32 channels; its threads take pixels in turn.

@@ -1,31 +1,61 @@
 // Depthwise backward, fast path: dx, dw_dw and the prologue's sums in one pass over x and dz.
 //
-// A thread owns strips of x, STRIDE rows of kStripWidth pixels, for one vector of channels. The dz values that its dx
-// is made of are the ones its x meets in dw_dw, so both come from the same registers. A strip starts where an even tap
-// falls on its first pixel: which tap joins which x and dz is then known at compile time, for stride 2 too. The sums
-// for dw_dw stay in registers over all of a CTA's tiles, are added over the CTA in a fixed order, and leave as one
-// partial; a second kernel adds the partials.
+// A thread walks down kStripWidth neighbouring columns of x, for one vector of channels, STRIDE rows a step. The dz
+// values that its dx is made of are the ones its x meets in dw_dw, so both come from the same registers, through which
+// the rows of dz slide: each is loaded once, while the row before it is used. A strip starts where an even tap falls on
+// its first pixel: which tap joins which x and dz is then known at compile time, for stride 2 too. The sums for dw_dw
+// stay in registers over all of a CTA's tiles, are added over the CTA in a fixed order, and leave as one partial; a
+// second kernel adds the partials.
 #pragma once
 
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
+#include "../row.cuh"
 #include "params.h"
 #include "strip.cuh"
 
 namespace xsep::cuda {
 
-template <class T, int K, int STRIDE, int VEC, int ROWS>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+// The rows of dz that reach the rows of x of one step; the newest comes in at the end.
+template <class T, int K, int STRIDE, int VEC>
+struct DzRows {
+  static constexpr int kBefore = DzReach<K, STRIDE>::kBefore, kWidth = DzReach<K, STRIDE>::kWidth;
+  using Row = PixelRow<T, VEC, kWidth>;
+
+  float row[kBefore + 1][kWidth][VEC];
+
+  __device__ __forceinline__ void push(const Row& newest) {
+#pragma unroll
+    for (int i = 0; i < kBefore; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) row[i][j][v] = row[i + 1][j][v];
+      }
+    }
+    newest.widen(row[kBefore]);
+  }
+};
+
+template <class T, int K, int STRIDE, int VEC>
+__global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
     depthwise_bprop_kernel(const __grid_constant__ DepthwiseBpropParams p) {
   constexpr int kTaps = K * K;
   constexpr int kBefore = DzReach<K, STRIDE>::kBefore, kWidth = DzReach<K, STRIDE>::kWidth;
-  constexpr int kHeight = (ROWS - 1) / STRIDE + kBefore + 1;  // rows of dz that reach a strip
+  // Else the rows of dz would leave no registers for the sums: each is loaded again for every row of x that it reaches.
+  constexpr bool kKeepsRows = K < 7 || STRIDE == 2;
+  // Rows of the next step are loaded while this one's are used, and x is kept beside its activation; but as the registers
+  // allow: else x is read again, from L1.
+  constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7, kLoadsXAhead = kLoadsDzAhead && kKeepsX && STRIDE == 1;
+  using Table = ChannelTable<VEC, kBpropVectors>;
+  using XRow = PixelRow<T, VEC, kStripWidth>;
+  using DzRow = PixelRow<T, VEC, kWidth>;
 
   const ConvShape& s = p.shape;
   const int vectors = p.plan.vectors, strips = p.plan.strips_down * p.plan.strips_across;
   SharedArena arena;
-  const ChannelTable<VEC> weights(arena.take<float>(ChannelTable<VEC>::size(kTaps, vectors)), vectors);
-  const ChannelTable<VEC> affines(arena.take<float>(ChannelTable<VEC>::size(2 + kMostOperands, vectors)), vectors);
+  const Table weights(arena.take<float>(Table::size(kTaps, kBpropVectors)));
+  const Table affines(arena.take<float>(Table::size(2 + kMostOperands, kBpropVectors)));
   const SharedBuffer<float> scratch = arena.take<float>(K * strips * vectors * VEC);
   const int first = static_cast<int>(blockIdx.y) * vectors * VEC;
   load_weights<T>(weights, p.w_dw, kTaps, first, s.c_in, vectors);
@@ -45,7 +75,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   const int c = first + vector * VEC;
   const bool active = strip < strips && c < s.c_in;
   const bool with_sums = in_chain || p.dscale != nullptr || p.dshift != nullptr;
+  const bool with_affine = p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr;
   const ActivationChoice activation{p.prologue.activation, p.prologue.alpha};
+  const int64_t x_row_length = static_cast<int64_t>(s.w) * s.c_in, dz_row_length = static_cast<int64_t>(s.q) * s.c_mid;
 
   float dw[kTaps][VEC] = {};
   float sums[kMostGradientSums][VEC] = {};  // for the scale, for the shift; or the chain's
@@ -54,97 +86,141 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
     const int tile_p = rest % p.plan.tiles_down;
     const int64_t picture = rest / p.plan.tiles_down;
-    const int row = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * ROWS;
+    const int row = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * p.plan.strip_rows;
     const int column = (tile_q * p.plan.strips_across + strip % p.plan.strips_across) * kStripWidth;
     const int h0 = row - s.pad_top % STRIDE, w0 = column - s.pad_left % STRIDE;
     if (h0 >= s.h || w0 >= s.w) continue;
+    const int steps = (min(p.plan.strip_rows, s.h - h0) + STRIDE - 1) / STRIDE;
     const int p0 = row / STRIDE + s.pad_top / STRIDE - kBefore, q0 = column / STRIDE + s.pad_left / STRIDE - kBefore;
-    const auto inside = [&](int y, int j) {
-      return static_cast<unsigned>(h0 + y) < static_cast<unsigned>(s.h) &&
-             static_cast<unsigned>(w0 + j) < static_cast<unsigned>(s.w);
+    const Columns<kStripWidth> columns{w0, s.w};
+    const Columns<kWidth> dz_columns{q0, s.q};
+    const T* dz = static_cast<const T*>(p.dz) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
+    int64_t at = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;  // of the step's first pixel in x
+    const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
+    const auto load_x = [&](XRow& into, int64_t from, int i) {
+      if (is_row(i)) {
+        into.load(static_cast<const T*>(p.x) + from, s.c_in, columns);
+      } else {
+        into.clear();
+      }
     };
-    const int64_t origin = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;
-    const int64_t row_length = static_cast<int64_t>(s.w) * s.c_in;
+    const auto load_dz = [&](DzRow& into, const T* from, int i) {
+      if (static_cast<unsigned>(p0 + i) < static_cast<unsigned>(s.p)) {
+        into.load(from, s.c_mid, dz_columns);
+      } else {
+        into.clear();
+      }
+    };
 
-    float x[ROWS][kStripWidth][VEC];
-    float scale[VEC], shift[VEC];
-    affines.read(scale, 0, vector);
-    affines.read(shift, 1, vector);
+    DzRows<T, K, STRIDE, VEC> window;
+    XRow next_x[STRIDE];
+    DzRow next_dz;
+    if (kKeepsRows) {
 #pragma unroll
-    for (int y = 0; y < ROWS; ++y) {
-#pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
-        const T* source = static_cast<const T*>(p.x) + (origin + y * row_length) + j * s.c_in;
-        (inside(y, j) ? Pack<T, VEC>::load(source) : Pack<T, VEC>::zero()).widen(x[y][j]);
+      for (int i = 0; i < kBefore; ++i) {
+        load_dz(next_dz, dz, i);
+        window.push(next_dz);
+        dz += dz_row_length;
       }
     }
+    const auto load_xs = [&](int step, int64_t from) {
 #pragma unroll
-    for (int y = 0; y < ROWS; ++y) {
-#pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
-        if (!inside(y, j)) continue;
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) x[y][j][v] = fmaf(scale[v], x[y][j][v], shift[v]);
-        activate(x[y][j], activation);
-      }
-    }
+      for (int y = 0; y < STRIDE; ++y) load_x(next_x[y], from + y * x_row_length, step * STRIDE + y);
+    };
+    if (kLoadsDzAhead) load_dz(next_dz, dz, kBefore);
+    if (kLoadsXAhead) load_xs(0, at);
 
-    float dx[ROWS][kStripWidth][VEC] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if (kKeepsRows && !kLoadsDzAhead) load_dz(next_dz, dz, step + kBefore);
+      if (!kLoadsXAhead) load_xs(step, at);
+      XRow raw[STRIDE];
 #pragma unroll
-    for (int i = 0; i < kHeight; ++i) {
-      float dz[kWidth][VEC];
-      const bool row_inside = static_cast<unsigned>(p0 + i) < static_cast<unsigned>(s.p);
-      // A branch keeps the loads of one row apart from the next: all rows at once would spill at this size.
-      if (K == 7 && !row_inside) continue;
-      const T* source = static_cast<const T*>(p.dz) + ((picture * s.p + p0 + i) * s.q + q0) * s.c_mid + c;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const bool dz_inside = row_inside && static_cast<unsigned>(q0 + j) < static_cast<unsigned>(s.q);
-        (dz_inside ? Pack<T, VEC>::load(source + j * s.c_mid) : Pack<T, VEC>::zero()).widen(dz[j]);
+      for (int y = 0; y < STRIDE; ++y) raw[y] = next_x[y];
+      if (kKeepsRows) window.push(next_dz);
+      dz += dz_row_length;
+      if (step + 1 < steps) {
+        if (kLoadsDzAhead) load_dz(next_dz, dz, step + 1 + kBefore);
+        if (kLoadsXAhead) load_xs(step + 1, at + STRIDE * x_row_length);
       }
-      add_dz_row<K, STRIDE>(dx, dw, x, dz, i, weights, vector);
-    }
-    if (p.dx == nullptr && !with_sums) continue;
 
-    // x is read again, from L1, rather than kept beside its activation.
-    float centre[VEC];
-    affines.read(scale, 0, vector);
-    affines.read(shift, 1, vector);
-    affines.read(centre, 2, vector);
+      float scale[VEC], shift[VEC];
+      affines.read(scale, 0, vector);
+      affines.read(shift, 1, vector);
+      float x[STRIDE][kStripWidth][VEC];
 #pragma unroll
-    for (int y = 0; y < ROWS; ++y) {
+      for (int y = 0; y < STRIDE; ++y) {
+        raw[y].widen(x[y]);
+        if (!is_row(step * STRIDE + y)) continue;
+        if (with_affine) affine(x[y], scale, shift);
+        activate_groups(x[y], activation);
+        if (with_affine) columns.clear_others(x[y]);
+      }
+
+      float dx[STRIDE][kStripWidth][VEC] = {};
+      if (kKeepsRows) {
 #pragma unroll
-      for (int j = 0; j < kStripWidth; ++j) {
-        if (!inside(y, j)) continue;
-        const int64_t at = origin + y * row_length + j * s.c_in;
-        float (&du)[VEC] = dx[y][j];
-        if (in_chain) {
-          float value[VEC];
-          read_pixel<T>(value, p.x, at);
-          finish_gradient<T>(du, sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in}, {picture, h0 + y, w0 + j, at}, c,
-                             value, scale, shift, activation,
-                             [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
-          continue;
+        for (int i = 0; i <= kBefore; ++i) add_dz_row<K, STRIDE>(dx, dw, x, window.row[i], i, weights, vector);
+      } else {
+#pragma unroll
+        for (int i = 0; i <= kBefore; ++i) {
+          // A branch keeps the loads of one row apart from the next: all rows at once would spill.
+          if (static_cast<unsigned>(p0 + step + i) >= static_cast<unsigned>(s.p)) continue;
+          load_dz(next_dz, dz + (i - 1) * dz_row_length, step + i);
+          float dz_row[kWidth][VEC];
+          next_dz.widen(dz_row);
+          add_dz_row<K, STRIDE>(dx, dw, x, dz_row, i, weights, vector);
         }
-        if (activation.code != Activation::kIdentity || with_sums) {
-          float value[VEC], slope[VEC];
-          read_pixel<T>(value, p.x, at);
+      }
+
+      if (p.dx != nullptr || with_sums) {
 #pragma unroll
-          for (int v = 0; v < VEC; ++v) slope[v] = fmaf(scale[v], value[v], shift[v]);
-          activation_slope(slope, activation);
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) du[v] *= slope[v];
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) {
-            sums[0][v] = fmaf(du[v], value[v] - centre[v], sums[0][v]);
-            sums[1][v] += du[v];
+        for (int y = 0; y < STRIDE; ++y) {
+          const int i = step * STRIDE + y;
+          if (!is_row(i)) continue;
+          const int64_t place = at + y * x_row_length;
+          float value[kStripWidth][VEC];
+          if (!kKeepsX) load_x(raw[y], place, i);
+          raw[y].widen(value);
+          if (in_chain) {
+            finish_gradient<T>(dx[y], sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in}, {picture, h0 + i, w0, place}, c,
+                               value, scale, shift, activation,
+                               [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+            continue;
           }
-        }
-        if (p.dx == nullptr) continue;
+          float slope[kStripWidth][VEC];
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) du[v] *= scale[v];
-        Pack<T, VEC>::round(du).store(static_cast<T*>(p.dx) + at);
+          for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) slope[j][v] = value[j][v];
+          }
+          if (with_affine) affine(slope, scale, shift);
+          multiply_by_slope(dx[y], slope, activation);
+          if (with_sums) {
+            float centre[VEC];
+            affines.read(centre, 2, vector);
+            columns.clear_others(dx[y]);
+#pragma unroll
+            for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+              for (int v = 0; v < VEC; ++v) {
+                sums[0][v] = fmaf(dx[y][j][v], value[j][v] - centre[v], sums[0][v]);
+                sums[1][v] += dx[y][j][v];
+              }
+            }
+          }
+          if (p.dx == nullptr) continue;
+          if (p.prologue.scale.data != nullptr) {
+#pragma unroll
+            for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+              for (int v = 0; v < VEC; ++v) dx[y][j][v] *= scale[v];
+            }
+          }
+          XRow::round(dx[y]).store(static_cast<T*>(p.dx) + place, s.c_in, columns);
+        }
       }
+      at += STRIDE * x_row_length;
     }
   }
 
@@ -173,22 +249,22 @@ void launch_depthwise_bprop(const DepthwiseBpropParams& p, cudaStream_t stream) 
   void (*kernel)(DepthwiseBpropParams) = nullptr;
   switch (p.shape.r * 10 + p.shape.stride_h) {
     case 31:
-      kernel = depthwise_bprop_kernel<T, 3, 1, bprop_vec(3), bprop_strip_rows(1)>;
+      kernel = depthwise_bprop_kernel<T, 3, 1, bprop_vec(3)>;
       break;
     case 32:
-      kernel = depthwise_bprop_kernel<T, 3, 2, bprop_vec(3), bprop_strip_rows(2)>;
+      kernel = depthwise_bprop_kernel<T, 3, 2, bprop_vec(3)>;
       break;
     case 51:
-      kernel = depthwise_bprop_kernel<T, 5, 1, bprop_vec(5), bprop_strip_rows(1)>;
+      kernel = depthwise_bprop_kernel<T, 5, 1, bprop_vec(5)>;
       break;
     case 52:
-      kernel = depthwise_bprop_kernel<T, 5, 2, bprop_vec(5), bprop_strip_rows(2)>;
+      kernel = depthwise_bprop_kernel<T, 5, 2, bprop_vec(5)>;
       break;
     case 71:
-      kernel = depthwise_bprop_kernel<T, 7, 1, bprop_vec(7), bprop_strip_rows(1)>;
+      kernel = depthwise_bprop_kernel<T, 7, 1, bprop_vec(7)>;
       break;
     case 72:
-      kernel = depthwise_bprop_kernel<T, 7, 2, bprop_vec(7), bprop_strip_rows(2)>;
+      kernel = depthwise_bprop_kernel<T, 7, 2, bprop_vec(7)>;
       break;
     default:
       no_such_kernel("depthwise_bprop_kernel", p);

@@ -8,44 +8,11 @@
 
 #include "../channels.cuh"
 #include "../launch.cuh"
+#include "../row.cuh"
 #include "params.h"
 #include "statistics.cuh"
 
 namespace xsep::cuda {
-
-// The columns under a strip, of which there are those of x.
-template <int WIDTH>
-struct Columns {
-  int first, size;
-
-  __device__ __forceinline__ bool all() const { return first >= 0 && first <= size - WIDTH; }
-  __device__ __forceinline__ bool has(int i) const {
-    return static_cast<unsigned>(first + i) < static_cast<unsigned>(size);
-  }
-};
-
-// One row of x under a strip, as it is stored; zero where there is no pixel.
-template <class T, int VEC, int WIDTH>
-struct InputRow {
-  Pack<T, VEC> pixel[WIDTH];
-
-  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns) {
-    if (columns.all()) {
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::load(source + i * step);
-    } else {
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        pixel[i] = columns.has(i) ? Pack<T, VEC>::load(source + i * step) : Pack<T, VEC>::zero();
-      }
-    }
-  }
-
-  __device__ __forceinline__ void widen(float (&tap)[WIDTH][VEC]) const {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) pixel[i].widen(tap[i]);
-  }
-};
 
 // act(scale x + shift [+ residual]) of the pixels that are there, the others zero. residual: of the first, or null.
 template <class T, int VEC, int WIDTH, class Table>
@@ -56,14 +23,10 @@ __device__ __forceinline__ void apply_prologue(float (&tap)[WIDTH][VEC], const D
     float scale[VEC], shift[VEC];
     affines.read(scale, 0, vector);
     affines.read(shift, 1, vector);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) tap[i][v] = fmaf(scale[v], tap[i][v], shift[v]);
-    }
+    affine(tap, scale, shift);
   }
   if (residual != nullptr) {
-    InputRow<T, VEC, WIDTH> row;
+    PixelRow<T, VEC, WIDTH> row;
     row.load(residual, p.shape.c_in, columns);
     float other[WIDTH][VEC];
     row.widen(other);
@@ -75,12 +38,7 @@ __device__ __forceinline__ void apply_prologue(float (&tap)[WIDTH][VEC], const D
     }
   }
   activate_groups(tap, {p.prologue.activation, p.prologue.alpha});
-  if (columns.all()) return;
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) {
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) tap[i][v] = columns.has(i) ? tap[i][v] : 0.0f;
-  }
+  columns.clear_others(tap);
 }
 
 template <int VEC, class Table>
@@ -89,11 +47,7 @@ __device__ __forceinline__ void apply_epilogue(float (&sum)[kStripWidth][VEC], c
   float scale[VEC], shift[VEC];
   affines.read(scale, 2, vector);
   affines.read(shift, 3, vector);
-#pragma unroll
-  for (int j = 0; j < kStripWidth; ++j) {
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) sum[j][v] = fmaf(scale[v], sum[j][v], shift[v]);
-  }
+  affine(sum, scale, shift);
   activate_groups(sum, {p.epilogue.activation, p.epilogue.alpha});
 }
 
@@ -147,7 +101,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
   constexpr int kOpen = (K - 1) / STRIDE + 1;  // rows of y that one row of x reaches
   constexpr bool kLoadsAhead = K < 7 || sizeof(T) == 2;  // else no registers are left for a second row of x
   using Table = ChannelTable<kVec, kFpropVectors>;
-  using Row = InputRow<T, kVec, kWidth>;
+  using Row = PixelRow<T, kVec, kWidth>;
 
   const ConvShape& s = p.shape;
   const int vectors = p.plan.vectors;
@@ -187,7 +141,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
 
     T* out = static_cast<T*>(p.y) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
-    const int columns_left = s.q - q0;
 
     Row next = {};
     const auto load = [&](int i) {
@@ -226,14 +179,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
         constexpr int kLast = (K - 1) / STRIDE;
         if (phase == (K - 1) % STRIDE && i0 / STRIDE >= kLast) {
           if (with_epilogue) apply_epilogue(sum[kLast], p, affines, vector);
-          T* pixel = out;
-#pragma unroll
-          for (int j = 0; j < kStripWidth; ++j) {
-            if (j < columns_left) Pack<T, kVec>::round(sum[kLast][j]).store(pixel);
-            pixel += s.c_mid;
-          }
+          PixelRow<T, kVec, kStripWidth>::round(sum[kLast]).store(out, s.c_mid, {q0, s.q});
           out += static_cast<int64_t>(s.q) * s.c_mid;
-          statistics.add(sum[kLast], columns_left);
+          statistics.add(sum[kLast], s.q - q0);
         }
       }
 #pragma unroll

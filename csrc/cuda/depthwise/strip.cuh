@@ -14,11 +14,11 @@ struct DzReach {
 
 // Adds to a strip's dx and to the thread's dw what comes from row i of the dz that reaches the strip; i has to be known
 // at compile time, once the caller's loop is unrolled.
-template <int K, int STRIDE, int ROWS, int VEC>
+template <int K, int STRIDE, int ROWS, int VEC, class Table>
 __device__ __forceinline__ void add_dz_row(float (&dx)[ROWS][kStripWidth][VEC], float (&dw)[K * K][VEC],
                                            const float (&x)[ROWS][kStripWidth][VEC],
                                            const float (&dz)[DzReach<K, STRIDE>::kWidth][VEC], int i,
-                                           const ChannelTable<VEC>& weights, int vector) {
+                                           const Table& weights, int vector) {
   static_assert(ROWS % STRIDE == 0 && kStripWidth % STRIDE == 0, "all strips of a plane start on an even tap");
   constexpr int kBefore = DzReach<K, STRIDE>::kBefore;
 #pragma unroll

@@ -114,6 +114,8 @@ inline uint32_t to_tf32(float value) {
   return bits & 0xffffe000u;
 }
 
+inline uint64_t joined_words(uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; }
+
 inline float max_nan(float a, float b) { return std::isnan(a) ? a : (b < a ? a : b); }
 inline float min_nan(float a, float b) { return std::isnan(a) ? a : (a < b ? a : b); }
 
