@@ -52,24 +52,6 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {
   return bits;
 }
 
-// One store, which the compiler will not take apart.
-__device__ __forceinline__ void store_words(void* p, const float (&w)[4]) {
-  *static_cast<float4*>(p) = make_float4(w[0], w[1], w[2], w[3]);
-}
-__device__ __forceinline__ void store_words(void* p, const float (&w)[2]) {
-  *static_cast<float2*>(p) = make_float2(w[0], w[1]);
-}
-__device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[4]) {
-  *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
-}
-__device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[2]) {
-  *static_cast<uint64_t*>(p) = joined_words(w[0], w[1]);
-}
-template <class T>
-__device__ __forceinline__ void store_words(void* p, const T (&w)[1]) {
-  *static_cast<T*>(p) = w[0];
-}
-
 // VEC neighbouring channels, loaded and stored as one word.
 template <class T, int VEC, bool PAIRS = sizeof(T) == 2 && VEC % 2 == 0>
 struct alignas(sizeof(T) * VEC) Pack {
@@ -77,7 +59,7 @@ struct alignas(sizeof(T) * VEC) Pack {
   static_assert(sizeof(T) * VEC <= 16, "one access moves at most 16 bytes");
 
   static __device__ __forceinline__ Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
-  __device__ __forceinline__ void store(T* p) const { store_words(p, v); }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
 
   static __device__ __forceinline__ Pack zero() {
     Pack pack;
@@ -105,7 +87,7 @@ struct alignas(sizeof(T) * VEC) Pack<T, VEC, true> {
   static_assert(sizeof(T) * VEC <= 16, "one access moves at most 16 bytes");
 
   static __device__ __forceinline__ Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
-  __device__ __forceinline__ void store(T* p) const { store_words(p, pair); }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
 
   static __device__ __forceinline__ Pack zero() {
     Pack pack;

@@ -86,12 +86,16 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
-// Two registers as one of 64 bits, the first in its lower half.
-__device__ __forceinline__ uint64_t joined_words(uint32_t low, uint32_t high) {
-  uint64_t both;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(high));
-  return both;
+// One store to global memory, aligned to its size: out of C++ the compiler makes several of it, where its words come in
+// more ways than one. The kernel may not read it again: to the compiler it is no access of memory.
+__device__ __forceinline__ void store_global(void* p, const uint32_t (&w)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3]));
 }
+__device__ __forceinline__ void store_global(void* p, const uint32_t (&w)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]));
+}
+__device__ __forceinline__ void store_global(void* p, const uint32_t (&w)[1]) { *static_cast<uint32_t*>(p) = w[0]; }
 
 // The larger and the smaller, in one instruction; NaN where either is NaN, as in PyTorch.
 __device__ __forceinline__ float max_nan(float a, float b) {

@@ -65,12 +65,23 @@ struct PixelRow {
   __device__ __forceinline__ void store(T* target, int64_t step, const Columns<WIDTH>& columns) const {
     if (columns.all()) {
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i) pixel[i].store(target + i * step);
+      for (int i = 0; i < WIDTH; ++i) store_pixel(target + i * step, i);
     } else {
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
-        if (columns.has(i)) pixel[i].store(target + i * step);
+        if (columns.has(i)) store_pixel(target + i * step, i);
       }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void store_pixel(T* target, int i) const {
+    if constexpr (sizeof(Pack<T, VEC>) % 4 == 0) {
+      uint32_t words[sizeof(Pack<T, VEC>) / 4];
+      memcpy(static_cast<void*>(words), static_cast<const void*>(&pixel[i]), sizeof(words));
+      store_global(target, words);
+    } else {
+      pixel[i].store(target);
     }
   }
 };

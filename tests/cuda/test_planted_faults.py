@@ -38,14 +38,14 @@ FAULTS_OF_STATISTICS = [
     Fault("missing-barrier", "    __syncthreads();\n", "    if (!FAULT) __syncthreads();\n", STATISTICS),
     Fault(
         "pixels-beside-the-picture",
-        " && pixel % kStripWidth < columns;",
-        " && (FAULT || pixel % kStripWidth < columns);",
+        "i < columns ? y[v]",
+        "FAULT || i < columns ? y[v]",
         STATISTICS,
     ),
     Fault(
         "sums-of-unrounded-values",
-        "inside(i) ? y[v] - centre[v]",
-        "inside(i) ? (FAULT ? strip[i][v] : y[v]) - centre[v]",
+        "? y[v] - centre[v]",
+        "? (FAULT ? strip[i][v] : y[v]) - centre[v]",
         STATISTICS,
     ),
 ]

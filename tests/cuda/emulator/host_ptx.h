@@ -114,7 +114,11 @@ inline uint32_t to_tf32(float value) {
   return bits & 0xffffe000u;
 }
 
-inline uint64_t joined_words(uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; }
+template <size_t kWords>
+void store_global(void* p, const uint32_t (&w)[kWords]) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(w) != 0) emulator::fail("a store to an address not aligned to its size");
+  std::memcpy(p, w, sizeof(w));
+}
 
 inline float max_nan(float a, float b) { return std::isnan(a) ? a : (b < a ? a : b); }
 inline float min_nan(float a, float b) { return std::isnan(a) ? a : (a < b ? a : b); }
