@@ -183,9 +183,20 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
           if (!kKeepsX) load_x(raw[y], place, i);
           raw[y].widen(value);
           if (in_chain) {
-            finish_gradient<T>(dx[y], sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in}, {picture, h0 + i, w0, place}, c,
-                               value, scale, shift, activation,
-                               [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+            // Half by half: all at once take more registers than are left.
+            constexpr int kHalf = kStripWidth / 2;
+#pragma unroll
+            for (int j = 0; j < kStripWidth; j += kHalf) {
+              float d[kHalf][VEC], x_half[kHalf][VEC];
+#pragma unroll
+              for (int k = 0; k < kHalf; ++k) {
+#pragma unroll
+                for (int v = 0; v < VEC; ++v) d[k][v] = dx[y][j + k][v], x_half[k][v] = value[j + k][v];
+              }
+              finish_gradient<T>(d, sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in},
+                                 {picture, h0 + i, w0 + j, place + j * s.c_in}, c, x_half, scale, shift, activation,
+                                 [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+            }
             continue;
           }
           float slope[kStripWidth][VEC];

@@ -72,6 +72,7 @@ template <class T, int VEC>
 __device__ __forceinline__ void store_x_pre(const DepthwiseFpropParams& p, int64_t picture, int h, int left, int right,
                                             int c, const float (&scale)[VEC], const float (&shift)[VEC]) {
   const ConvShape& s = p.shape;
+#pragma unroll 1
   for (int w = left; w < right; ++w) {
     const int64_t at = ((picture * s.h + h) * s.w + w) * s.c_in + c;
     float pre[VEC], other[VEC];
@@ -141,6 +142,17 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
 
     T* out = static_cast<T*>(p.y) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
+    const auto store_own_rows = [&](int from, int to) {  // those of x that are among so many
+      const OwnRange across(q0, kStripWidth, s.q, STRIDE, s.pad_left, s.w);
+      const OwnRange down(p0, rows, s.p, STRIDE, s.pad_top, s.h);
+      float scale[kVec], shift[kVec];
+      affines.read(scale, 0, vector);
+      affines.read(shift, 1, vector);
+#pragma unroll 1
+      for (int h = max(from, down.begin); h < min(to, down.end); ++h) {
+        store_x_pre<T>(p, picture, h, across.begin, across.end, c, scale, shift);
+      }
+    };
 
     Row next = {};
     const auto load = [&](int i) {
@@ -149,8 +161,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     };
     if (kLoadsAhead) load(0);
     float sum[kOpen][kStripWidth][kVec];  // of rows of y, the one begun last first
+    int i0 = 0;
 #pragma unroll 1
-    for (int i0 = 0; i0 < steps; i0 += STRIDE) {
+    for (; i0 < steps; i0 += STRIDE) {
 #pragma unroll
       for (int phase = 0; phase < STRIDE; ++phase) {
         const int i = i0 + phase;
@@ -184,6 +197,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
           statistics.add(sum[kLast], s.q - q0);
         }
       }
+      if (p.x_pre != nullptr) store_own_rows(h0 + i0, h0 + i0 + STRIDE);
 #pragma unroll
       for (int age = kOpen - 1; age > 0; --age) {
 #pragma unroll
@@ -193,16 +207,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
         }
       }
     }
-    if (p.x_pre != nullptr) {
-      float scale[kVec], shift[kVec];
-      affines.read(scale, 0, vector);
-      affines.read(shift, 1, vector);
-      const OwnRange across(q0, kStripWidth, s.q, STRIDE, s.pad_left, s.w);
-      const OwnRange down(p0, rows, s.p, STRIDE, s.pad_top, s.h);
-      for (int h = down.begin; h < down.end; ++h) {
-        store_x_pre<T>(p, picture, h, across.begin, across.end, c, scale, shift);
-      }
-    }
+    if (p.x_pre != nullptr) store_own_rows(h0 + i0, s.h);  // that no tap reaches
   }
   statistics.store();
 }
