@@ -9,16 +9,16 @@ where the module was not built.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from torch import Tensor
 
 from . import dispatch, extension
 from .arguments import ChannelAffine
-from .backends.aten import ATEN, is_two_convolutions
+from .backends.aten import ATEN, is_bare
 from .backends.cpu import CPU
 from .backends.packed_weights import find
-from .problem import Problem, SeparableArgs
+from .problem import IDENTITY, DepthwiseArgs, Problem, SeparableArgs
 
 
 def _first_of_all(*call: Any) -> Any:
@@ -39,12 +39,14 @@ def _never(*call: Any) -> Any:
     return None
 
 
-#: y, given ``separable_conv2d``'s arguments in its order; None where the call is not for C++; NotImplemented where it
-#: is to be checked and then given to :func:`first`.
+#: y, given ``separable_conv2d``'s arguments in its order, or ``depthwise_conv2d``'s in its own; None where the call is
+#: not for C++; NotImplemented where it is to be checked and then given to :func:`first`.
 again = _first_of_all
 
 
-def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: str) -> Optional[Tensor]:
+def first(
+    call: tuple[Any, ...], args: Union[SeparableArgs, DepthwiseArgs], problem: Problem, name: str
+) -> Optional[Tensor]:
     """Remembers a call that :data:`again` does not know yet, and makes it.
 
     Args:
@@ -68,12 +70,19 @@ def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: st
     maker = training = module.Maker.PYTHON
     if forward is CPU:
         maker = module.Maker.KERNELS
-    elif forward is ATEN and is_two_convolutions(args):
+    elif forward is ATEN and is_bare(args):
         maker = module.Maker.CONVOLUTIONS
-    if backward is CPU and (forward is CPU or left) and args.residual is None and CPU.is_one_kernel(args):
+    if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args) and _adds_nothing(args):
         training = module.Maker.KERNELS
     elif backward is ATEN and left and maker is module.Maker.CONVOLUTIONS:
         training = maker  # PyTorch's own gradients, beside which z is kept: making so few channels again costs more
-    module.remember(call, args.geometry, args.activations, args.alphas, problem.channels_last, maker, training)
+    activations, alphas = args.activations, args.alphas
+    if isinstance(args, DepthwiseArgs):  # nothing stands in the middle
+        activations, alphas = [activations[0], IDENTITY, activations[1]], [alphas[0], 0.0, alphas[1]]
+    module.remember(call, args.geometry, activations, alphas, problem.channels_last, maker, training)
     y: Optional[Tensor] = again(*call)
     return y
+
+
+def _adds_nothing(args: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+    return isinstance(args, DepthwiseArgs) or args.residual is None

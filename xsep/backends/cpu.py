@@ -7,13 +7,13 @@ x as it comes to it, in the caches, and stores y tile by tile; the backward's ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
 from .. import extension
-from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
+from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
 from .base import SUM_ROWS, Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, rows_of, with_bias
 
@@ -195,12 +195,12 @@ class CpuBackend(Backend):
             dx, *rest = super().separable_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
-    def is_one_kernel(self, a: SeparableArgs) -> bool:
-        """Whether one kernel makes all gradients but the residual's: nothing stands between the convolutions or behind
-        them but a bias, so that dy is the products'."""
-        plain = a.activations[1] == a.activations[2] == IDENTITY
-        none = a.scale_m is None and a.shift_m is None and a.scale_e is None and a.shift_e is None
-        return plain and none and a.w_dw.shape[0] == a.x.shape[1]
+    def is_one_kernel(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        """Whether one kernel makes all gradients but the residual's and the bias's: nothing stands between the
+        convolutions or behind them but a bias, so that dy is the products'."""
+        if isinstance(a, DepthwiseArgs):
+            return a.epilogue.is_identity()
+        return a.middle.is_identity() and a.epilogue.is_identity() and a.w_dw.shape[0] == a.x.shape[1]
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
         dbias = channel_sum(dy) if wanted[3] else None
