@@ -113,7 +113,7 @@ def test_wgrad_tasks_cover_pixels_and_columns_once(threads: int, c_out: int, cha
 def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    plan = module.plan_cpu_dgrad(pixels, depth, 12, threads=threads, bytes=4)
+    plan = module.plan_cpu_product(pixels, depth, 12, threads=threads, bytes=4)
     check_tiles(plan, pixels)
     assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
 
@@ -123,13 +123,13 @@ def test_a_few_pixels_are_multiplied_panel_by_panel(threads: int) -> None:
     """Then no packed weights are written to memory, and every thread has as many panels as another, or almost."""
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    few = module.plan_cpu_dgrad(200, 2048, 24, threads=threads, bytes=4)
+    few = module.plan_cpu_product(200, 2048, 24, threads=threads, bytes=4)
     assert few.z_first == (24 % threads == 0 or threads <= 6)
     if few.z_first:
         assert few.tasks == 24 and few.panel_groups == 1
         check_tiles(few, 200)
-    assert not module.plan_cpu_dgrad(43218, 128, 2, threads=threads, bytes=4).z_first  # more than a cache holds
-    assert not module.plan_cpu_dgrad(200, 2048, 3, threads=2, bytes=4).z_first  # a thread would have two, one a single
+    assert not module.plan_cpu_product(43218, 128, 2, threads=threads, bytes=4).z_first  # more than a cache holds
+    assert not module.plan_cpu_product(200, 2048, 3, threads=2, bytes=4).z_first  # a thread would have two, one a single
 
 
 @pytest.mark.parametrize(("channels", "in_units"), [(1, False), (16, False), (31, False), (32, True), (728, True)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor
 
 from . import dispatch, extension
@@ -74,8 +75,8 @@ def first(
         maker = module.Maker.CONVOLUTIONS
     if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args) and _adds_nothing(args):
         training = module.Maker.KERNELS
-    elif backward is ATEN and left and maker is module.Maker.CONVOLUTIONS:
-        training = maker  # PyTorch's own gradients, beside which z is kept: making so few channels again costs more
+    elif backward is ATEN and is_bare(args) and _may_keep(args, left):
+        training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
     activations, alphas = args.activations, args.alphas
     if isinstance(args, DepthwiseArgs):  # nothing stands in the middle
         activations, alphas = [activations[0], IDENTITY, activations[1]], [alphas[0], 0.0, alphas[1]]
@@ -86,3 +87,10 @@ def first(
 
 def _adds_nothing(args: Union[SeparableArgs, DepthwiseArgs]) -> bool:
     return isinstance(args, DepthwiseArgs) or args.residual is None
+
+
+def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], left: bool) -> bool:
+    """Whether PyTorch may keep for its own gradients what it wants to."""
+    if isinstance(args, DepthwiseArgs):  # the same as the op
+        return args.x.dtype != torch.bfloat16  # of which ATEN mends the weights' gradient
+    return left  # z as well, which nobody asked it for: making so few channels again costs more than keeping them

@@ -82,13 +82,14 @@ class CpuBackend(Backend):
         # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
         if module is None or p.dtype != torch.float32:
             return ""
-        training = direction == "backward"
-        # A depthwise convolution alone has no z to make again.
-        if training and p.op == "depthwise":
+        how = {"nchw": not p.channels_last, "training": direction == "backward"}
+        if p.op == "depthwise":
+            idle = module.cpu_depthwise_leaves_lanes_idle(*where, **how, threads=torch.get_num_threads())
+        else:
+            idle = module.cpu_leaves_lanes_idle(*where, **how)
+        if not idle:
             return ""
-        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last, training=training):
-            return ""
-        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
+        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NHWC' if p.channels_last else 'NCHW'}"
         return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
 
     def plan(self, problem: Problem) -> str:
@@ -154,10 +155,10 @@ class CpuBackend(Backend):
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
         # Pixels by a matrix, as the gradient is: that of the weights turned round.
-        return torch.ops.xsep.cpu_pointwise_dgrad(z, w_pw.transpose(0, 1))
+        return torch.ops.xsep.cpu_pointwise_product(z, w_pw.transpose(0, 1))
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
-        return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
+        return torch.ops.xsep.cpu_pointwise_product(dv, w_pw)
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
         if _is_multiplied(du.dtype):
