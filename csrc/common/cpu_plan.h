@@ -69,26 +69,25 @@ inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool train
 /// The same of a depthwise convolution alone, which is one call beside one of PyTorch's: measured, so many channels and
 /// from so many pixels on.
 inline bool cpu_depthwise_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training, int threads) {
-  constexpr int64_t kThousand = 1024;
   const bool large_filter = s.taps() >= kLargeFilter, strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
   const int64_t pixels = s.pixels_in() + s.multiplier * s.pixels_out();
   if (s.c == 1) {
     // PyTorch has a way of its own with a small filter over one small picture (use_mkldnn in its
     // ATen/native/Convolution.cpp). oneDNN takes the rest: a multiplier, then no more than a dense convolution, fast,
     // the gradients of a few filters slowly.
-    const bool own_way = s.n == 1 && s.pixels_in() <= 20 * kThousand && (s.r <= 3 || s.s <= 3) && !large_filter;
+    const bool own_way = s.n == 1 && s.pixels_in() <= 20 * 1024 && (s.r <= 3 || s.s <= 3) && !large_filter;
     if (s.multiplier > 1) return !training || own_way || s.multiplier >= 4;
-    return training ? own_way : (own_way && !strided) || (!large_filter && pixels >= 60 * kThousand);
+    return training ? own_way : (own_way && !strided) || (!large_filter && pixels >= 60 * 1024);
   }
-  // Of NCHW PyTorch shares pictures among threads, and we rows.
+  // Of NCHW PyTorch shares pictures among threads, we rows.
   if (nchw && threads > s.n) return false;
   const bool turned = nchw || s.multiplier >= 8;  // pixels and channels, or the multiplier's passes
-  if (turned && s.c < 8) return pixels >= 24 * kThousand && !(training && large_filter);
+  if (turned && s.c < 8) return pixels >= 24 * 1024 && !(training && large_filter);
   if (large_filter) return false;
   // A backward with a stride reads little and makes much.
-  if (strided) return s.c <= 24 && (training ? pixels >= 30 * kThousand : !nchw && pixels >= 60 * kThousand);
+  if (strided) return s.c <= 24 && (training ? pixels >= 30 * 1024 : !nchw && pixels >= 60 * 1024);
   // PyTorch takes longer over odd numbers of channels.
-  return !nchw && s.c % 2 == 0 && s.c <= (training ? 12 : 4) && pixels >= 48 * kThousand;
+  return !nchw && s.c % 2 == 0 && s.c <= (training ? 12 : 4) && pixels >= 48 * 1024;
 }
 
 struct CpuDepthwisePlan {

@@ -78,10 +78,14 @@ Tensor run_fprop(const std::array<OptionalTensor, kTensors>& t, const Checked& c
 Tensor run_convolutions(const std::array<OptionalTensor, kTensors>& t, const Checked& checked) {
   const at::IntArrayRef g = checked.geometry;
   const std::array<int64_t, 2> padding{g[4], g[2]};
-  const bool alone = !t[kPlacePw];
-  const Tensor z = at::conv2d(*t[kPlaceX], *t[kPlaceDw], alone ? t[kPlaceBias] : OptionalTensor(), g.slice(0, 2),
-                              padding, g.slice(6, 2), t[kPlaceX]->size(1));
-  return alone ? z : at::conv2d(z, *t[kPlacePw], t[kPlaceBias]);
+  const OptionalTensor &w_pw = t[kPlacePw], &bias = t[kPlaceBias];
+  const auto depthwise = [&](const OptionalTensor& added) {
+    return at::conv2d(*t[kPlaceX], *t[kPlaceDw], added, g.slice(0, 2), padding, g.slice(6, 2), t[kPlaceX]->size(1));
+  };
+  if (w_pw) return at::conv2d(depthwise({}), *w_pw, bias);
+  // The gradient of a depthwise convolution's own bias is a sum of one value after another, tens of ulp off.
+  const bool differentiated = bias && bias->requires_grad() && at::GradMode::is_enabled();
+  return differentiated ? depthwise({}).add_(bias->view({-1, 1, 1})) : depthwise(bias);
 }
 
 /// t with exactly the strides of a fresh tensor of that layout: those of dimensions of size 1 are else left to chance.

@@ -82,14 +82,15 @@ class CpuBackend(Backend):
         # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
         if module is None or p.dtype != torch.float32:
             return ""
-        how = {"nchw": not p.channels_last, "training": direction == "backward"}
+        nchw, training = not p.channels_last, direction == "backward"
+        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NCHW' if nchw else 'NHWC'}"
         if p.op == "depthwise":
-            idle = module.cpu_depthwise_leaves_lanes_idle(*where, **how, threads=torch.get_num_threads())
-        else:
-            idle = module.cpu_leaves_lanes_idle(*where, **how)
-        if not idle:
+            threads = torch.get_num_threads()
+            if not module.cpu_depthwise_leaves_lanes_idle(*where, nchw=nchw, training=training, threads=threads):
+                return ""
+            return f"PyTorch's convolution is faster with so few channels: {of}"
+        if not module.cpu_leaves_lanes_idle(*where, nchw=nchw, training=training):
             return ""
-        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NHWC' if p.channels_last else 'NCHW'}"
         return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
 
     def plan(self, problem: Problem) -> str:
