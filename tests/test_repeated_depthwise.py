@@ -192,6 +192,21 @@ def test_results_there_are_right(backend: Optional[str], name: str, how: str, mo
     testing.check(case, backend)  # and once it is known
 
 
+@pytest.mark.parametrize("options", ["prologue", "epilogue", "padding"])
+def test_what_stands_around_is_pytorchs_too(options: str, module: Any) -> None:
+    around = {"prologue": ChannelAffine(activation="relu"), "epilogue": affine(3, "silu"), "padding": (0, 1, 2, 0)}
+    for _ in range(2):
+        call = left("nchw", **{options: around[options]})
+        y = xsep.depthwise_conv2d(**call)
+        assert "Eager" not in made_by(y) and "CppNode" not in made_by(y)
+        named = call | {"backend": "aten"}
+        again = xsep.depthwise_conv2d(**named)
+        assert "Eager" in made_by(again)
+        dy = torch.randn_like(y)
+        for a, b in zip(results(y, call, dy), results(again, named, dy), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_explain_says_why(name: str, module: Any) -> None:
     call = left(name)

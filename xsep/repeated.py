@@ -64,10 +64,8 @@ def first(
     """
     module = extension.repeated()
     assert module is not None  # who else said that it does not know the call
-    forward = dispatch.select(problem, name)
+    forward, left = dispatch.select(problem, name), dispatch.choice(problem, name).left
     backward = dispatch.choice(problem, name, "backward").backend
-    # Whether PyTorch's convolutions are taken because they are known to be faster, and nobody asked for them.
-    left = dispatch.requested(name) == "auto" and bool(CPU.slower_than_aten(problem, "forward"))
     maker = training = module.Maker.PYTHON
     if forward is CPU:
         maker = module.Maker.KERNELS
