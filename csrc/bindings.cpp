@@ -134,6 +134,15 @@ PYBIND11_MODULE(_C, m) {
       "Whether PyTorch's own convolutions do better, since the kernels' vectors would be all but empty; training: "
       "forward and backward together.");
   m.def(
+      "cpu_depthwise_leaves_lanes_idle",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, bool training,
+         int threads) {
+        return xsep::cpu_depthwise_leaves_lanes_idle(make_shape(x, filter, multiplier, geometry), nchw, training,
+                                                     threads);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
+      py::arg("training"), py::arg("threads"), "The same of a depthwise convolution alone.");
+  m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
         return xsep::plan_cpu_backward(make_shape(x, filter, multiplier, geometry));
@@ -148,8 +157,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("c_out"),
       py::arg("threads"), py::arg("z_bytes"), "How the pointwise weights' gradient is cut into tasks.");
-  m.def("plan_cpu_dgrad", &xsep::plan_cpu_dgrad, py::arg("pixels"), py::arg("depth"), py::arg("panels"), py::kw_only(),
-        py::arg("threads"), py::arg("bytes"),
+  m.def("plan_cpu_product", &xsep::plan_cpu_product, py::arg("pixels"), py::arg("depth"), py::arg("panels"),
+        py::kw_only(), py::arg("threads"), py::arg("bytes"),
         "How a product of NHWC pixels by panels of weights is cut into tasks; bytes of one value.");
 
   bind_cuda_plan(m);

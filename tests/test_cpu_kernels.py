@@ -48,6 +48,9 @@ def _matrix() -> list[Case]:
     for padding in ((0, 0, 0, 0), (0, 1, 2, 3), (4, 5, 6, 7)):
         add(c_in=16, c_out=64, padding=padding, h=5, w=8)
         add(c_in=19, c_out=129, padding=padding, h=5, w=8, op="depthwise")
+    for dtype in TYPES:  # one channel, which lies the same in both layouts
+        for layout in ("contiguous", "channels_last"):
+            add(c_in=1, dtype=dtype, layout=layout, op="depthwise", n=3, h=13, w=19, vectors=VECTORS, bias=True)
     for multiplier in (2, 3):
         for dtype in TYPES:
             add(c_in=17, multiplier=multiplier, c_out=65, dtype=dtype, vectors=VECTORS, bias=True)

@@ -113,7 +113,7 @@ def test_wgrad_tasks_cover_pixels_and_columns_once(threads: int, c_out: int, cha
 def test_dgrad_tasks_cover_pixels_once(threads: int, pixels: int, depth: int) -> None:
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    plan = module.plan_cpu_dgrad(pixels, depth, 12, threads=threads, bytes=4)
+    plan = module.plan_cpu_product(pixels, depth, 12, threads=threads, bytes=4)
     check_tiles(plan, pixels)
     assert plan.tile_pixels % 6 == 0 and 1 <= plan.panel_groups <= 12 and plan.tasks >= min(threads, 12)
 
@@ -123,13 +123,15 @@ def test_a_few_pixels_are_multiplied_panel_by_panel(threads: int) -> None:
     """Then no packed weights are written to memory, and every thread has as many panels as another, or almost."""
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    few = module.plan_cpu_dgrad(200, 2048, 24, threads=threads, bytes=4)
+    few = module.plan_cpu_product(200, 2048, 24, threads=threads, bytes=4)
     assert few.z_first == (24 % threads == 0 or threads <= 6)
     if few.z_first:
         assert few.tasks == 24 and few.panel_groups == 1
         check_tiles(few, 200)
-    assert not module.plan_cpu_dgrad(43218, 128, 2, threads=threads, bytes=4).z_first  # more than a cache holds
-    assert not module.plan_cpu_dgrad(200, 2048, 3, threads=2, bytes=4).z_first  # a thread would have two, one a single
+    assert not module.plan_cpu_product(43218, 128, 2, threads=threads, bytes=4).z_first  # more than a cache holds
+    assert not module.plan_cpu_product(
+        200, 2048, 3, threads=2, bytes=4
+    ).z_first  # a thread would have two, one a single
 
 
 @pytest.mark.parametrize(("channels", "in_units"), [(1, False), (16, False), (31, False), (32, True), (728, True)])
@@ -156,6 +158,44 @@ def test_vectors_are_all_but_empty_where_channels_are_few(
     assert module.cpu_leaves_lanes_idle(x, (3, 3), 1, SAME, nchw=nchw, training=training) == idle
     large = module.cpu_leaves_lanes_idle(x, (5, 5), 1, SAME, nchw=nchw, training=training)
     assert large == (idle and (channels == 1 or not training))
+
+
+STRIDED = (2, 2, 1, 1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("x", "geometry", "nchw", "forward", "training"),
+    [
+        ((1, 1, 14, 14), SAME, True, True, True), ((1, 1, 14, 14), STRIDED, True, False, True),
+        ((2, 1, 64, 64), SAME, True, False, False), ((1, 1, 160, 160), SAME, True, False, False),
+        ((1, 1, 224, 224), SAME, True, True, False),
+        ((1, 7, 128, 128), SAME, True, True, True), ((1, 7, 128, 128), SAME, False, False, False),
+        ((1, 7, 56, 56), SAME, True, False, False), ((1, 8, 128, 128), SAME, True, False, False),
+        ((1, 24, 224, 224), STRIDED, True, False, True), ((1, 25, 224, 224), STRIDED, True, False, False),
+        ((1, 5, 224, 224), STRIDED, False, True, True), ((1, 5, 112, 112), STRIDED, False, False, False),
+        ((1, 4, 224, 224), SAME, False, True, True), ((1, 12, 224, 224), SAME, False, False, True),
+        ((1, 5, 224, 224), SAME, False, False, False), ((1, 16, 224, 224), SAME, False, False, False),
+    ],
+)  # fmt: skip
+def test_what_a_depthwise_convolution_leaves_to_pytorch(
+    x: tuple[int, ...], geometry: tuple[int, ...], nchw: bool, forward: bool, training: bool
+) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+
+    def left(training: bool, filter: tuple[int, int] = (3, 3), threads: int = 1, multiplier: int = 1) -> bool:
+        return bool(
+            module.cpu_depthwise_leaves_lanes_idle(
+                x, filter, multiplier, geometry, nchw=nchw, training=training, threads=threads
+            )
+        )
+
+    assert (left(False), left(True)) == (forward, training)
+    assert not left(True, (5, 5))
+    if x[1] > 1 and nchw:
+        assert not left(False, threads=x[0] + 1) and not left(True, threads=x[0] + 1)
+    if x[1] == 1:  # a dense convolution
+        assert left(False, multiplier=2) and left(False, (5, 5), multiplier=2) and left(True, multiplier=4)
 
 
 def test_planning_refuses_what_cannot_be_meant() -> None:

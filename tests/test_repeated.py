@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xsep
-from xsep import ChannelAffine, dispatch, extension, repeated
+from xsep import ChannelAffine, dispatch, extension, repeated, testing
 from xsep.backends import packed_weights
 from xsep.checked import checked_separable_args
 from xsep.ops import separable
+from xsep.testing import VECTORS, Case
 
 CALL = ("x", "w_dw", "w_pw", "bias", "stride", "padding", "dilation", "prologue", "middle", "epilogue", "residual")
 
@@ -190,6 +191,15 @@ def test_a_training_step_is_the_kernels_where_only_a_forward_is_left_to_pytorch(
         left, kernels = xsep.separable_conv2d(**call), xsep.separable_conv2d(**named)
         assert same([left], [by_python(call | {"backend": "aten"})])
         torch.testing.assert_close(left, kernels)
+
+
+@pytest.mark.parametrize("activations", [("relu", None, None), (None, None, "silu"), ("silu", "relu", "elu")], ids=str)
+def test_a_training_step_with_more_around_it_is_pytorchs_too(activations: Any, module: Any) -> None:
+    case = Case(c_in=3, h=48, w=50, c_out=12, bias=True, vectors=VECTORS, activations=activations, layout="contiguous")
+    testing.check(case)
+    call = few_channels(prologue=affine(3, "relu"))
+    y = xsep.separable_conv2d(**call)
+    assert y.grad_fn is not None and "Convolution" in y.grad_fn.name()
 
 
 def test_who_asks_for_pytorchs_convolutions_has_z_made_again(module: Any) -> None:

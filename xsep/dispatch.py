@@ -100,6 +100,7 @@ class Choice(NamedTuple):
 
     backend: Backend
     why: str
+    left: bool = False  # PyTorch's convolutions, because they are known to be faster, and nobody asked for them
 
 
 def why_not_eligible(name: str, architecture: str) -> str:
@@ -131,14 +132,14 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
     if able == ["aten"]:
         return Choice(ATEN, "no other backend can run it here")
     card = card_of(problem.device, index)
+    slower = "" if problem.device == "cuda" else backend(able[0]).slower_than_aten(problem, direction)
     measured = _measured(problem, card, able, direction)
     if measured is not None:
-        return measured
+        return measured._replace(left=measured.backend is ATEN and bool(slower))
     eligible = [name for name in able if not why_not_eligible(name, card.architecture)]
     if problem.device != "cuda":
-        slower = backend(eligible[0]).slower_than_aten(problem, direction)
         if slower:
-            return Choice(ATEN, f"{slower}; xsep.autotune can measure")
+            return Choice(ATEN, f"{slower}; xsep.autotune can measure", left=True)
         return Choice(backend(eligible[0]), "the first of those that can run it; xsep.autotune can measure")
     if eligible == ["aten"]:
         return Choice(ATEN, "no other backend has been verified on such a card")

@@ -113,6 +113,10 @@ def depthwise_conv2d(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`separable_conv2d`.
     """
+    call = (x, w_dw, bias, stride, padding, dilation, prologue, epilogue, backend)
+    y = None if torch.compiler.is_dynamo_compiling() else repeated.again(*call)
+    if y is not None and y is not NotImplemented:
+        return y
     everything = (x, w_dw, bias, *_tensors(prologue), *_tensors(epilogue))
     if has_torch_function(everything):
         return handle_torch_function(
@@ -125,7 +129,9 @@ def depthwise_conv2d(
         x, w_dw, bias = _autocast(x, w_dw, bias)
     if not traced:
         args, problem = checked_depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
-        return depthwise(args, name, problem)
+        if y is NotImplemented:
+            y = repeated.first(call, args, problem, name)
+        return depthwise(args, name, problem) if y is None else y
     args = depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
     return ATEN.depthwise_forward(args) if torch.onnx.is_in_onnx_export() else depthwise.traced(args, name)
 

@@ -1,4 +1,4 @@
-"""A call on a CPU that was checked once is made again by C++, checks, dispatch and autograd included.
+"""A call of either op on a CPU that was checked once is made again by C++, checks, dispatch and autograd included.
 
 Python's part of a call takes 30 us where caches are warm, which they are not behind a matrix product: forward and
 backward of 728 channels on 19x19 pixels took 6.8 ms through Python and 5.8 ms this way (two pictures in bfloat16, two
@@ -9,16 +9,17 @@ where the module was not built.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor
 
 from . import dispatch, extension
 from .arguments import ChannelAffine
-from .backends.aten import ATEN, is_two_convolutions
+from .backends.aten import ATEN, is_bare
 from .backends.cpu import CPU
 from .backends.packed_weights import find
-from .problem import Problem, SeparableArgs
+from .problem import IDENTITY, DepthwiseArgs, Problem, SeparableArgs
 
 
 def _first_of_all(*call: Any) -> Any:
@@ -39,12 +40,14 @@ def _never(*call: Any) -> Any:
     return None
 
 
-#: y, given ``separable_conv2d``'s arguments in its order; None where the call is not for C++; NotImplemented where it
-#: is to be checked and then given to :func:`first`.
+#: y, given ``separable_conv2d``'s arguments in its order, or ``depthwise_conv2d``'s in its own; None where the call is
+#: not for C++; NotImplemented where it is to be checked and then given to :func:`first`.
 again = _first_of_all
 
 
-def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: str) -> Optional[Tensor]:
+def first(
+    call: tuple[Any, ...], args: Union[SeparableArgs, DepthwiseArgs], problem: Problem, name: str
+) -> Optional[Tensor]:
     """Remembers a call that :data:`again` does not know yet, and makes it.
 
     Args:
@@ -61,19 +64,31 @@ def first(call: tuple[Any, ...], args: SeparableArgs, problem: Problem, name: st
     """
     module = extension.repeated()
     assert module is not None  # who else said that it does not know the call
-    forward = dispatch.select(problem, name)
+    forward, left = dispatch.select(problem, name), dispatch.choice(problem, name).left
     backward = dispatch.choice(problem, name, "backward").backend
-    # Whether PyTorch's convolutions are taken because they are known to be faster, and nobody asked for them.
-    left = dispatch.requested(name) == "auto" and bool(CPU.slower_than_aten(problem, "forward"))
     maker = training = module.Maker.PYTHON
     if forward is CPU:
         maker = module.Maker.KERNELS
-    elif forward is ATEN and is_two_convolutions(args):
+    elif forward is ATEN and is_bare(args):
         maker = module.Maker.CONVOLUTIONS
-    if backward is CPU and (forward is CPU or left) and args.residual is None and CPU.is_one_kernel(args):
+    if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args) and _adds_nothing(args):
         training = module.Maker.KERNELS
-    elif backward is ATEN and left and maker is module.Maker.CONVOLUTIONS:
-        training = maker  # PyTorch's own gradients, beside which z is kept: making so few channels again costs more
-    module.remember(call, args.geometry, args.activations, args.alphas, problem.channels_last, maker, training)
+    elif backward is ATEN and is_bare(args) and _may_keep(args, left):
+        training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
+    activations, alphas = args.activations, args.alphas
+    if isinstance(args, DepthwiseArgs):  # nothing stands in the middle
+        activations, alphas = [activations[0], IDENTITY, activations[1]], [alphas[0], 0.0, alphas[1]]
+    module.remember(call, args.geometry, activations, alphas, problem.channels_last, maker, training)
     y: Optional[Tensor] = again(*call)
     return y
+
+
+def _adds_nothing(args: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+    return isinstance(args, DepthwiseArgs) or args.residual is None
+
+
+def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], left: bool) -> bool:
+    """Whether PyTorch may keep for its own gradients what it wants to."""
+    if isinstance(args, DepthwiseArgs):  # the same as the op
+        return args.x.dtype != torch.bfloat16  # of which ATEN mends the weights' gradient
+    return left  # z as well, which nobody asked it for: making so few channels again costs more than keeping them

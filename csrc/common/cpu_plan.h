@@ -52,15 +52,42 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
   return {pixels, ceil_div(blocks, tiles) * rows, tiles, panels, groups, false};
 }
 
-/// Whether PyTorch's own convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or so
-/// few of NCHW that turning them round fills no vector either, leaves most lanes idle. Of few pixels a call is mostly
-/// checks and dispatch, which is one where PyTorch's are two. training: beside a backward, where PyTorch's gradients of
-/// large filters take so long that ours are faster all the same.
+/// From here on PyTorch's gradients take so long that ours are faster with most lanes idle.
+constexpr int64_t kLargeFilter = 25;
+
+/// Whether PyTorch's own two convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or
+/// so few of NCHW that turning them round fills no vector either, leaves most lanes idle. Of few pixels a call is
+/// mostly checks and dispatch, which is one where PyTorch's are two. training: beside a backward, where several
+/// channels under a large filter are ours, but one channel is left whatever its filter.
 inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training) {
-  constexpr int64_t kLeastChannels = 8, kLeastPixels = 4096, kLargeFilter = 25;
+  constexpr int64_t kLeastChannels = 8, kLeastPixels = 4096;
   if (s.pixels_out() < kLeastPixels) return false;
   if (s.c == 1) return true;
   return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
+}
+
+/// The same of a depthwise convolution alone, which is one call beside one of PyTorch's: measured, so many channels and
+/// from so many pixels on.
+inline bool cpu_depthwise_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training, int threads) {
+  const bool large_filter = s.taps() >= kLargeFilter, strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
+  const int64_t pixels = s.pixels_in() + s.multiplier * s.pixels_out();
+  if (s.c == 1) {
+    // PyTorch has a way of its own with a small filter over one small picture (use_mkldnn in its
+    // ATen/native/Convolution.cpp). oneDNN takes the rest: a multiplier, then no more than a dense convolution, fast,
+    // the gradients of a few filters slowly.
+    const bool own_way = s.n == 1 && s.pixels_in() <= 20 * 1024 && (s.r <= 3 || s.s <= 3) && !large_filter;
+    if (s.multiplier > 1) return !training || own_way || s.multiplier >= 4;
+    return training ? own_way : (own_way && !strided) || (!large_filter && pixels >= 60 * 1024);
+  }
+  // Of NCHW PyTorch shares pictures among threads, we rows.
+  if (nchw && threads > s.n) return false;
+  const bool turned = nchw || s.multiplier >= 8;  // pixels and channels, or the multiplier's passes
+  if (turned && s.c < 8) return pixels >= 24 * 1024 && !(training && large_filter);
+  if (large_filter) return false;
+  // A backward with a stride reads little and makes much.
+  if (strided) return s.c <= 24 && (training ? pixels >= 30 * 1024 : !nchw && pixels >= 60 * 1024);
+  // PyTorch takes longer over odd numbers of channels.
+  return !nchw && s.c % 2 == 0 && s.c <= (training ? 12 : 4) && pixels >= 48 * 1024;
 }
 
 struct CpuDepthwisePlan {
@@ -163,7 +190,7 @@ inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out
 /// depth: values of one pixel that are read, each of `bytes`. z_first: a task packs a panel of weights into its own
 /// cache and multiplies all pixels by it, so that no packed weights go through memory; the pixels are read once for
 /// every panel, so they must stay in a share of the third-level cache.
-inline CpuTilePlan plan_cpu_dgrad(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
+inline CpuTilePlan plan_cpu_product(int64_t pixels, int64_t depth, int64_t panels, int threads, int64_t bytes) {
   constexpr int64_t kRows = 6;  // pixels of one block of the product
   const int64_t fitting = kMaxTileBytes / (depth * bytes) / kRows * kRows;
   int64_t tile = std::clamp<int64_t>(fitting, kRows, 96);

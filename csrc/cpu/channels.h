@@ -19,12 +19,13 @@ XSEP_INLINE void by_vectors(int64_t channels, F&& f) {
   if (c < channels) f(c, std::integral_constant<int, 1>{}, static_cast<int>(channels - c));
 }
 
+/// The first lanes of a vector, most often all of them.
 template <class T>
-XSEP_INLINE Vec load_lanes(const T* p, int lanes) {
+XSEP_INLINE Vec load_lanes(const T* p, int64_t lanes) {
   return lanes == kLanes ? load(p) : load_first(p, lanes);
 }
 template <class T>
-XSEP_INLINE void store_lanes(T* p, Vec v, int lanes) {
+XSEP_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
   lanes == kLanes ? store(p, v) : store_first(p, v, lanes);
 }
 

@@ -9,6 +9,7 @@
 #include "../common/cpu_plan.h"
 #include "../common/geometry.h"
 #include "activate.h"
+#include "channels.h"
 #include "input_rows.h"
 #include "planes.h"
 #include "unit_sums.h"
@@ -56,6 +57,21 @@ struct DepthwiseBprop {
 
 namespace detail {
 
+/// Which rows of the filter, every stride_h-th in [begin, end), an input row meets, and the row of outputs where it
+/// meets the first. Found once a row: dividing by a stride takes as long as some products.
+struct FilterRows {
+  int64_t begin, end;
+  int64_t p;  // the rows above belong to the next rows of the filter
+
+  FilterRows() = default;
+  FilterRows(const DepthwiseShape& s, int64_t h) {
+    const int64_t stride = s.geometry.stride_h, top = h + s.geometry.pad_top;
+    begin = std::max<int64_t>(top - (s.p - 1) * stride, top % stride);
+    end = std::min<int64_t>(top + 1, s.r);
+    p = (top - begin) / stride;
+  }
+};
+
 /// Adjacent input pixels of one row, channels [c_begin, c_end).
 template <class T>
 struct InputBlock {
@@ -63,9 +79,10 @@ struct InputBlock {
   T* dx;           // likewise, or x's own place; may be null
   int64_t x_step;  // elements from pixel to pixel
   int64_t dx_step;
-  const T* dz;     // picture, output row 0, column 0, channel 0
-  int64_t h;       // input row
-  int64_t column;  // input column of the first pixel
+  const T* dz;        // picture, output row 0, column 0, channel 0
+  int64_t h;          // input row
+  FilterRows filter;  // of h
+  int64_t column;     // input column of the first pixel
   int64_t c_begin, c_end;
   float* dw;       // [multiplier, r * s, sum_stride], channel 0; null where not wanted
   float* daffine;  // [2, sum_stride], channel 0; null where not wanted
@@ -76,10 +93,7 @@ XSEP_INLINE void add_to(float* sum, Vec v) { store(sum, load(sum) + v); }
 
 template <int N, class T>
 XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&u)[N]) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) {
-    const T* at = b.x + i * b.x_step + c;
-    u[i] = lanes == kLanes ? load(at) : load_first(at, lanes);
-  });
+  unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = load_lanes(b.x + i * b.x_step + c, lanes); });
   scale_and_shift(p.prologue, c, u);
 }
 
@@ -113,14 +127,7 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
     const Vec scale = load(prologue.scale + c);
     unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * scale; });
   }
-  unroll<N>([&](auto i) __attribute__((always_inline)) {
-    T* at = b.dx + i * b.dx_step + c;
-    if (lanes == kLanes) {
-      store(at, d[i]);
-    } else {
-      store_first(at, d[i], lanes);
-    }
-  });
+  unroll<N>([&](auto i) __attribute__((always_inline)) { store_lanes(b.dx + i * b.dx_step + c, d[i], lanes); });
 }
 
 /// How the blocks of a row of inputs are made: dilation 1 and horizontal stride kStride. The first input lies kPhase
@@ -148,14 +155,13 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
   const int64_t column = (b.column + shape.geometry.pad_left) / kStride - kReach;
   const int64_t first = std::max<int64_t>(-column, 0);
   const int64_t last = std::min<int64_t>(shape.q - column, kColumns);
-  const int64_t top = b.h + shape.geometry.pad_top;
-  const int64_t r_begin = std::max<int64_t>(top - (shape.p - 1) * stride_h, top % stride_h);
-  const int64_t r_end = std::min<int64_t>(top + 1, shape.r);
-  const int64_t dz_below = ((top / stride_h + 1) * shape.q + column + kReach) * dz_step;
+  const int64_t dz_row_step = shape.q * dz_step;
+  const T* const dz = b.dz + b.filter.p * dz_row_step + column * dz_step;
+  const int64_t dz_below = dz_row_step + kReach * dz_step;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     // What the next row of inputs reads and this one does not, and where its gradient is stored.
-    prefetch_pixels<kOwnColumns>(b.dz, dz_below, dz_step, c);
+    prefetch_pixels<kOwnColumns>(dz, dz_below, dz_step, c);
     if (kDw && !p.x_planes) prefetch_pixels<kPixels>(b.x, shape.w * b.x_step, b.x_step, c);
     if (kDx && b.dx && !p.dx_planes) prefetch_pixels<kPixels>(b.dx, shape.w * b.dx_step, b.dx_step, c);
     Vec x[kPixels];
@@ -165,11 +171,11 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
     }
     Vec dx[kPixels] = {};
     for (int64_t i = 0; i < shape.multiplier; ++i) {
-      for (int64_t r = r_begin; r < r_end; r += stride_h) {
+      const T* row = dz + i * shape.c + c;
+      for (int64_t r = b.filter.begin; r < b.filter.end; r += stride_h, row -= dz_row_step) {
         const int64_t tap = (i * shape.r + r) * kS;
         const float* w_row = p.w + tap * p.c_pad + c;
         float* dw_row = b.dw + tap * b.sum_stride + c;
-        const T* row = b.dz + ((top - r) / stride_h * shape.q + column) * dz_step + i * shape.c + c;
         Vec w[kS];
         Vec dw[kS] = {};
         unroll<kS>([&](auto s) __attribute__((always_inline)) {
@@ -269,6 +275,7 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     InputBlock<T> b = unit;
     b.h = row % shape.h;
+    b.filter = FilterRows(shape, b.h);
     b.dz = static_cast<const T*>(p.dz) + row / shape.h * shape.p * shape.q * shape.c * shape.multiplier;
     for (int64_t w = 0; w < shape.w;) {
       b.column = w;

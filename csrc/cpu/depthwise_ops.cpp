@@ -15,7 +15,7 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
   const int64_t c_mid = shape.c * shape.multiplier;
-  const bool planes = nchw && stores_planes(shape);
+  const bool planes = nchw && c_mid > 1 && stores_planes(shape);  // one channel lies the same in both layouts
   Tensor y = empty_image({shape.n, c_mid, shape.p, shape.q}, x, planes);
   if (shape.n == 0) return y;
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);

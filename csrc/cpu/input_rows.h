@@ -8,6 +8,7 @@
 
 #include "../common/geometry.h"
 #include "activate.h"
+#include "channels.h"
 #include "transpose.h"
 
 namespace xsep::cpu {
@@ -140,11 +141,11 @@ class RowBringer {
 
   static XSEP_INLINE Vec loaded(const T* p, int64_t lanes) {
     if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? load_bits(p) : load_first_bits(p, lanes);
-    return lanes == kLanes ? load(p) : load_first(p, lanes);
+    return load_lanes(p, lanes);
   }
   static XSEP_INLINE void stored(X* p, Vec v, int64_t lanes) {
     if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? store_bits(p, v) : store_first_bits(p, v, lanes);
-    lanes == kLanes ? store(p, v) : store_first(p, v, lanes);
+    store_lanes(p, v, lanes);
   }
   template <int N>
   XSEP_INLINE void apply_prologue(int64_t c, Vec (&v)[N]) const {

@@ -1,5 +1,5 @@
-// The operators xsep::cpu_separable_wgrad, xsep::cpu_pointwise_dgrad, and both with the depthwise backward behind them:
-// xsep::cpu_separable_bprop.
+// The operators xsep::cpu_separable_wgrad, xsep::cpu_pointwise_product, and both with the depthwise backward behind
+// them: xsep::cpu_separable_bprop.
 #include <torch/library.h>
 
 #include <type_traits>
@@ -104,7 +104,7 @@ void parallel_with_scratch(int64_t tasks, int64_t bytes, F&& f) {
 
 /// A panel is packed where it is multiplied: its weights are never written to memory. dv is what the product reads.
 template <class T>
-void dgrad_by_panels(Pointwise p, const CpuTilePlan& plan, const void* dv, const Tensor& w) {
+void product_by_panels(Pointwise p, const CpuTilePlan& plan, const void* dv, const Tensor& w) {
   const int64_t panel_bytes = round_up(p.panel_bytes(), 64);
   parallel_with_scratch(plan.tasks(), panel_bytes, [&](int64_t begin, int64_t end, char* packed) {
     alignas(64) float products[kProductRows * kPanelColumns];
@@ -153,7 +153,7 @@ struct DvTiles {
 };
 
 template <class T>
-void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const DvTiles<T>& dv, const Tensor& w) {
+void product_by_tiles(Pointwise p, const CpuTilePlan& plan, const DvTiles<T>& dv, const Tensor& w) {
   const Tensor packed = empty({plan.panels * p.panel_bytes()}, w.options().dtype(at::kByte));
   char* const panels = static_cast<char*>(packed.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(32768 / (p.depth * kPanelColumns), 1);
@@ -184,8 +184,9 @@ void dgrad_by_tiles(Pointwise p, const CpuTilePlan& plan, const DvTiles<T>& dv, 
   });
 }
 
-/// dz = dv w_pw: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC.
-Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
+/// Every pixel by a matrix: dz = dv w_pw, [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q], in NHWC; the
+/// forward's product too, where the weights are given turned round.
+Tensor pointwise_product(const Tensor& dv, const Tensor& w_pw) {
   check_input(dv, dv.scalar_type(), 4, "dv");
   check_input(w_pw, dv.scalar_type(), 4, "w_pw");
   const int64_t c_out = w_pw.size(0);
@@ -204,14 +205,14 @@ Tensor pointwise_dgrad(const Tensor& dv, const Tensor& w_pw) {
   p.y = dz.mutable_data_ptr();
   const int64_t plane = dv.size(2) * dv.size(3);
   const int64_t panels = ceil_div(c_mid, kPanelColumns);
-  const CpuTilePlan plan = plan_cpu_dgrad(dv.size(0) * plane, c_out, panels, at::get_num_threads(), p.z_bytes());
+  const CpuTilePlan plan = plan_cpu_product(dv.size(0) * plane, c_out, panels, at::get_num_threads(), p.z_bytes());
   const Tensor image = is_nchw(dv) && !plan.z_first ? dv : to_nhwc(dv);
   with_storage(dv.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const DvTiles<T> tiles{static_cast<const T*>(image.const_data_ptr()), c_out, is_nchw(image) ? plane : 0, p.pairs};
-    if (!plan.z_first) return dgrad_by_tiles<T>(p, plan, tiles, w);
+    if (!plan.z_first) return product_by_tiles<T>(p, plan, tiles, w);
     const Tensor read = tiles.lies_so() ? image : image.to(at::kFloat);
-    dgrad_by_panels<T>(p, plan, read.const_data_ptr(), w);
+    product_by_panels<T>(p, plan, read.const_data_ptr(), w);
   });
   return dz;
 }
@@ -239,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> separable_bprop(const Tensor&
     return {at::empty({0}, x.options()), at::empty({0}, x.options()), dw_pw, zeros_float({0}), zeros_float({0})};
   }
   auto [dx, dw_dw, dscale, dshift] =
-      depthwise_bprop(pointwise_dgrad(dy_image, w_pw), image, w_dw, scale_p, shift_p, geometry, activation, alpha,
+      depthwise_bprop(pointwise_product(dy_image, w_pw), image, w_dw, scale_p, shift_p, geometry, activation, alpha,
                       {wanted[0], wanted[1], wanted[3], wanted[4]}, !wants_nhwc({x, w_dw, w_pw}), w_dw.scalar_type());
   return {dx, dw_dw, dw_pw, dscale, dshift};
 }
@@ -250,7 +251,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_separable_wgrad(Tensor dv, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, Tensor? scale_m, "
       "Tensor? shift_m, int[] geometry, int[] activations, float[] alphas) -> Tensor");
-  m.def("cpu_pointwise_dgrad(Tensor dv, Tensor w_pw) -> Tensor");
+  m.def("cpu_pointwise_product(Tensor dv, Tensor w_pw) -> Tensor");
   m.def(
       "cpu_separable_bprop(Tensor dy, Tensor x, Tensor w_dw, Tensor w_pw, Tensor? scale_p, Tensor? shift_p, "
       "int[] geometry, int activation, float alpha, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -258,7 +259,7 @@ TORCH_LIBRARY_FRAGMENT(xsep, m) {
 
 TORCH_LIBRARY_IMPL(xsep, CPU, m) {
   m.impl("cpu_separable_wgrad", &separable_wgrad);
-  m.impl("cpu_pointwise_dgrad", &pointwise_dgrad);
+  m.impl("cpu_pointwise_product", &pointwise_product);
   m.impl("cpu_separable_bprop", &separable_bprop);
 }
 

@@ -6,14 +6,14 @@ Its primitives are differentiable, so ``ATEN.separable_backward`` is also what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activate, apply_affine, gradient_from_input, per_channel, scale_and_shift
-from ..problem import Affine, Geometry, Problem, SeparableArgs
+from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs
 from .base import Backend, DepthwiseGradients, channel_sum, with_bias
 
 
@@ -36,11 +36,16 @@ class AtenBackend(Backend):
         return f"PyTorch's own: {calls} and elementwise operations, every stage through memory"
 
     def depthwise(self, x: Tensor, w_dw: Tensor, prologue: Affine, epilogue: Affine, geometry: Geometry) -> Tensor:
+        return apply_affine(self._convolved(x, w_dw, None, prologue, geometry), epilogue)
+
+    def _convolved(
+        self, x: Tensor, w_dw: Tensor, bias: Optional[Tensor], prologue: Affine, geometry: Geometry
+    ) -> Tensor:
+        """bias is [C_mid], of x's type."""
         padded, padding = pad(apply_affine(x, prologue), geometry)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _is_misread(padded, w_dw, padding, geometry):
             padded, w_dw = padded.contiguous(), w_dw.contiguous()
-        z = F.conv2d(padded, w_dw, None, geometry.stride, padding, geometry.dilation, x.shape[1])
-        return apply_affine(z, epilogue)
+        return F.conv2d(padded, w_dw, bias, geometry.stride, padding, geometry.dilation, x.shape[1])
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
         return F.conv2d(z, w_pw)
@@ -50,6 +55,13 @@ class AtenBackend(Backend):
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
         return _convolution_backward(du, z, w_pw, (1, 1), [0, 0], (1, 1), 1, (False, True))[1]
+
+    def depthwise_forward(self, a: DepthwiseArgs) -> Tensor:
+        # The gradient of a depthwise convolution's own bias is a sum of one value after another, tens of ulp off.
+        differentiated = a.bias is not None and a.bias.requires_grad and torch.is_grad_enabled()
+        if a.scale_e is not None or differentiated or (a.bias is not None and a.bias.dtype != a.x.dtype):
+            return super().depthwise_forward(a)
+        return apply_affine(self._convolved(a.x, a.w_dw, a.bias, a.prologue, Geometry(*a.geometry)), a.epilogue)
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
         z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, Geometry(*a.geometry))
@@ -86,10 +98,12 @@ class AtenBackend(Backend):
         )
 
 
-def is_two_convolutions(a: SeparableArgs) -> bool:
-    """Whether the forward is two calls of ``conv2d`` and nothing else."""
+def is_bare(a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+    """Whether the forward is one or two calls of ``conv2d`` and nothing else."""
     g = Geometry(*a.geometry)
-    bare = a.prologue.is_identity() and a.middle.is_identity() and a.epilogue.is_identity() and a.residual is None
+    bare = a.prologue.is_identity() and a.epilogue.is_identity()
+    if isinstance(a, SeparableArgs):
+        bare = bare and a.middle.is_identity() and a.residual is None
     even = g.pad_left == g.pad_right and g.pad_top == g.pad_bottom
     if not bare or not even or (a.bias is not None and a.bias.dtype != a.x.dtype):
         return False

@@ -77,8 +77,8 @@ class Backend(ABC):
 
     def slower_than_aten(self, problem: Problem, direction: str) -> str:
         """Why PyTorch's own convolutions are faster at a problem that this backend can run, ``"forward"`` without
-        gradients or ``"backward"`` with the forward before it; "" where they are not known to be. By the problem alone:
-        what runs never depends on what else a machine does."""
+        gradients or ``"backward"`` with the forward before it; "" where they are not known to be. By the problem and,
+        on a CPU, the number of threads alone: what runs never depends on what else a machine does."""
         return ""
 
     @abstractmethod

@@ -7,13 +7,13 @@ x as it comes to it, in the caches, and stores y tile by tile; the backward's ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
 from .. import extension
-from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
+from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
 from .base import SUM_ROWS, Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, rows_of, with_bias
 
@@ -82,13 +82,15 @@ class CpuBackend(Backend):
         # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
         if module is None or p.dtype != torch.float32:
             return ""
-        training = direction == "backward"
-        # A depthwise convolution alone has no z to make again.
-        if training and p.op == "depthwise":
+        nchw, training = not p.channels_last, direction == "backward"
+        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NCHW' if nchw else 'NHWC'}"
+        if p.op == "depthwise":
+            threads = torch.get_num_threads()
+            if not module.cpu_depthwise_leaves_lanes_idle(*where, nchw=nchw, training=training, threads=threads):
+                return ""
+            return f"PyTorch's convolution is faster with so few channels: {of}"
+        if not module.cpu_leaves_lanes_idle(*where, nchw=nchw, training=training):
             return ""
-        if not module.cpu_leaves_lanes_idle(*where, nchw=not p.channels_last, training=training):
-            return ""
-        of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in NCHW"
         return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
 
     def plan(self, problem: Problem) -> str:
@@ -154,10 +156,10 @@ class CpuBackend(Backend):
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
         # Pixels by a matrix, as the gradient is: that of the weights turned round.
-        return torch.ops.xsep.cpu_pointwise_dgrad(z, w_pw.transpose(0, 1))
+        return torch.ops.xsep.cpu_pointwise_product(z, w_pw.transpose(0, 1))
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
-        return torch.ops.xsep.cpu_pointwise_dgrad(dv, w_pw)
+        return torch.ops.xsep.cpu_pointwise_product(dv, w_pw)
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
         if _is_multiplied(du.dtype):
@@ -195,12 +197,12 @@ class CpuBackend(Backend):
             dx, *rest = super().separable_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
-    def is_one_kernel(self, a: SeparableArgs) -> bool:
-        """Whether one kernel makes all gradients but the residual's: nothing stands between the convolutions or behind
-        them but a bias, so that dy is the products'."""
-        plain = a.activations[1] == a.activations[2] == IDENTITY
-        none = a.scale_m is None and a.shift_m is None and a.scale_e is None and a.shift_e is None
-        return plain and none and a.w_dw.shape[0] == a.x.shape[1]
+    def is_one_kernel(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        """Whether one kernel makes all gradients but the residual's and the bias's: nothing stands between the
+        convolutions or behind them but a bias, so that dy is the products'."""
+        if isinstance(a, DepthwiseArgs):
+            return a.epilogue.is_identity()
+        return a.middle.is_identity() and a.epilogue.is_identity() and a.w_dw.shape[0] == a.x.shape[1]
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
         dbias = channel_sum(dy) if wanted[3] else None

@@ -51,7 +51,8 @@ class Differentiable:
             tensors: tuple[Any, ...] = args[: self.op.tensors]
             for t in tensors:
                 if t is not None and t.requires_grad:
-                    return self.eager.apply(*args, backend, problem)
+                    left = self.op.left_to_pytorch(args, backend, problem) if _unwatched(tensors) else None
+                    return self.eager.apply(*args, backend, problem) if left is None else left
         return self.below_autograd(args, backend, problem)
 
     def traced(self, args: Args, backend: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.aten import ATEN
 from ..backends.base import Backend, Gradients
-from ..dispatch import select
+from ..dispatch import choice, select
 from ..problem import (
     DEPTHWISE_TENSORS,
     SEPARABLE_TENSORS,
@@ -60,6 +60,15 @@ class ConvOp:
         with torch._C._DisableAutocast():
             y = self.run(select(problem, backend), args)
         return conform(y, problem.memory_format)
+
+    def left_to_pytorch(self, args: Args, backend: str, problem: Problem) -> Optional[Tensor]:
+        """y in PyTorch's own differentiable operations, if a training step is known to be faster that way, else None.
+        They keep what they want to: of so few channels, making it again costs more than keeping it."""
+        if not choice(problem, backend, "backward").left:
+            return None
+        select(problem, backend)  # for who is recording
+        with torch._C._DisableAutocast():
+            return conform(self.run(ATEN, args), problem.memory_format)
 
     def backward(
         self, dy: Tensor, y: Optional[Tensor], args: Args, backend: str, problem: Problem, wanted: list[bool]
