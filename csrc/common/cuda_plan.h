@@ -31,11 +31,12 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline constexpr int kSharedAlignment = 128;
 constexpr int shared_bytes_of(int bytes) { return ceil_div(bytes, kSharedAlignment) * kSharedAlignment; }
 
-// Registers let 2 or 3 CTAs of the depthwise backward be resident on a multiprocessor. It has one wave only, since every
-// CTA leaves a partial sum.
+// Registers let 2 or 3 CTAs of the depthwise backward be resident on a multiprocessor. It has one wave only, since
+// every CTA leaves a partial sum.
 inline constexpr int kBpropCtasPerSm = 2;
 
-// The depthwise kernels. A thread computes strips of kStripWidth neighbouring columns, for one vector of channels; a CTA's threads lie over vectors (fastest, so that accesses are coalesced), then strips.
+// The depthwise kernels. A thread computes strips of kStripWidth neighbouring columns, for one vector of channels; a
+// CTA's threads lie over vectors (fastest, so that accesses are coalesced), then strips.
 inline constexpr int kStripWidth = 4;
 inline constexpr int kDepthwiseThreads = 128;
 
@@ -138,7 +139,8 @@ inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes,
   if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) return detail::general_plan(device);
   plan.sliding_window = true;
   const int ctas = device.multiprocessors * fprop_ctas_per_sm(c.r, c.stride_h, element_bytes);
-  const detail::WalkedPlane plane{c.n, c.p, c.q, 1, (c.r - 1) / c.stride_h, c.c_in / plan.vec, plan.vec * element_bytes};
+  const detail::WalkedPlane plane{
+      c.n, c.p, c.q, 1, (c.r - 1) / c.stride_h, c.c_in / plan.vec, plan.vec * element_bytes};
   detail::tile_walks(plan, plane, kFpropVectors, ctas);
   // One float a tap and channel, and the four per-channel vectors of prologue and epilogue.
   const int table_row = kFpropVectors * plan.vec * 4;
@@ -171,9 +173,13 @@ inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes,
   }
   plan.sliding_window = true;
   const int ctas = device.multiprocessors * kBpropCtasPerSm;
-  const detail::WalkedPlane plane{
-      c.n, c.h + c.pad_top % c.stride_h, c.w + c.pad_left % c.stride_w, c.stride_h, (c.r - 1) / c.stride_h,
-      c.c_in / plan.vec, plan.vec * element_bytes};
+  const detail::WalkedPlane plane{c.n,
+                                  c.h + c.pad_top % c.stride_h,
+                                  c.w + c.pad_left % c.stride_w,
+                                  c.stride_h,
+                                  (c.r - 1) / c.stride_h,
+                                  c.c_in / plan.vec,
+                                  plan.vec * element_bytes};
   detail::tile_walks(plan, plane, kBpropVectors, ctas);
   // Weights and prologue vectors; then one filter row of every thread's sums, to be added up.
   const int table_row = kBpropVectors * plan.vec * 4;

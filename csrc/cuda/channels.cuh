@@ -14,8 +14,8 @@ __device__ __forceinline__ float channel_value(const ChannelVector& v, int64_t c
 }
 
 // A table of float32 rows in shared memory, each with VEC values for each of `vectors` threads. The values of one
-// thread lie 4 to a plane, so that the 16-byte reads of neighbouring threads fill the banks evenly. With MOST, a row has
-// room for so many threads however many there are: then where a value lies is known at compile time.
+// thread lie 4 to a plane, so that the 16-byte reads of neighbouring threads fill the banks evenly. With MOST, a row
+// has room for so many threads however many there are: then where a value lies is known at compile time.
 template <int VEC, int MOST = 0>
 class ChannelTable {
  public:

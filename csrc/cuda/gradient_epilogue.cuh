@@ -1,5 +1,5 @@
-// The end of a layer's input gradient, neighbouring pixels at a time: shortcut, activation's derivative, rounding, sums.
-// The depthwise backward, the chain's fused backward and the gradient of a load alone end with it.
+// The end of a layer's input gradient, neighbouring pixels at a time: shortcut, activation's derivative, rounding,
+// sums. The depthwise backward, the chain's fused backward and the gradient of a load alone end with it.
 #pragma once
 
 #include "activation.cuh"
@@ -29,8 +29,8 @@ __device__ __forceinline__ void add_shortcut(float (&d)[WIDTH][VEC], const Gradi
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
       const bool there = (place.w + i) % 2 == 0 && columns.has(i);
-      row.pixel[i] = there ? Pack<T, VEC>::load(shortcut + (first + (place.w + i) / 2) * channels + c)
-                           : Pack<T, VEC>::zero();
+      row.pixel[i] =
+          there ? Pack<T, VEC>::load(shortcut + (first + (place.w + i) / 2) * channels + c) : Pack<T, VEC>::zero();
     }
   }
   float other[WIDTH][VEC];

@@ -16,3 +16,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedOps]:
         pytest.skip(str(emulated.missing_tools()))
     with emulated_ops.guarded(monkeypatch, emulated_ops.library()) as found:
         yield found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if emulated.PTX:
+        terminalreporter.write_line(f"{emulated.translated_launches()} launches of kernels as compiled")

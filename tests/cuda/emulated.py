@@ -27,8 +27,9 @@ EMULATOR = Path(__file__).resolve().parent / "emulator"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Set by test_sanitizers.py for a process that has the sanitizers' runtime preloaded.
 SANITIZED = os.environ.get("XSEP_EMULATOR_SANITIZED") == "1"
-#: The architecture for which nvcc compiles each kernel, and whose PTX then runs in the place of the C++; "" for none.
-PTX = os.environ.get("XSEP_EMULATED_PTX", "")
+#: The architecture for which nvcc compiles kernels, whose PTX then runs in the place of the C++; "" for none. And of
+#: which files: all that the expression is found in.
+PTX, PTX_FILES = os.environ.get("XSEP_EMULATED_PTX", ""), os.environ.get("XSEP_EMULATED_PTX_FILES", "")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 #: Translation units that stand on PyTorch, and have its headers and its registry.
@@ -85,7 +86,7 @@ def build(name: str, sources: Path = CUDA_SOURCES, namespace: str = "xsep_emulat
     cache.mkdir(mode=0o700, exist_ok=True)
     units = [Unit(unit, sources, namespace) for unit in (*LIBRARIES[name], "emulator.cpp", "runtime.cpp")]
     if PTX:
-        units += [TranslatedUnit(unit.name, sources, namespace) for unit in units if unit.is_kernel]
+        units += [TranslatedUnit(unit.name, sources, namespace) for unit in units if unit.is_translated]
     digest = hashlib.sha256(" ".join(unit.digest for unit in units).encode()).hexdigest()[:20]
     target = cache / f"{name}-{digest}.so"
     with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -114,7 +115,7 @@ class Unit:
         self.folders = (EMULATOR, sources)
         self.file = (sources if name.endswith(".cu") else EMULATOR) / name
         self.is_glue = name in GLUE
-        self.is_kernel = name.endswith(".cu") and not self.is_glue
+        self.is_translated = name.endswith(".cu") and not self.is_glue and re.search(PTX_FILES, name) is not None
         self.is_sanitized = SANITIZED and name not in NOT_SANITIZED
         # The sanitizers' own code takes the optimizer longer than it saves. Nothing is shared by name with another
         # library of the process: what this one knows of its cards is its own.
@@ -168,15 +169,23 @@ class TranslatedUnit(Unit):
         target = cache / f"{self.file.stem}-ptx-{self.digest}.o"
         if not target.exists():
             module, source, out = (scratch / f"{target.stem}.{suffix}" for suffix in ("ptx", "cpp", "o"))
-            nvcc = str(cuda_include().parent / "bin" / "nvcc")
-            _run([nvcc, "-std=c++17", "-O3", f"-arch=sm_{PTX}", "-ptx", str(self.file), "-o", str(module)])
-            kernels = [entry.source for entry in ptx.entries(module.read_text())]
-            source.write_text("\n".join(['#include "ptx_machine.h"', *kernels]))
-            # Each instruction stands for itself: no two of them may become one that rounds once.
-            _run(["g++", "-std=c++20", "-O1", "-mfma", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR",
-                  f"-I{EMULATOR}", "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip
+            _run([nvcc(), "-std=c++17", "-O3", f"-arch=sm_{PTX}", "-ptx", str(self.file), "-o", str(module)])
+            compile_translation(module.read_text(), source, out)
             os.replace(out, target)
         return target
+
+
+def nvcc() -> str:
+    include = cuda_include()
+    return shutil.which("nvcc") or ("nvcc" if include is None else str(include.parent / "bin" / "nvcc"))
+
+
+def compile_translation(module: str, source: Path, out: Path) -> None:
+    """A module of PTX to an object; source is written on the way."""
+    source.write_text("\n".join(['#include "ptx_machine.h"', *(entry.source for entry in ptx.entries(module))]))
+    # Each instruction stands for itself: no two of them may become one that rounds once.
+    _run(["g++", "-std=c++20", "-O1", "-mfma", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}",
+          "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip
 
 
 def _run(command: list[str]) -> None:
@@ -344,11 +353,21 @@ def load(path: Path) -> ctypes.CDLL:
     if PTX:
         listed = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout.split("\n")
         places = {words[2]: int(words[0], 16) for words in map(str.split, listed) if len(words) == 3}
-        base = ctypes.cast(library.emulate_seed, ctypes.c_void_p).value - places["emulate_seed"]
+        base = (ctypes.cast(library.emulate_seed, ctypes.c_void_p).value or 0) - places["emulate_seed"]
         for name, place in places.items():
-            if name.startswith(ptx.PREFIX) and (kernel := places.get(name.removeprefix(ptx.PREFIX))) is not None:
+            if name.startswith(ptx.PREFIX):
+                kernel = places[name.removeprefix(ptx.PREFIX)]
                 library.emulate_translation(ctypes.c_void_p(base + kernel), ctypes.c_void_p(base + place))
+        LOADED.append(library)
     return library
+
+
+#: Those whose kernels run as they were translated.
+LOADED: list[ctypes.CDLL] = []
+
+
+def translated_launches() -> int:
+    return sum(library.emulate_translated_launches() for library in LOADED)
 
 
 class Library:

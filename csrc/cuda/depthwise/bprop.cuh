@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   constexpr int kBefore = DzReach<K, STRIDE>::kBefore, kWidth = DzReach<K, STRIDE>::kWidth;
   // Else the rows of dz would leave no registers for the sums: each is loaded again for every row of x that it reaches.
   constexpr bool kKeepsRows = K < 7 || STRIDE == 2;
-  // Rows of the next step are loaded while this one's are used, and x is kept beside its activation; but as the registers
-  // allow: else x is read again, from L1.
-  constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7, kLoadsXAhead = kLoadsDzAhead && kKeepsX && STRIDE == 1;
+  // Rows of the next step are loaded while this one's are used, and x is kept beside its activation; but as the
+  // registers allow: else x is read again, from L1.
+  constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7,
+                 kLoadsXAhead = kLoadsDzAhead && kKeepsX && STRIDE == 1;
   using Table = ChannelTable<VEC, kBpropVectors>;
   using XRow = PixelRow<T, VEC, kStripWidth>;
   using DzRow = PixelRow<T, VEC, kWidth>;

@@ -1,9 +1,10 @@
 // Depthwise forward, fast path: square filters of 3, 5 or 7, stride 1 or 2, whole vectors of channels.
 //
 // A thread walks down kStripWidth neighbouring columns of y, for one vector of channels. It loads each row of x under
-// them once, the next row while it multiplies this one, and adds what the row is to each row of y that it reaches: those
-// slide through registers, begun at the filter's first row and stored after its last. What neighbours share is found in
-// L1. A CTA keeps one slice of the channels, whose weights it holds in shared memory, and goes from tile to tile.
+// them once, the next row while it multiplies this one, and adds what the row is to each row of y that it reaches:
+// those slide through registers, begun at the filter's first row and stored after its last. What neighbours share is
+// found in L1. A CTA keeps one slice of the channels, whose weights it holds in shared memory, and goes from tile to
+// tile.
 #pragma once
 
 #include "../channels.cuh"
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     depthwise_fprop_kernel(const __grid_constant__ DepthwiseFpropParams p) {
   constexpr int kVec = kFpropVec, kTaps = K * K;
   constexpr int kWidth = (kStripWidth - 1) * STRIDE + K;
-  constexpr int kOpen = (K - 1) / STRIDE + 1;  // rows of y that one row of x reaches
+  constexpr int kOpen = (K - 1) / STRIDE + 1;            // rows of y that one row of x reaches
   constexpr bool kLoadsAhead = K < 7 || sizeof(T) == 2;  // else no registers are left for a second row of x
   using Table = ChannelTable<kVec, kFpropVectors>;
   using Row = PixelRow<T, kVec, kWidth>;

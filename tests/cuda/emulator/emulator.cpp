@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include "entry.h"
 #include "fiber_context.h"
 
 #include <algorithm>
@@ -67,6 +68,7 @@ std::string error;
 Index block, grid, size;
 const std::function<void()>* kernel;
 std::map<const void*, Translation> translations;
+int translated_launches = 0;
 const char* kernel_name;
 std::mt19937 generator;
 #if defined(__SANITIZE_ADDRESS__)
@@ -274,10 +276,10 @@ void copy_async_wait(int groups_left) {
   if (deliver > 0) f.groups.erase(f.groups.begin(), f.groups.begin() + deliver);
 }
 
-Translation translation(const char* name, const void* kernel) {
-  if (translations.empty()) return nullptr;
+Translation translation(const void* kernel) {
   const auto found = translations.find(kernel);
-  if (found == translations.end()) throw std::runtime_error(std::string(name) + ": its PTX was not translated");
+  if (found == translations.end()) return nullptr;
+  ++translated_launches;
   return found->second;
 }
 
@@ -308,7 +310,20 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
 
 }  // namespace emulator
 
-// From here on, kernels run as their PTX says; each of them has to have been named.
-extern "C" void emulate_translation(const void* kernel, emulator::Translation translated) {
+extern "C" {
+
+// From here on, this kernel runs as its PTX says.
+void emulate_translation(const void* kernel, emulator::Translation translated) {
   emulator::translations[kernel] = translated;
+}
+
+int emulate_translated_launches() { return emulator::translated_launches; }
+
+// One block of a translated kernel by itself.
+int emulate_translated_block(emulator::Translation translated, unsigned threads, size_t shared_bytes,
+                             const void* const* parameters, char* message, size_t bytes) {
+  return guarded(
+      [&] { emulator::run("the kernel", {1, 1, 1}, {threads, 1, 1}, shared_bytes, [&] { translated(parameters); }); },
+      message, bytes);
+}
 }

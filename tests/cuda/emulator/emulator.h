@@ -71,10 +71,10 @@ void begin_launch(const char* name, cudaStream_t stream);
 // Which of the faults that a test has put into a copy of the sources is there; 0 for none.
 int planted_fault();
 
-// What was translated from the PTX of a kernel, and is to run in its place; null where kernels run as C++. Its
-// parameters are addresses of the kernel's, as cudaLaunchKernel takes them.
+// What was translated from the PTX of a kernel, and is to run in its place; null where it runs as C++. Its parameters
+// are addresses of the kernel's, as cudaLaunchKernel takes them.
 using Translation = void (*)(const void* const* parameters);
-Translation translation(const char* name, const void* kernel);
+Translation translation(const void* kernel);
 
 // Runs body once for each thread of each block. Throws std::runtime_error.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
@@ -84,7 +84,7 @@ void launch(void (*kernel)(Params), const char* name, dim3 grid, dim3 block, siz
             const Params& params) {
   begin_launch(name, stream);
   const void* parameters[] = {&params};
-  if (const Translation translated = translation(name, reinterpret_cast<const void*>(kernel))) {
+  if (const Translation translated = translation(reinterpret_cast<const void*>(kernel))) {
     run(name, grid, block, shared_bytes, [&] { translated(parameters); });
   } else {
     run(name, grid, block, shared_bytes, [&] { kernel(params); });

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <bit>
-#include <cfenv>
 #include <limits>
 #include <type_traits>
 
@@ -148,11 +147,13 @@ T fused(T a, T b, T c) {
   return rounded<T>(std::fma(wide(a), wide(b), wide(c)));
 }
 
-// Rounded towards minus infinity.
+// Rounded towards minus infinity. The product is exact in double, and what the sum loses there is known.
 inline float fma_down(float a, float b, float c) {
-  const double exact = static_cast<double>(a) * b + c;
-  const auto near = static_cast<float>(exact);
-  return static_cast<double>(near) > exact ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
+  const double product = static_cast<double>(a) * b, addend = c, sum = product + addend;
+  const double of_addend = sum - product, lost = (product - (sum - of_addend)) + (addend - of_addend);
+  const auto near = static_cast<float>(sum);
+  const double above = static_cast<double>(near) - sum;
+  return above > 0 || (above == 0 && lost < 0) ? std::nextafter(near, -std::numeric_limits<float>::infinity()) : near;
 }
 
 template <class T>
