@@ -161,7 +161,7 @@ class TranslatedUnit(Unit):
         super().__init__(name, sources, namespace)
         self.is_sanitized = False
         digest = hashlib.sha256((self.digest + PTX).encode())
-        for file in (Path(ptx.__file__), *(EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))):
+        for file in (Path(__file__), Path(ptx.__file__), *(EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))):
             digest.update(file.read_bytes())
         self.digest = digest.hexdigest()[:20]
 
@@ -184,7 +184,7 @@ def compile_translation(module: str, source: Path, out: Path) -> None:
     """A module of PTX to an object; source is written on the way."""
     source.write_text("\n".join(['#include "ptx_machine.h"', *(entry.source for entry in ptx.entries(module))]))
     # Each instruction stands for itself: no two of them may become one that rounds once.
-    _run(["g++", "-std=c++20", "-O1", "-mfma", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}",
+    _run(["g++", "-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}",
           "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip
 
 

@@ -28,7 +28,7 @@ SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.([xyz])$|%laneid$|%warpid$")
 
 
 class Entry(NamedTuple):
-    """A kernel by its ``kernel_key``, and what it does as ``extern "C" void PREFIX<key>(const void* const* params)``."""
+    """A kernel's :func:`kernel_key`, and ``extern "C" void PREFIX<key>(const void* const* params)``, which does it."""
 
     key: str
     source: str
@@ -267,7 +267,8 @@ class Translator:
         targets = o[0].split("|")
         if len(targets) == 1:
             return self.put(targets[0], "pred", said)
-        return f"{{ const bool said = {said}; {self.put(targets[0], 'pred', 'said')} {self.put(targets[1], 'pred', '!said')} }}"
+        both = self.put(targets[0], "pred", "said") + self.put(targets[1], "pred", "!said")
+        return f"{{ const bool said = {said}; {both} }}"
 
     # Arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -396,8 +397,9 @@ class Translator:
 PLAIN = ("f32", "f64", "u32", "u64")
 CASTS = {(f"uint{bits}_t", f"int{bits}_t") for bits in (16, 32, 64)}
 UNARY = {
-    "neg": "negated", "abs": "magnitude", "not": "inverted", "ex2": "power_of_two", "lg2": "std::log2", "rcp": "reciprocal",
-    "rsqrt": "reciprocal_root", "sqrt": "std::sqrt", "tanh": "std::tanh", "popc": "population", "clz": "leading_zeros",
+    "neg": "negated", "abs": "magnitude", "not": "inverted", "ex2": "power_of_two", "lg2": "std::log2",
+    "rcp": "reciprocal", "rsqrt": "reciprocal_root", "sqrt": "std::sqrt", "tanh": "std::tanh", "popc": "population",
+    "clz": "leading_zeros",
 }  # fmt: skip
 BINARY = {
     "add": "sum<{t}>({a}, {b})", "sub": "difference<{t}>({a}, {b})", "and": "{a} & {b}", "or": "{a} | {b}",
