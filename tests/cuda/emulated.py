@@ -161,7 +161,8 @@ class TranslatedUnit(Unit):
         super().__init__(name, sources, namespace)
         self.is_sanitized = False
         digest = hashlib.sha256((self.digest + PTX).encode())
-        for file in (Path(__file__), Path(ptx.__file__), *(EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))):
+        headers = (EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))
+        for file in (Path(__file__), Path(ptx.__file__), *headers):
             digest.update(file.read_bytes())
         self.digest = digest.hexdigest()[:20]
 

@@ -22,9 +22,11 @@ TYPES = {
 IGNORED = {"volatile", "relaxed", "weak", "gpu", "cta", "sys", "nc", "uni", "aligned", "approx", "full", "L1", "L2",
            "evict_first", "evict_last", "evict_normal", "no_allocate", "cache_hint", "128B", "256B", "cg", "ca", "cs",
            "wt", "lu", "cv", "sync"}  # fmt: skip
+#: Modifiers that do change it, of which each instruction that has one says what it means.
+CHANGING = {"rz", "rm", "rp", "sat", "relu"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
                "hs": ">="}  # fmt: skip
-SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.([xyz])$|%laneid$|%warpid$")
+SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.([xyz])$|%laneid$")
 
 
 class Entry(NamedTuple):
@@ -51,12 +53,6 @@ def entries(ptx: str) -> Iterator[Entry]:
         parameters = re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", found[2].strip())
         key = kernel_key(found[1])
         yield Entry(key, Translator(shared, parameters).function(PREFIX + key, body[: end - 1]))
-
-
-class Instruction(NamedTuple):
-    guard: str
-    words: list[str]
-    operands: list[str]
 
 
 def split(operands: str) -> list[str]:
@@ -180,6 +176,8 @@ class Translator:
 
     def instruction(self, words: list[str], o: list[str]) -> str:
         op, rest = words[0], [w for w in words[1:] if w not in IGNORED]
+        if not {(op, w) for w in CHANGING & set(rest)} <= {("fma", "rm"), ("cvt", "sat")}:
+            raise ValueError(rest)
         method = getattr(self, f"op_{op}", None)
         if method is not None:
             return str(method(rest, o))
@@ -333,7 +331,7 @@ class Translator:
     def op_ld(self, rest: list[str], o: list[str]) -> str:
         space = next((w for w in rest if w in ("global", "shared", "param", "local", "const")), "generic")
         kind, targets = rest[-1], split(o[0][1:-1]) if o[0].startswith("{") else [o[0]]
-        pointer = f"{space}_load({self.address(o[1])}, {len(targets)} * sizeof({TYPES[kind]}), __COUNTER__)"
+        pointer = f"{space}_load({self.address(o[1])}, {len(targets)} * sizeof({TYPES[kind]}))"
         loads = "".join(self.put(t, kind, f"at<{TYPES[kind]}>(from, {i})") for i, t in enumerate(targets))
         return f"{{ const unsigned char* from = {pointer}; {loads} }}"
 
@@ -342,7 +340,7 @@ class Translator:
     def op_st(self, rest: list[str], o: list[str]) -> str:
         space = next((w for w in rest if w in ("global", "shared", "local")), "generic")
         kind, sources = rest[-1], split(o[1][1:-1]) if o[1].startswith("{") else [o[1]]
-        pointer = f"{space}_store({self.address(o[0])}, {len(sources)} * sizeof({TYPES[kind]}), __COUNTER__)"
+        pointer = f"{space}_store({self.address(o[0])}, {len(sources)} * sizeof({TYPES[kind]}))"
         stores = "".join(f"store(into, {i}, {self.value(s, kind)});" for i, s in enumerate(sources))
         return f"{{ unsigned char* into = {pointer}; {stores} }}"
 
@@ -354,7 +352,7 @@ class Translator:
         if rest[0] != "async" or "shared" not in rest or "global" not in rest:
             raise ValueError(rest)
         read = self.value(o[3], "b32") if len(o) > 3 else o[2]
-        return f"copy_async({self.address(o[0])}, {self.address(o[1])}, {o[2]}, {read}, __COUNTER__);"
+        return f"copy_async({self.address(o[0])}, {self.address(o[1])}, {o[2]}, {read});"
 
     # Of a whole warp ------------------------------------------------------------------------------------------------
 
@@ -372,7 +370,7 @@ class Translator:
         targets = split(o[0][1:-1])
         name = f"load_matrices<{len(targets)}, {'true' if 'trans' in rest else 'false'}>"
         loads = "".join(self.put(t, "b32", f"loaded[{i}]") for i, t in enumerate(targets))
-        return f"{{ uint32_t loaded[4]; {name}(loaded, {self.address(o[1])}, __COUNTER__); {loads} }}"
+        return f"{{ uint32_t loaded[4]; {name}(loaded, {self.address(o[1])}); {loads} }}"
 
     def op_mma(self, rest: list[str], o: list[str]) -> str:
         shape, kinds = rest[0], rest[3:]

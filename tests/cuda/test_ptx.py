@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import subprocess
 from collections.abc import Callable
@@ -128,9 +129,13 @@ def test_access_that_a_gpu_would_refuse(library: ctypes.CDLL, name: str, words: 
         run(library, name)
 
 
-def test_an_unknown_instruction_is_named() -> None:
-    with pytest.raises(NotImplementedError, match=r"wgmma\.fence"):
-        list(ptx.entries(kernel("k", "wgmma.fence.sync.aligned;")))
+@pytest.mark.parametrize(
+    "words",
+    ["wgmma.fence.sync.aligned", "add.rz.f32 %f0, %f1, %f1", "fma.rn.sat.f32 %f0, %f1, %f1, %f1", "bar.sync 1, 64"],
+)
+def test_what_is_not_known_is_named(words: str) -> None:
+    with pytest.raises(NotImplementedError, match=re.escape(words)):
+        list(ptx.entries(kernel("k", f"{words};")))
 
 
 def test_names_of_both_compilers_meet() -> None:

@@ -290,33 +290,23 @@ inline unsigned char* host_memory(uint64_t address, size_t bytes, const char* wh
   return reinterpret_cast<unsigned char*>(address);
 }
 
-inline const unsigned char* param_load(uint64_t address, size_t bytes, int) {
+inline const unsigned char* param_load(uint64_t address, size_t bytes) {
   return host_memory(address, bytes, "a load of a parameter");
 }
-inline const unsigned char* global_load(uint64_t address, size_t bytes, int) {
+inline const unsigned char* global_load(uint64_t address, size_t bytes) {
   return host_memory(address, bytes, "a load");
 }
-inline const unsigned char* generic_load(uint64_t address, size_t bytes, int) {
+inline const unsigned char* generic_load(uint64_t address, size_t bytes) {
   return host_memory(address, bytes, "a load");
 }
-inline const unsigned char* local_load(uint64_t address, size_t bytes, int) {
-  return host_memory(address, bytes, "a load");
-}
-inline const unsigned char* shared_load(uint64_t address, size_t bytes, int) {
+inline const unsigned char* local_load(uint64_t address, size_t bytes) { return host_memory(address, bytes, "a load"); }
+inline const unsigned char* shared_load(uint64_t address, size_t bytes) {
   return shared_memory(address, bytes, "a load");
 }
-inline unsigned char* global_store(uint64_t address, size_t bytes, int) {
-  return host_memory(address, bytes, "a store");
-}
-inline unsigned char* generic_store(uint64_t address, size_t bytes, int) {
-  return host_memory(address, bytes, "a store");
-}
-inline unsigned char* local_store(uint64_t address, size_t bytes, int) {
-  return host_memory(address, bytes, "a store");
-}
-inline unsigned char* shared_store(uint64_t address, size_t bytes, int) {
-  return shared_memory(address, bytes, "a store");
-}
+inline unsigned char* global_store(uint64_t address, size_t bytes) { return host_memory(address, bytes, "a store"); }
+inline unsigned char* generic_store(uint64_t address, size_t bytes) { return host_memory(address, bytes, "a store"); }
+inline unsigned char* local_store(uint64_t address, size_t bytes) { return host_memory(address, bytes, "a store"); }
+inline unsigned char* shared_store(uint64_t address, size_t bytes) { return shared_memory(address, bytes, "a store"); }
 
 inline uint64_t to_shared(uint64_t generic) {
   return generic - reinterpret_cast<uint64_t>(emulator::shared_base()) + kShared;
@@ -336,7 +326,7 @@ void store(unsigned char* into, int i, T value) {
   std::memcpy(into + static_cast<size_t>(i) * sizeof(T), static_cast<const void*>(&value), sizeof(T));
 }
 
-inline void copy_async(uint64_t destination, uint64_t source, size_t bytes, uint32_t read, int) {
+inline void copy_async(uint64_t destination, uint64_t source, size_t bytes, uint32_t read) {
   if (read != 0 && read != bytes) emulator::fail("cp.async of a part");
   emulator::copy_async(shared_memory(destination, bytes, "cp.async"), host_memory(source, bytes, "cp.async"), bytes,
                        read != 0);
@@ -382,7 +372,7 @@ inline uint32_t shuffle_up(uint32_t value, uint32_t distance, uint32_t clamp, ui
 
 // Matrix i has its rows where lanes 8 i to 8 i + 7 say.
 template <int kMatrices, bool kTransposed>
-void load_matrices(uint32_t (&out)[4], uint64_t address, int) {
+void load_matrices(uint32_t (&out)[4], uint64_t address) {
   const void* row = emulator::shared_base();
   if (emulator::lane() < 8 * kMatrices) row = shared_memory(address, 16, "ldmatrix");
   if constexpr (kTransposed) {
