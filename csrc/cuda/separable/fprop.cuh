@@ -31,45 +31,60 @@ struct Halo {
     return static_cast<int64_t>(memory.tile[step.map].first_x_row) * (p.shape.w * p.shape.c_in);
   }
 
-  // Calls f(piece, its first channel, where it is from there on, whether it is there, whether the tile is to write
-  // x_pre of it) for this thread's 16-byte pieces: the same ones for a copy and for what is done to it after the wait,
-  // which therefore needs no barrier between.
+  // Which 16 bytes of a pixel's chunk this thread has, and their first channel.
+  __device__ __forceinline__ int unit() const {
+    return static_cast<int>(threadIdx.x) & ((1 << (p.plan.chunk_log2 - 4)) - 1);
+  }
+  __device__ __forceinline__ int first_channel() const {
+    return ((step.chunk << (p.plan.chunk_log2 - 4)) + unit()) * kVec;
+  }
+
+  // Calls f(piece, where it is from the map's origin on, whether it is there, whether the tile is to write x_pre of it)
+  // for this thread's 16-byte pieces: the same ones for a copy and for what is done to it after the wait, which
+  // therefore needs no barrier between.
   template <class Function>
   __device__ __forceinline__ void for_each_piece(Function f) const {
     const SeparablePlan& plan = p.plan;
     const int log2_units = plan.chunk_log2 - 4, tid = static_cast<int>(threadIdx.x);
-    const int unit = tid & ((1 << log2_units) - 1), stride = static_cast<int>(blockDim.x) >> log2_units;
-    const int c = ((step.chunk << log2_units) + unit) * kVec, pixels = plan.halo_rows * plan.halo_pitch;
+    const int stride = static_cast<int>(blockDim.x) >> log2_units;
+    const int c = first_channel(), pixels = plan.halo_rows * plan.halo_pitch;
     const int* source = memory.source.get() + step.map * pixels;
     // Past the last channel nothing is there, at an address that could be read.
     const int flags = c < p.shape.c_in ? kIsPixel | kIsOwned : 0, first = flags != 0 ? c : 0;
     for (int i = tid >> log2_units; i < pixels; i += stride) {
       const int of_x = source[i];
-      f(buffer + (i << plan.chunk_log2) + unit * 16, first, (of_x & ~(kIsPixel | kIsOwned)) + first,
+      f(buffer + (i << plan.chunk_log2) + unit() * 16, (of_x & ~(kIsPixel | kIsOwned)) + first,
         (of_x & flags & kIsPixel) != 0, (of_x & kIsOwned) != 0);
     }
   }
 
   __device__ __forceinline__ void copy() const {
     const T* x = static_cast<const T*>(p.x) + origin();
-    for_each_piece([=](unsigned char* piece, int, int at, bool exists, bool) { cp_async_16(piece, x + at, exists); });
+    for_each_piece([=](unsigned char* piece, int at, bool exists, bool) { cp_async_16(piece, x + at, exists); });
   }
 
   // Applies the prologue where there is a pixel; padding stays zero.
   __device__ __forceinline__ void transform() const {
-    const float* scale = memory.taps.get() + p.shape.r * p.shape.s * p.plan.table_channels;
-    const float* shift = scale + p.plan.table_channels;
+    // Of the thread's channels, which are the same for all its pieces; the table reaches past the last channel.
+    const bool with_affine = p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr;
+    float scale[kVec], shift[kVec];
+    const float* table = memory.taps.get() + p.shape.r * p.shape.s * p.plan.table_channels + first_channel();
+#pragma unroll
+    for (int half = 0; half < kVec; half += 4) {
+      const auto a = Pack<float, 4>::load(table + half);
+      const auto b = Pack<float, 4>::load(table + p.plan.table_channels + half);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) scale[half + v] = a.v[v], shift[half + v] = b.v[v];
+    }
     const int64_t first = origin();
-    for_each_piece([&](unsigned char* place, int c, int at, bool exists, bool owned) {
+    for_each_piece([&](unsigned char* place, int at, bool exists, bool owned) {
       if (!exists) return;
       T* piece = reinterpret_cast<T*>(place);
       float u[kVec];
       Pack<T, kVec>::load(piece).widen(u);
+      if (with_affine) {
 #pragma unroll
-      for (int half = 0; half < kVec; half += 4) {
-        const auto a = Pack<float, 4>::load(scale + c + half), b = Pack<float, 4>::load(shift + c + half);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) u[half + v] = fmaf(a.v[v], u[half + v], b.v[v]);
+        for (int v = 0; v < kVec; ++v) u[v] = fmaf(scale[v], u[v], shift[v]);
       }
       if (p.addend != nullptr) {
         float other[kVec];
