@@ -31,8 +31,8 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline constexpr int kSharedAlignment = 128;
 constexpr int shared_bytes_of(int bytes) { return ceil_div(bytes, kSharedAlignment) * kSharedAlignment; }
 
-// Registers let 2 or 3 CTAs of the depthwise backward be resident on a multiprocessor. It has one wave only, since
-// every CTA leaves a partial sum.
+// Registers let 2 CTAs of the depthwise backward be resident on a multiprocessor. It has one wave only, since every CTA
+// leaves a partial sum.
 inline constexpr int kBpropCtasPerSm = 2;
 
 // The depthwise kernels. A thread computes strips of kStripWidth neighbouring columns, for one vector of channels; a

@@ -76,16 +76,14 @@ struct PixelRow {
 
  private:
   __device__ __forceinline__ void store_pixel(T* target, int i) const {
-    if constexpr (sizeof(Pack<T, VEC>) % 4 == 0) {
-      uint32_t words[sizeof(Pack<T, VEC>) / 4];
-      memcpy(static_cast<void*>(words), static_cast<const void*>(&pixel[i]), sizeof(words));
-      store_global(target, words);
-    } else {
-      pixel[i].store(target);
-    }
+    static_assert(sizeof(Pack<T, VEC>) % 4 == 0, "whole words are stored");
+    uint32_t words[sizeof(Pack<T, VEC>) / 4];
+    memcpy(static_cast<void*>(words), static_cast<const void*>(&pixel[i]), sizeof(words));
+    store_global(target, words);
   }
 };
 
+// scale v + shift.
 template <int WIDTH, int VEC>
 __device__ __forceinline__ void affine(float (&values)[WIDTH][VEC], const float (&scale)[VEC],
                                        const float (&shift)[VEC]) {

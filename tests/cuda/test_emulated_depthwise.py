@@ -53,6 +53,8 @@ FAST = [Case(f"k{k}-stride{stride}", 2, 8, 11, 13, (k, k), same(k, stride)) for 
     Case("k3-many-channels", 1, 136, 5, 5, (3, 3), same(3)),
     Case("k3-one-pixel", 3, 8, 1, 1, (3, 3), same(3)),
     Case("k3-several-tiles", 1, 64, 9, 70, (3, 3), same(3)),
+    # Several strips one below the other, and channels in whole vectors of four alone.
+    *(Case(f"k{k}-stride{stride}-tall", 1, 12, 41, 5, (k, k), same(k, stride)) for k in (3, 5, 7) for stride in (1, 2)),
 ]
 GENERAL = [
     Case("odd-channels", 2, 5, 7, 11, (3, 3), same(3), fast=False),
