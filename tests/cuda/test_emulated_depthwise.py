@@ -170,7 +170,7 @@ def test_forward_prologue_and_epilogue(library: emulated.Library, case: Case, ac
     assert_close("y", ours, theirs, truth)
 
 
-@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[9], FAST[12], GENERAL[1], GENERAL[3]], ids=ids)
+@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[9], FAST[12], FAST[14], FAST[15], GENERAL[1], GENERAL[3]], ids=ids)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_forward_residual_prologue(library: emulated.Library, case: Case, kind: str) -> None:
     x, w = draw(case, DTYPES[kind])
@@ -278,7 +278,7 @@ def test_an_error_carries_the_kernel_and_the_whole_problem(library: emulated.Lib
         library.call(f"emulate_depthwise_{way}", params)
 
 
-@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[13], GENERAL[1]], ids=ids)
+@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[13], FAST[14], GENERAL[1]], ids=ids)
 def test_same_bits_for_any_order_of_threads(case: Case) -> None:
     """Seeds shuffle the threads between barriers; several CTAs share the work; nothing may depend on it."""
     x, w = draw(case, torch.bfloat16)
