@@ -170,7 +170,9 @@ def test_forward_prologue_and_epilogue(library: emulated.Library, case: Case, ac
     assert_close("y", ours, theirs, truth)
 
 
-@pytest.mark.parametrize("case", [FAST[0], FAST[3], FAST[9], FAST[12], FAST[14], FAST[15], GENERAL[1], GENERAL[3]], ids=ids)
+@pytest.mark.parametrize(
+    "case", [FAST[0], FAST[3], FAST[9], FAST[12], FAST[14], FAST[15], GENERAL[1], GENERAL[3]], ids=ids
+)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_forward_residual_prologue(library: emulated.Library, case: Case, kind: str) -> None:
     x, w = draw(case, DTYPES[kind])
