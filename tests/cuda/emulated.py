@@ -28,8 +28,9 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Set by test_sanitizers.py for a process that has the sanitizers' runtime preloaded.
 SANITIZED = os.environ.get("XSEP_EMULATOR_SANITIZED") == "1"
 #: The architecture for which nvcc compiles kernels, whose PTX then runs in the place of the C++; "" for none. And of
-#: which files: all that the expression is found in.
+#: which files: all that the expression is found in. And whether the instructions are counted, for counted.py.
 PTX, PTX_FILES = os.environ.get("XSEP_EMULATED_PTX", ""), os.environ.get("XSEP_EMULATED_PTX_FILES", "")
+PTX_COUNTED = os.environ.get("XSEP_EMULATED_PTX_COUNTED") == "1"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 #: Translation units that stand on PyTorch, and have its headers and its registry.
@@ -160,7 +161,7 @@ class TranslatedUnit(Unit):
     def __init__(self, name: str, sources: Path, namespace: str) -> None:
         super().__init__(name, sources, namespace)
         self.is_sanitized = False
-        digest = hashlib.sha256((self.digest + PTX).encode())
+        digest = hashlib.sha256(f"{self.digest} {PTX} {PTX_COUNTED}".encode())
         headers = (EMULATOR / name for name in ("ptx_machine.h", "host_ptx.h", "emulator.h"))
         for file in (Path(__file__), Path(ptx.__file__), *headers):
             digest.update(file.read_bytes())
@@ -183,7 +184,9 @@ def nvcc() -> str:
 
 def compile_translation(module: str, source: Path, out: Path) -> None:
     """A module of PTX to an object; source is written on the way."""
-    source.write_text("\n".join(['#include "ptx_machine.h"', *(entry.source for entry in ptx.entries(module))]))
+    source.write_text(
+        "\n".join(['#include "ptx_machine.h"', *(entry.source for entry in ptx.entries(module, PTX_COUNTED))])
+    )
     # Each instruction stands for itself: no two of them may become one that rounds once.
     _run(["g++", "-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}",
           "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip

@@ -40,8 +40,36 @@ class Entry(NamedTuple):
 PREFIX = "translated_"
 
 
-def entries(ptx: str) -> Iterator[Entry]:
-    """Each ``.entry`` of a module."""
+#: What instructions are counted as, and the first words of each. Moves between registers, and loads of parameters, are
+#: of PTX alone: the machine's instructions have them as operands.
+KINDS = {
+    "multiply-add": ("fma", "mad"),
+    "float": ("copysign", "ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"),
+    "convert": ("cvt",),
+    "compare, select": ("setp", "selp"),
+    "integer": ("shl", "shr", "and", "or", "xor", "not", "popc", "div", "rem"),
+    "global": (),
+    "shared": ("ldmatrix", "cp"),
+    "tensor core": ("mma",),
+    "branch": ("bra", "ret"),
+    "warp, block": ("shfl", "bar"),
+    "none": ("mov", "cvta"),
+}
+
+
+def kind_of(words: list[str], operands: list[str]) -> str:
+    op = words[0]
+    if op in ("ld", "st"):
+        return next((space for space in ("global", "shared") if space in words), "none")
+    if op == "mov" and "{" in "".join(operands):
+        return "convert"
+    if op in ("add", "sub", "mul", "min", "max", "mad", "neg", "abs"):
+        return ("multiply-add" if op == "mad" else "float") if words[-1][0] == "f" else "integer"
+    return next((kind for kind, ops in KINDS.items() if op in ops), "none")
+
+
+def entries(ptx: str, counted: bool = False) -> Iterator[Entry]:
+    """Each ``.entry`` of a module; counted: every instruction adds one to ``emulate_counts`` at its kind's place."""
     ptx = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
     shared = re.findall(r"\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+(\w+)\[", ptx)
     for found in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{]*\{", ptx):
@@ -52,7 +80,7 @@ def entries(ptx: str) -> Iterator[Entry]:
             depth, end = depth + (1 if brace[0] == "{" else -1), brace.end()
         parameters = re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", found[2].strip())
         key = kernel_key(found[1])
-        yield Entry(key, Translator(shared, parameters).function(PREFIX + key, body[: end - 1]))
+        yield Entry(key, Translator(shared, parameters, counted).function(PREFIX + key, body[: end - 1]))
 
 
 def split(operands: str) -> list[str]:
@@ -70,8 +98,8 @@ def split(operands: str) -> list[str]:
 class Translator:
     """One kernel's body; ``shared`` and ``parameters`` are the names that stand for addresses."""
 
-    def __init__(self, shared: list[str], parameters: list[str]) -> None:
-        self.shared, self.parameters = shared, parameters
+    def __init__(self, shared: list[str], parameters: list[str], counted: bool) -> None:
+        self.shared, self.parameters, self.counted = shared, parameters, counted
         self.widths: dict[str, str] = {}
 
     def function(self, name: str, body: str) -> str:
@@ -117,6 +145,8 @@ class Translator:
         words = re.split(r"\.|::", found[3])
         try:
             code = self.instruction(words, split(found[4]))
+            if self.counted:
+                code = f"++emulate_counts[{list(KINDS).index(kind_of(words, split(found[4])))}]; {code}"
         except (KeyError, ValueError, AttributeError, IndexError) as error:
             raise NotImplementedError(f"PTX that the translator does not know: {text}") from error
         return f"if ({found[1]}{self.value(found[2], 'pred')}) {{ {code} }}" if found[2] else code

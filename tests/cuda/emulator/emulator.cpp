@@ -312,6 +312,8 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
 
 extern "C" {
 
+uint64_t emulate_counts[16];
+
 // From here on, this kernel runs as its PTX says.
 void emulate_translation(const void* kernel, emulator::Translation translated) {
   emulator::translations[kernel] = translated;

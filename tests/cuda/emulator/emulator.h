@@ -76,6 +76,13 @@ int planted_fault();
 using Translation = void (*)(const void* const* parameters);
 Translation translation(const void* kernel);
 
+}  // namespace emulator
+
+// How many instructions of each kind (tests/cuda/ptx.py) translations that count have run.
+extern "C" uint64_t emulate_counts[16];
+
+namespace emulator {
+
 // Runs body once for each thread of each block. Throws std::runtime_error.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
