@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import xsep
 from xsep import ChannelAffine, dispatch, extension, repeated, testing
@@ -20,6 +19,8 @@ from xsep.backends import packed_weights
 from xsep.checked import checked_separable_args
 from xsep.ops import separable
 from xsep.testing import VECTORS, Case
+
+from .repeated_support import Noting, assert_gradients_come_in_batches
 
 CALL = ("x", "w_dw", "w_pw", "bias", "stride", "padding", "dilation", "prologue", "middle", "epilogue", "residual")
 
@@ -267,21 +268,7 @@ def test_double_backward(module: Any) -> None:
 def test_a_batch_of_gradients_from_above(module: Any) -> None:
     call = make()
     y = xsep.separable_conv2d(**call)
-    dy = torch.randn(3, *y.shape)
-    found = torch.autograd.grad(y, tensors_of(call), dy, is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        for a, b in zip(found, torch.autograd.grad(y, tensors_of(call), dy[i], retain_graph=True), strict=True):
-            torch.testing.assert_close(a[i], b)
-
-
-class Noting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+    assert_gradients_come_in_batches(y, tensors_of(call))
 
 
 def test_a_mode_sees_the_op_and_its_backward(module: Any) -> None:

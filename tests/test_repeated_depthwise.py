@@ -8,12 +8,13 @@ from typing import Any, Optional
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import xsep
 from xsep import ChannelAffine, extension, repeated, testing
 from xsep.checked import checked_depthwise_args
 from xsep.ops import depthwise
+
+from .repeated_support import Noting, assert_gradients_come_in_batches
 
 CALL = ("x", "w_dw", "bias", "stride", "padding", "dilation", "prologue", "epilogue")
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
@@ -281,21 +282,7 @@ def test_only_what_requires_a_gradient_gets_one(module: Any) -> None:
 def test_a_batch_of_gradients_from_above(module: Any) -> None:
     call = make(bias=torch.randn(8))
     y = xsep.depthwise_conv2d(**call)
-    dy = torch.randn(3, *y.shape)
-    found = torch.autograd.grad(y, tensors_of(call), dy, is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        for a, b in zip(found, torch.autograd.grad(y, tensors_of(call), dy[i], retain_graph=True), strict=True):
-            torch.testing.assert_close(a[i], b)
-
-
-class Noting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+    assert_gradients_come_in_batches(y, tensors_of(call))
 
 
 @pytest.mark.parametrize("call", [make, lambda: left("nchw")], ids=["kernels", "left"])

@@ -12,26 +12,11 @@ namespace machine {
 
 inline constexpr uint64_t kShared = 1024;
 
-template <size_t>
-struct BitsOf;
-template <>
-struct BitsOf<1> {
-  using type = uint8_t;
-};
-template <>
-struct BitsOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct BitsOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct BitsOf<8> {
-  using type = uint64_t;
-};
+// As many bits, as a number.
 template <class T>
-using Bits = typename BitsOf<sizeof(T)>::type;
+using Bits = std::conditional_t<
+    sizeof(T) == 1, uint8_t,
+    std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
 
 template <class T>
 inline constexpr bool kIsFloat = !std::is_integral_v<T>;
