@@ -2,10 +2,10 @@
 //
 // A thread walks down kStripWidth neighbouring columns of x, for one vector of channels, STRIDE rows a step. The dz
 // values that its dx is made of are the ones its x meets in dw_dw, so both come from the same registers, through which
-// the rows of dz slide: each is loaded once, while the row before it is used. A strip starts where an even tap falls on
-// its first pixel: which tap joins which x and dz is then known at compile time, for stride 2 too. The sums for dw_dw
-// stay in registers over all of a CTA's tiles, are added over the CTA in a fixed order, and leave as one partial; a
-// second kernel adds the partials.
+// the rows of dz slide: where registers allow it, each is loaded once, while the row before it is used. A strip starts
+// where an even tap falls on its first pixel: which tap joins which x and dz is then known at compile time, for stride
+// 2 too. The sums for dw_dw stay in registers over all of a CTA's tiles, are added over the CTA in a fixed order, and
+// leave as one partial; a second kernel adds the partials.
 #pragma once
 
 #include "../gradient_epilogue.cuh"
