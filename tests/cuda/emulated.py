@@ -46,7 +46,8 @@ NOT_SANITIZED = {
     *(f"chain/fused_backward_{kind}.cu" for kind in ("fp16", "bf16")),
 }
 #: Translation units of each test library beside the emulator's own.
-LIBRARIES = {
+LIBRARIES: dict[str, list[str]] = {
+    "emulator": [],
     "depthwise": [
         *(f"depthwise/{way}{suffix}.cu" for way in ("fprop", "bprop") for suffix in ("", "_fp32", "_fp16", "_bf16")),
         "entry_depthwise.cpp",

@@ -47,12 +47,12 @@ KINDS = {
     "float": ("copysign", "ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"),
     "convert": ("cvt",),
     "compare, select": ("setp", "selp"),
-    "integer": ("shl", "shr", "and", "or", "xor", "not", "popc", "div", "rem"),
+    "integer": ("shl", "shr", "and", "or", "xor", "not", "popc", "rem", "bfe", "prmt", "shf"),
     "global": (),
-    "shared": ("ldmatrix", "cp"),
+    "shared": ("ldmatrix", "stmatrix", "cp"),
     "tensor core": ("mma",),
     "branch": ("bra", "ret"),
-    "warp, block": ("shfl", "bar"),
+    "warp, block": ("shfl", "bar", "redux"),
     "none": ("mov", "cvta"),
 }
 
@@ -61,9 +61,11 @@ def kind_of(words: list[str], operands: list[str]) -> str:
     op = words[0]
     if op in ("ld", "st"):
         return next((space for space in ("global", "shared") if space in words), "none")
+    if op == "wgmma":
+        return "tensor core" if "mma_async" in words else "none"
     if op == "mov" and "{" in "".join(operands):
         return "convert"
-    if op in ("add", "sub", "mul", "min", "max", "mad", "neg", "abs"):
+    if op in ("add", "sub", "mul", "min", "max", "mad", "neg", "abs", "div"):
         return ("multiply-add" if op == "mad" else "float") if words[-1][0] == "f" else "integer"
     return next((kind for kind, ops in KINDS.items() if op in ops), "none")
 
@@ -101,6 +103,8 @@ class Translator:
     def __init__(self, shared: list[str], parameters: list[str], counted: bool) -> None:
         self.shared, self.parameters, self.counted = shared, parameters, counted
         self.widths: dict[str, str] = {}
+        #: Whether the instruction takes float32 numbers below the smallest normal one for 0, and yields 0 for them.
+        self.flushes = False
 
     def function(self, name: str, body: str) -> str:
         lines = [f'extern "C" void {name}(const void* const* params) {{', "using namespace machine;", "(void)params;"]
@@ -170,6 +174,10 @@ class Translator:
 
     def value(self, operand: str, kind: str) -> str:
         """The operand as ``kind``."""
+        value = self.unflushed(operand, kind)
+        return f"flushed({value})" if self.flushes and kind == "f32" else value
+
+    def unflushed(self, operand: str, kind: str) -> str:
         cpp = TYPES[kind]
         if operand[:2] in ("0f", "0d"):
             single = operand[1] == "f"
@@ -185,14 +193,17 @@ class Translator:
             return f"({cpp}){call}"
         if operand in self.parameters:
             return f"(uint64_t)params[{self.parameters.index(operand)}]"
-        if operand in self.shared:
-            return f"({cpp})kShared"
+        name, _, offset = operand.replace(" ", "").partition("+")
+        if name in self.shared:
+            return f"({cpp})(kShared + {offset or 0})"
         if re.fullmatch(r"__local_depot\d+", operand):
             return f"(uint64_t){operand}"
         name, own = self.register(operand)
         return name if own == cpp else f"({cpp}){name}" if (own, cpp) in CASTS else f"as<{cpp}>({name})"
 
     def put(self, target: str, kind: str, value: str) -> str:
+        if self.flushes and kind == "f32":
+            value = f"flushed({value})"
         if target == "_":
             return f"(void)({value});"
         name, cpp = self.register(target)
@@ -208,6 +219,7 @@ class Translator:
         op, rest = words[0], [w for w in words[1:] if w not in IGNORED]
         if not {(op, w) for w in CHANGING & set(rest)} <= {("fma", "rm"), ("cvt", "sat")}:
             raise ValueError(rest)
+        self.flushes = "ftz" in rest
         method = getattr(self, f"op_{op}", None)
         if method is not None:
             return str(method(rest, o))
@@ -249,6 +261,11 @@ class Translator:
 
     op_barrier = op_bar
 
+    def op_fence(self, rest: list[str], o: list[str]) -> str:
+        if rest[:2] != ["proxy", "async"]:
+            raise ValueError(rest)
+        return ";"  # a fiber sees what another wrote before it stopped
+
     # Moves --------------------------------------------------------------------------------------------------------
 
     def op_mov(self, rest: list[str], o: list[str]) -> str:
@@ -279,20 +296,17 @@ class Translator:
         return self.put(o[0], kind, f"{self.value(o[3], 'pred')} ? {self.value(o[1], kind)} : {self.value(o[2], kind)}")
 
     def op_setp(self, rest: list[str], o: list[str]) -> str:
-        comparison, kind = rest[0], rest[-1]
-        combined = rest[1] if rest[1] in ("and", "or", "xor") else None
-        a, b = self.value(o[1], kind), self.value(o[2], kind)
-        if comparison in ("num", "nan"):
-            said = f"{'!' if comparison == 'num' else ''}(is_nan({a}) || is_nan({b}))"
-        elif comparison.endswith("u") and comparison[:-1] in COMPARISONS:
-            said = f"(is_nan({a}) || is_nan({b}) || {a} {COMPARISONS[comparison[:-1]]} {b})"
-        elif comparison == "ne" and kind[0] == "f":
-            said = f"(!is_nan({a}) && !is_nan({b}) && {a} != {b})"
-        else:
-            said = f"({a} {COMPARISONS[comparison]} {b})"
-        if combined:
+        comparison, kind, targets = rest[0], rest[-1], o[0].split("|")
+        if kind.endswith("x2"):
+            half = kind[:-2]
+            code = ""
+            for i in range(len(targets)):
+                a, b = (f"as<{TYPES[half]}>(piece<uint16_t, {i}>({self.value(x, 'b32')}))" for x in o[1:3])
+                code += f"const bool said_{i} = {compared(comparison, half, a, b)};"
+            return f"{{ {code} {''.join(self.put(t, 'pred', f'said_{i}') for i, t in enumerate(targets))} }}"
+        said = compared(comparison, kind, self.value(o[1], kind), self.value(o[2], kind))
+        if combined := rest[1] if rest[1] in ("and", "or", "xor") else None:
             said = f"({said} {dict(xor='!=', **{'and': '&&', 'or': '||'})[combined]} {self.value(o[3], 'pred')})"
-        targets = o[0].split("|")
         if len(targets) == 1:
             return self.put(targets[0], "pred", said)
         both = self.put(targets[0], "pred", "said") + self.put(targets[1], "pred", "!said")
@@ -325,6 +339,25 @@ class Translator:
             return self.put(o[0], wide, f"sum<{TYPES[wide]}>({product}, {self.value(o[3], wide)})")
         product = f"high_product({a}, {b})" if "hi" in rest else f"product({a}, {b})"
         return self.put(o[0], kind, f"sum<{TYPES[kind]}>({product}, {self.value(o[3], kind)})")
+
+    def op_bfe(self, rest: list[str], o: list[str]) -> str:
+        kind = rest[-1]
+        count = ", ".join(self.value(x, "u32") for x in o[2:])
+        return self.put(o[0], kind, f"bit_field({self.value(o[1], kind)}, {count})")
+
+    def op_prmt(self, rest: list[str], o: list[str]) -> str:
+        if rest != ["b32"]:
+            raise ValueError(rest)
+        return self.put(o[0], "b32", f"bytes_chosen({', '.join(self.value(x, 'b32') for x in o[1:])})")
+
+    def op_shf(self, rest: list[str], o: list[str]) -> str:
+        if rest[0] not in ("l", "r") or rest[1:] != ["wrap", "b32"]:
+            raise ValueError(rest)
+        low, high, count = (self.value(x, "b32") for x in o[1:])
+        both = f"(joined<uint64_t, uint32_t>({{{low}, {high}}})"
+        if rest[0] == "l":
+            return self.put(o[0], "b32", f"uint32_t({both} << (({count}) & 31)) >> 32)")
+        return self.put(o[0], "b32", f"uint32_t({both} >> (({count}) & 31)))")
 
     def op_fma(self, rest: list[str], o: list[str]) -> str:
         kind = rest[-1]
@@ -374,12 +407,15 @@ class Translator:
         stores = "".join(f"store(into, {i}, {self.value(s, kind)});" for i, s in enumerate(sources))
         return f"{{ unsigned char* into = {pointer}; {stores} }}"
 
+    def op_createpolicy(self, rest: list[str], o: list[str]) -> str:
+        return self.put(o[0], "b64", "0")  # of caches alone
+
     def op_cp(self, rest: list[str], o: list[str]) -> str:
         if rest[:2] == ["async", "commit_group"]:
             return "emulator::copy_async_commit();"
         if rest[:2] == ["async", "wait_group"]:
             return f"emulator::copy_async_wait({o[0]});"
-        if rest[0] != "async" or "shared" not in rest or "global" not in rest:
+        if rest[0] != "async" or "bulk" in rest or "shared" not in rest or "global" not in rest:
             raise ValueError(rest)
         read = self.value(o[3], "b32") if len(o) > 3 else o[2]
         return f"copy_async({self.address(o[0])}, {self.address(o[1])}, {o[2]}, {read});"
@@ -394,6 +430,11 @@ class Translator:
             code += self.put(targets[1], "pred", "inside")
         return f"{{ {code} }}"
 
+    def op_redux(self, rest: list[str], o: list[str]) -> str:
+        how, kind = rest
+        mine, mask = self.value(o[1], kind), self.value(o[2], "b32")
+        return self.put(o[0], kind, f"reduced({mine}, {mask}, {REDUCTIONS[how].format(t=TYPES[kind])})")
+
     def op_ldmatrix(self, rest: list[str], o: list[str]) -> str:
         if "m8n8" not in rest or rest[-1] != "b16":
             raise ValueError(rest)
@@ -401,6 +442,13 @@ class Translator:
         name = f"load_matrices<{len(targets)}, {'true' if 'trans' in rest else 'false'}>"
         loads = "".join(self.put(t, "b32", f"loaded[{i}]") for i, t in enumerate(targets))
         return f"{{ uint32_t loaded[4]; {name}(loaded, {self.address(o[1])}); {loads} }}"
+
+    def op_stmatrix(self, rest: list[str], o: list[str]) -> str:
+        if "m8n8" not in rest or rest[-1] != "b16":
+            raise ValueError(rest)
+        sources = split(o[1][1:-1])
+        name = f"store_matrices<{len(sources)}, {'true' if 'trans' in rest else 'false'}>"
+        return f"{name}({self.address(o[0])}, {{{', '.join(self.value(x, 'b32') for x in sources)}}});"
 
     def op_mma(self, rest: list[str], o: list[str]) -> str:
         shape, kinds = rest[0], rest[3:]
@@ -420,10 +468,42 @@ class Translator:
         done = "".join(self.put(t, "f32", f"d[{i}]") for i, t in enumerate(d))
         return f"{{ float d[4] = {{{start}}}; {operands} xsep::cuda::{call}; {done} }}"
 
+    def op_wgmma(self, rest: list[str], o: list[str]) -> str:
+        if rest[0] != "mma_async":
+            wait = f"emulator::read_async_wait({', '.join(o)});"
+            return {"fence": ";", "commit_group": "emulator::read_async_commit();", "wait_group": wait}[rest[0]]
+        _, shape, kind, *of = rest
+        depth = {"bf16": "16", "f16": "16", "tf32": "8"}[of[0]]
+        found = re.fullmatch(rf"m64n(\d+)k{depth}", shape)
+        in_registers = o[1].startswith("{")
+        # Whether A, where it is no register, and B are transposed: of 16-bit types alone.
+        flags = 0 if depth == "8" else 1 if in_registers else 2
+        if found is None or kind != "f32" or of[0] != of[1] or o[4:6] != ["1", "1"] or len(o) != 6 + flags:
+            raise ValueError(rest)
+        transposed = [f"{bool(int(flag))}".lower() for flag in o[6:]] or ["false", "false"]
+        cpp = "float" if of[0] == "tf32" else TYPES[of[0]]
+        targets = split(o[0][1:-1])
+        if len(targets) != int(found[1]) // 2:
+            raise ValueError(o[0])
+        start = ", ".join(self.value(x, "f32") for x in targets)
+        if in_registers:
+            a = f"const uint32_t a[4] = {{{', '.join(self.value(x, 'b32') for x in split(o[1][1:-1]))}}};"
+        else:
+            a = f"uint32_t a[4]; tile_fragment<{cpp}>(a, {self.value(o[1], 'b64')}, {transposed[0]});"
+        b = f"{self.value(o[2], 'b64')}, {transposed[-1]}"
+        call = f'warp_group_mma<{cpp}, {found[1]}>("wgmma.{shape}.{of[0]}", d, a, {b});'
+        done = "".join(self.put(t, "f32", f"d[{i}]") for i, t in enumerate(targets))
+        cleared = f"if (!{self.value(o[3], 'pred')}) std::fill(std::begin(d), std::end(d), 0.0f);"
+        return f"{{ float d[{len(targets)}] = {{{start}}}; {cleared} {a} {call} {done} }}"
+
 
 #: Types whose sums and products are those of C++, and casts that keep the bits.
 PLAIN = ("f32", "f64", "u32", "u64")
 CASTS = {(f"uint{bits}_t", f"int{bits}_t") for bits in (16, 32, 64)}
+REDUCTIONS = {
+    "add": "sum<{t}>", "min": "smaller<{t}>", "max": "larger<{t}>", "and": "std::bit_and<{t}>()",
+    "or": "std::bit_or<{t}>()", "xor": "std::bit_xor<{t}>()",
+}  # fmt: skip
 UNARY = {
     "neg": "negated", "abs": "magnitude", "not": "inverted", "ex2": "power_of_two", "lg2": "std::log2",
     "rcp": "reciprocal", "rsqrt": "reciprocal_root", "sqrt": "std::sqrt", "tanh": "std::tanh", "popc": "population",
@@ -436,6 +516,17 @@ BINARY = {
     "rem": "{a} % {b}", "shl": "shifted_left({a}, {b})", "shr": "shifted_right({a}, {b})",
     "copysign": "std::copysign({b}, {a})",
 }  # fmt: skip
+
+
+def compared(comparison: str, kind: str, a: str, b: str) -> str:
+    """Whether ``a`` compares to ``b`` so; of NaN that is false but where the comparison's name says otherwise."""
+    if comparison in ("num", "nan"):
+        return f"{'!' if comparison == 'num' else ''}(is_nan({a}) || is_nan({b}))"
+    if comparison.endswith("u") and comparison[:-1] in COMPARISONS:
+        return f"(is_nan({a}) || is_nan({b}) || {a} {COMPARISONS[comparison[:-1]]} {b})"
+    if comparison == "ne" and "f" in kind:
+        return f"(!is_nan({a}) && !is_nan({b}) && {a} != {b})"
+    return f"({a} {COMPARISONS[comparison]} {b})"
 
 
 def kernel_key(mangled: str) -> str:

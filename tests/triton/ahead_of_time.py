@@ -155,8 +155,10 @@ def launch_of(job: Job) -> launch.Launch:
         return launch.finalize_statistics(floats(32, 3, c).double(), vectors, 0.1, 1e-5)
     assert job.kernel in ("separable", "pointwise")
     problem = problem._replace(op="separable", c_out=job.outputs)
-    # Where there are statistics it is a layer of the chain.
-    chosen = chain_tile(problem, device, job.tf32) if job.statistics else separable_plan(problem, device, job.tf32).tile
+    # Where there are statistics it is a layer of the chain, the first of a block.
+    chosen = separable_plan(problem, device, job.tf32).tile
+    if job.statistics:
+        chosen = chain_tile(problem, device, job.tf32, addend=job.kernel == "separable")
     if job.kernel == "pointwise":
         chosen = pointwise_tile(dtype, device, job.tf32)
     y, o = _image(n, job.outputs, p, q, dtype), vector(job.outputs)
@@ -182,7 +184,7 @@ def launch_of(job: Job) -> launch.Launch:
 
 
 def source_of(made: launch.Launch) -> Any:
-    """What Triton's just-in-time compiler would compile for the launch, pointers aligned to 16 bytes."""
+    """What Triton's just-in-time compiler would compile for the launch; meta tensors are aligned to 16 bytes."""
     from triton.compiler import ASTSource
 
     function = made.function()
@@ -193,7 +195,8 @@ def source_of(made: launch.Launch) -> Any:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + POINTEES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -45,34 +45,48 @@ def test_z_stays_on_chip_where_one_program_holds_all_of_c_out(layer: tuple[int, 
 
 @pytest.mark.parametrize("size", [147, 74, 37, 19, 10])
 def test_few_lanes_idle_on_xceptions_maps(size: int) -> None:
-    tile = plans.fprop_tile(problem(728, 728, size), H200)
-    assert tile is not None
-    made = -(-size // tile.rows) * tile.rows
-    assert made <= 1.11 * size, f"{tile.rows} rows a program waste {made - size} of {made}"
-
-
-def test_what_an_activation_costs_registers_for_gets_smaller_tiles() -> None:
-    """Each of them spilled where the tile was that of a ReLU; the compilations ahead of time hold all of them."""
-
-    def rows(k: int, stride: int, code: int) -> int:
-        tile = plans.fprop_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0)), H200)
+    for tile in (plans.fprop_tile(problem(728, 728, size), H200), plans.backward_tile(problem(728, 728, size), H200)):
         assert tile is not None
-        return tile.rows
+        made = plans.row_tiles(size, 1, tile.rows) * tile.rows * plans.row_tiles(size, 1, tile.side) * tile.side
+        assert made <= 1.09 * size**2, f"{tile} makes {made} of {size**2} pixels"
+
+
+@pytest.mark.parametrize("n", [1, 8, 64])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda v: "-".join(map(str, v)))
+def test_strips_fill_the_card_or_are_as_short_as_they_get(layer: tuple[int, int, int], n: int) -> None:
+    """No strip is so long that a whole wave of programs more would be had by halving it."""
+    c, _, size = layer
+    made = problem(c, c, size, n=n)
+    tile = plans.fprop_tile(made, H200)
+    assert tile is not None
+
+    def clocks(rows: int) -> int:
+        beside = -(-n * plans.row_tiles(size, 1, tile.side) // tile.cols) * -(-c // tile.channels)
+        return plans.waves(beside * plans.row_tiles(size, 1, rows), H200) * (rows + 2 + plans.START)
+
+    assert all(clocks(tile.rows) <= clocks(rows) for rows in range(1, size + 1))
+
+
+def test_what_wants_registers_gets_fewer_columns_a_lane() -> None:
+    """Each of them spilled where the lane was that of a ReLU; the compilations ahead of time hold all of them."""
+
+    def lane(k: int, stride: int, code: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int, int]:
+        tile = plans.fprop_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0), dtype=dtype), H200)
+        assert tile is not None
+        return tile.cols * tile.channels // 128, tile.side, tile.unroll
+
+    def backward(k: int, stride: int, code: int) -> tuple[int, int, int]:
+        tile = plans.backward_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0)), H200)
+        assert tile is not None
+        return tile.cols * tile.channels // 128, tile.side, tile.unroll
 
     for code in plans.COSTLY:
-        assert [rows(3, 1, code), rows(5, 1, code), rows(3, 2, code)] == [6, 5, 4]
-    assert [rows(3, 1, RELU), rows(5, 1, RELU), rows(3, 2, RELU)] == [8, 8, 5]
-    assert plans.fprop_rows(7, 1, 4) == [6, 5, 4, 1] and plans.fprop_rows(7, 1, 2) == [6, 5, 4, 2, 1]
-
-    def lanes(k: int, stride: int, code: int, device: str = "sm_90") -> tuple[int, int]:
-        tile = plans.backward_tile(problem(128, 128, 160, k, stride, activations=(code, 0, 0)), DEVICES[device])
-        assert tile is not None
-        return tile.rows, tile.cols
-
+        assert [lane(3, 1, code), lane(5, 1, code), lane(3, 2, code)] == [(8, 1, 1), (2, 2, 1), (8, 1, 1)]
+    assert [lane(3, 1, RELU), lane(5, 1, RELU), lane(3, 2, RELU)] == [(8, 2, 2), (2, 4, 1), (8, 2, 1)]
+    assert lane(3, 1, RELU, torch.float32) == (4, 2, 2)
     for code in (SILU, GELU):
-        assert [lanes(3, 2, code), lanes(5, 2, code), lanes(7, 1, code)] == [(2, 8), (2, 4), (2, 2)]
-        assert lanes(3, 1, code) == lanes(3, 1, RELU) and lanes(7, 1, code, "gfx942") == (4, 2)
-    assert [lanes(3, 2, RELU), lanes(5, 2, RELU), lanes(7, 1, RELU)] == [(2, 16), (2, 8), (4, 2)]
+        assert [backward(3, 1, code), backward(5, 1, code), backward(7, 1, code)] == [(4, 1, 2), (2, 1, 2), (1, 1, 2)]
+    assert [backward(3, 1, RELU), backward(3, 2, RELU), backward(7, 1, RELU)] == [(4, 2, 2), (4, 1, 1), (1, 2, 1)]
 
 
 def test_the_chain_in_tf32_has_room_for_its_statistics() -> None:
@@ -94,7 +108,26 @@ def test_what_the_unrolled_kernels_do_not_take_goes_to_the_general_ones() -> Non
 
 def test_a_small_problem_gets_small_tiles() -> None:
     assert plans.separable_plan(problem(728, 728, 10, n=1), H200, False).tile == plans.FUSED_SMALL
-    assert plans.separable_plan(problem(128, 128, 147), H200, False).tile == plans.FUSED_TILES[128]
+    assert plans.separable_plan(problem(128, 256, 147), H200, False).tile == plans.FUSED_TILES[256]
+
+
+def test_lanes_have_two_columns_where_there_are_registers_for_them() -> None:
+    def tile(*args: int, card: str = "sm_90", **changed: Any) -> plans.SeparableTile:
+        return plans.separable_plan(problem(*args, **changed), DEVICES[card], True).tile
+
+    assert tile(64, 128, 147) == plans.FUSED_SIDE[128] and tile(64, 40, 147) == plans.FUSED_SIDE[64]
+    assert tile(64, 128, 147, activations=(RELU, 0, 0)) == plans.FUSED_SIDE[128]
+    crowded = (
+        tile(64, 128, 147, k=5), tile(64, 128, 147, stride=2), tile(61, 128, 147), tile(64, 128, 147, multiplier=2),
+        tile(64, 128, 147, activations=(0, 0, SILU)), tile(64, 128, 147, dtype=torch.float32),
+    )  # fmt: skip
+    assert set(crowded) == {plans.FUSED_TILES[128]}
+    assert tile(64, 128, 147, card="gfx942") == plans.FUSED_TILES_HIP[128]
+    # The training chain: the same pixels with an addend, which wants registers too.
+    side, beside = (plans.chain_tile(problem(64, 128, 147), H200, False, addend) for addend in (False, True))
+    assert side == plans.FUSED_SIDE[128] and beside == plans.replace(side, depth=16)
+    alone, other = (plans.chain_tile(problem(64, 256, 147), H200, False, addend) for addend in (False, True))
+    assert alone == other == plans.FUSED_TILES[256]
 
 
 def test_the_chains_tile_does_not_depend_on_the_batch() -> None:

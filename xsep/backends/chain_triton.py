@@ -47,10 +47,10 @@ def _problem(x: Tensor, w_dw: Tensor, c_out: int, geometry: Geometry, activation
     )  # fmt: skip
 
 
-def _tile(problem: Problem) -> tuple[SeparableTile, bool]:
+def _tile(problem: Problem, addend: bool = False) -> tuple[SeparableTile, bool]:
     device = device_of(problem.device, torch.cuda.current_device() if problem.device == "cuda" else 0)
     tf32 = backend.tf32_allowed(problem.dtype, device)
-    return chain_tile(problem, device, tf32), tf32
+    return chain_tile(problem, device, tf32, addend), tf32
 
 
 class TritonChain(AtenChain):
@@ -81,7 +81,7 @@ class TritonChain(AtenChain):
     ) -> Forward:  # fmt: skip
         g, (r_size, s_size), c_out = geometry, w_dw.shape[2:], w_pw.shape[0]
         problem = _problem(x, w_dw, c_out, g, load.activation)
-        tile, tf32 = _tile(problem)
+        tile, tf32 = _tile(problem, residual is not None)
         p, q = problem.output_size
         r = backend.new_nhwc(x, x.shape[0], c_out, p, q)
         x_pre = None if residual is None else backend.new_nhwc(x, *x.shape)

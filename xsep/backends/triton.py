@@ -133,7 +133,9 @@ class TritonBackend(Backend):
             tile = fprop_tile(problem, device)
             if tile is None:
                 return f"depthwise, general kernel{copied}"
-            return f"depthwise, {tile.rows}x{tile.cols} pixels of {tile.channels} channels a program{copied}"
+            return (
+                f"depthwise, {tile.rows}x{tile.cols * tile.side} pixels of {tile.channels} channels a program{copied}"
+            )
         found = separable_plan(problem, device, tf32_allowed(problem.dtype, device))
         if found.fused:
             t = found.tile

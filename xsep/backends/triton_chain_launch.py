@@ -16,12 +16,11 @@ from .triton_launch import (
     Launch,
     geometry_of,
     pixel_strides,
-    row_tiles,
     strides_of,
     vector_width,
     wide,
 )
-from .triton_plans import DepthwiseTile, step_of
+from .triton_plans import DepthwiseTile, row_tiles, step_of
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ PRODUCT_IEEE = ProductTile(128, 32, 16, 8, 1)
 GRADIENT_POOLED = ProductTile(128, 128, 32, 8, 1)
 
 #: The weight gradient. What else wants registers (filters of more than FUSED_TAPS, a stride, un-pooling on load, 32-bit
-#: values, an activation that is no comparison, narrow accesses, 64-bit offsets in float16) leaves room for half as many
-#: sums: at 128 inputs ptxas spilled up to 624 bytes.
+#: values, an activation that is no comparison, narrow accesses, 64-bit offsets) leaves room for half as many sums: at
+#: 128 inputs ptxas spilled up to 624 bytes.
 WGRAD = WgradTile(2, 32, 128, 128, 8, 1)
 WGRAD_NARROW = WgradTile(2, 32, 128, 64, 8, 1)
 WGRAD_LARGE_FILTER = WgradTile(1, 64, 128, 64, 8, 1)
@@ -83,6 +83,7 @@ WGRAD_PLAIN_TF32 = WgradTile(1, 32, 128, 128, 8, 2)
 WGRAD_HIP = WgradTile(2, 32, 128, 64, 4, 1)
 FUSED_TAPS = 9
 WGRAD_IEEE = WgradTile(1, 16, 64, 32, 4, 1)
+WGRAD_IEEE_LARGE_FILTER = WgradTile(1, 16, 64, 16, 4, 1)
 WGRAD_PLAIN_IEEE = WgradTile(1, 16, 64, 32, 4, 2)
 #: Programs a multiprocessor gets: two even out, and more would be more rows of partial sums. Eight, where those are
 #: small.
@@ -117,6 +118,8 @@ def wgrad_tile(
 ) -> WgradTile:  # fmt: skip
     """``taps``: R * S of the depthwise filter, 0 where there is none; ``activation`` on load; ``wide`` offsets."""
     if dtype is torch.float32 and not tf32:
+        if taps > 25 and device.kind != "hip":
+            return WGRAD_IEEE_LARGE_FILTER
         return WGRAD_IEEE if taps > 0 or pooled or device.kind == "hip" else WGRAD_PLAIN_IEEE
     if device.kind == "hip":
         return WGRAD_HIP
@@ -125,7 +128,7 @@ def wgrad_tile(
     if taps > 25:
         return WGRAD_LARGE_FILTER
     crowded = taps > FUSED_TAPS or stride > 1 or pooled or dtype is torch.float32
-    crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0 or (wide and dtype is torch.float16)
+    crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0 or wide
     return WGRAD_NARROW if crowded or c_in <= 64 else WGRAD
 
 
@@ -201,13 +204,8 @@ def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = F
 
 def chain_backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     """The one-pass backward's tile where a shortcut and the sums of dx want registers beside the sums of dw_dw."""
-    # What activations cost is in the rules below.
-    tile, taps = backward_tile(problem._replace(activations=(IDENTITY,) * 3), device), problem.r * problem.s
+    # What activations cost is in the rule below.
+    tile = backward_tile(problem._replace(activations=(IDENTITY,) * 3), device)
     if tile is None:
         return None
-    if taps > 25:
-        return replace(tile, rows=min(tile.rows, 2))
-    crowded = max(problem.geometry.stride) > 1 if taps > 9 else problem.activations[0] not in COMPARISONS
-    if crowded and problem.dtype.itemsize == 2:
-        return replace(tile, cols=max(tile.cols // 2, 1))
-    return tile
+    return replace(tile, side=tile.side if problem.activations[0] in COMPARISONS else 1, unroll=1)

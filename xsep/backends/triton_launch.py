@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Affine, Geometry
-from .triton_plans import INT32, DepthwiseTile, SeparableTile, step_of
+from .triton_plans import INT32, DepthwiseTile, SeparableTile, groups_of, row_tiles, step_of
 
 
 @dataclass
@@ -82,11 +82,6 @@ def strides_of(prefix: str, t: Tensor, vec: int) -> dict[str, int]:
     return dict(zip((f"{prefix}_n", f"{prefix}_h", f"{prefix}_w"), (s // vec for s in pixel_strides(t))))
 
 
-def row_tiles(rows: int, step: int, tile_rows: int) -> int:
-    """Tiles that cover ``rows`` rows when a tile has ``tile_rows`` of one of ``step`` interleaved phases."""
-    return step * ceil(rows / (step * tile_rows))
-
-
 def depthwise_fprop(
     x: Tensor, weight: Tensor, y: Tensor, filter_size: tuple[int, int], prologue: Affine, epilogue: Affine,
     geometry: Geometry, tile: DepthwiseTile,
@@ -97,29 +92,31 @@ def depthwise_fprop(
     multiplier = c_mid // c_in
     strides = pixel_strides(x)
     vec = vector_width(x.element_size(), c_mid, *strides) if multiplier == 1 else 1
-    step = step_of(geometry.stride_h, geometry.dilation_h)
-    tiles = row_tiles(p, step.row, tile.rows)
-    grid = ceil(c_mid / tile.channels) * tiles * ceil(n * q / tile.cols)
+    down, across = step_of(geometry.stride_h, geometry.dilation_h), step_of(geometry.stride_w, geometry.dilation_w)
+    strips, groups = row_tiles(p, down.row, tile.rows), row_tiles(q, across.row, tile.side)
+    grid = ceil(c_mid / tile.channels) * strips * ceil(n * groups / tile.cols)
     args = {
         "x": x, "weight": weight, "y": y, "scale_p": prologue.scale, "shift_p": prologue.shift,
         "scale_e": epilogue.scale, "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_e": epilogue.alpha,
         "n": n, "h": h, "w": w, "channel_vecs": c_mid // vec, "p": p, "q": q, **strides_of("sx", x, vec),
-        "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "tiles": tiles,
+        "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "groups": groups, "strips": strips,
+        "rows": tile.rows,
     }  # fmt: skip
     constants = {
-        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
-        "MULTIPLIER": multiplier, "ACT_P": prologue.activation, "ACT_E": epilogue.activation, "ROWS": tile.rows,
-        "COLS": tile.cols, "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, y),
+        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": down.row, "TAP_ROWS": down.tap,
+        "COL_STEP": across.row, "TAP_COLS": across.tap, "MULTIPLIER": multiplier, "ACT_P": prologue.activation,
+        "ACT_E": epilogue.activation, "SIDE": tile.side, "UNROLL": tile.unroll, "COLS": tile.cols,
+        "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, y),
     }  # fmt: skip
     return Launch("depthwise_fprop", "depthwise_fprop", (grid,), args, constants, tile.warps)
 
 
 @dataclass(frozen=True)
 class BackwardSplit:
-    """How the tiles of x are dealt out to the programs of the one-pass backward."""
+    """How the strips of x are dealt out to the programs of the one-pass backward."""
 
-    row_tiles: int
-    groups: int
+    strips: int  # in a column of x
+    groups: int  # of columns in a row
     tiles: int
     channel_blocks: int
 
@@ -131,10 +128,9 @@ class BackwardSplit:
 def backward_split(x: Tensor, geometry: Geometry, tile: DepthwiseTile) -> BackwardSplit:
     n, c, h, w = x.shape
     g = geometry
-    step = g.dilation_h if g.stride_h == 1 else 1
-    rows = row_tiles(h + g.pad_top % g.stride_h, step, tile.rows)
-    groups = (w - 1 + g.pad_left % g.stride_w) // g.stride_w + 1
-    return BackwardSplit(rows, groups, rows * ceil(n * groups / tile.cols), ceil(c / tile.channels))
+    strips = row_tiles(groups_of(h, g.pad_top, g.stride_h), g.dilation_h, tile.rows)
+    groups = row_tiles(groups_of(w, g.pad_left, g.stride_w), g.dilation_w, tile.side)
+    return BackwardSplit(strips, groups, strips * ceil(n * groups / tile.cols), ceil(c / tile.channels))
 
 
 @dataclass(frozen=True)
@@ -164,14 +160,14 @@ def depthwise_backward(
         "x": x, "dz": dz, "weight": weight, "dx": dx, "partials": partials, "scale_p": prologue.scale,
         "shift_p": prologue.shift, "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channel_vecs": c // vec,
         "p": p, "q": q, **strides_of("sx", x, vec), **strides_of("sd", dz, vec), "pad_top": geometry.pad_top,
-        "pad_left": geometry.pad_left, "row_tiles": split.row_tiles, "groups": split.groups, "share": share,
-        "shortcut": extra.shortcut, "operand_1": extra.operands[0], "operand_2": extra.operands[1],
+        "pad_left": geometry.pad_left, "strips": split.strips, "rows": tile.rows, "groups": split.groups,
+        "share": share, "shortcut": extra.shortcut, "operand_1": extra.operands[0], "operand_2": extra.operands[1],
         "centres": extra.centres, "short_h": short_h, "short_w": short_w,
     }  # fmt: skip
     constants = {
         "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ACT_P": prologue.activation,
-        "WANT_DX": dx is not None, "WANT_DW": want_dw, "WANT_AFFINE": want_affine, "ROWS": tile.rows,
-        "COLS": tile.cols, "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, dz),
+        "WANT_DX": dx is not None, "WANT_DW": want_dw, "WANT_AFFINE": want_affine, "SIDE": tile.side,
+        "UNROLL": tile.unroll, "COLS": tile.cols, "CHANNELS": tile.channels, "VEC": vec, "WIDE": wide(x, dz),
         "SHORT_STEP": 1 if (short_h, short_w) == (h, w) else 2, "ACTIVATED": extra.activated, "SUMS": extra.sums,
     }  # fmt: skip
     return Launch("depthwise_backward", "depthwise_backward", (grid,), args, constants, tile.warps)
@@ -291,7 +287,8 @@ class SeparableTensors:
 def pixel_tiles(y: Tensor, geometry: Geometry, tile: SeparableTile) -> int:
     """Pixel tiles of y [N, C_out, P, Q]: rows of the statistics' partials."""
     n, _, p, q = y.shape
-    return row_tiles(p, step_of(geometry.stride_h, geometry.dilation_h).row, tile.rows) * ceil(n * q / tile.cols)
+    down, across = step_of(geometry.stride_h, geometry.dilation_h), step_of(geometry.stride_w, geometry.dilation_w)
+    return row_tiles(p, down.row, tile.rows) * ceil(n * row_tiles(q, across.row, tile.side) / tile.cols)
 
 
 def separable_fprop(
@@ -304,21 +301,22 @@ def separable_fprop(
     multiplier = c_mid // c_in
     vec = vector_width(t.x.element_size(), c_mid, *pixel_strides(t.x)) if multiplier == 1 else 1
     out_vec = vector_width(t.x.element_size(), c_out)
-    step = step_of(geometry.stride_h, geometry.dilation_h)
-    tiles = row_tiles(p, step.row, tile.rows)
+    down, across = step_of(geometry.stride_h, geometry.dilation_h), step_of(geometry.stride_w, geometry.dilation_w)
     args = {
         "x": t.x, "addend": t.addend, "x_pre": t.x_pre, "weight": t.weight, "w_pw": t.w_pw, "residual": t.residual,
         "y": t.y, "partials": t.partials, "counts": t.counts, "bias": t.bias, "scale_p": prologue.scale,
         "shift_p": prologue.shift, "scale_m": middle.scale, "shift_m": middle.shift, "scale_e": epilogue.scale,
         "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_m": middle.alpha, "alpha_e": epilogue.alpha,
         "n": n, "h": h, "w": w, "mid_vecs": c_mid // vec, "out_vecs": c_out // out_vec, "p": p, "q": q,
-        **strides_of("sx", t.x, vec), "pad_top": geometry.pad_top, "pad_left": geometry.pad_left, "tiles": tiles,
+        **strides_of("sx", t.x, vec), "pad_top": geometry.pad_top, "pad_left": geometry.pad_left,
+        "tiles": row_tiles(p, down.row, tile.rows), "groups": row_tiles(q, across.row, tile.side),
     }  # fmt: skip
     constants = {
-        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": step.row, "TAP_STEP": step.tap,
-        "MULTIPLIER": multiplier, "CENTRE_R": geometry.pad_top // geometry.dilation_h,
-        "CENTRE_S": geometry.pad_left // geometry.dilation_w, "ACT_P": prologue.activation, "ACT_M": middle.activation,
-        "ACT_E": epilogue.activation, "PRECISION": "tf32" if tf32 else "ieee", "ROWS": tile.rows, "COLS": tile.cols,
+        "R": filter_size[0], "S": filter_size[1], **geometry_of(geometry), "ROW_STEP": down.row, "TAP_ROWS": down.tap,
+        "COL_STEP": across.row, "TAP_COLS": across.tap, "MULTIPLIER": multiplier,
+        "CENTRE_R": geometry.pad_top // geometry.dilation_h, "CENTRE_S": geometry.pad_left // geometry.dilation_w,
+        "ACT_P": prologue.activation, "ACT_M": middle.activation, "ACT_E": epilogue.activation,
+        "PRECISION": "tf32" if tf32 else "ieee", "ROWS": tile.rows, "SIDE": tile.side, "COLS": tile.cols,
         "OUTPUTS": tile.outputs, "DEPTH": tile.depth, "VEC": vec, "OUT_VEC": out_vec,
         "WIDE": wide(t.x, t.y) or t.w_pw.numel() > INT32,
     }  # fmt: skip

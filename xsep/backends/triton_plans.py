@@ -77,19 +77,31 @@ def step_of(stride: int, dilation: int) -> Step:
     return Step(dilation // common, stride // common)
 
 
+def row_tiles(rows: int, step: int, tile_rows: int) -> int:
+    """Tiles that cover ``rows`` rows when a tile has ``tile_rows`` of one of ``step`` interleaved phases."""
+    return step * ceil(rows / (step * tile_rows))
+
+
+def groups_of(extent: int, pad: int, stride: int) -> int:
+    """Groups of ``stride`` rows or columns of x that begin where a filter does."""
+    return ceil((extent + pad % stride) / stride)
+
+
 @dataclass(frozen=True)
 class DepthwiseTile:
-    """rows x cols pixels of ``channels`` channels by one program of ``warps`` warps."""
+    """``rows`` rows of ``cols`` groups of ``side`` columns, ``channels`` channels, by a program of ``warps`` warps."""
 
     rows: int
     cols: int
     channels: int
     warps: int
+    side: int = 1
+    unroll: int = 1  # steps of the walk down the rows
 
 
 @dataclass(frozen=True)
 class SeparableTile:
-    """rows x cols pixels of ``outputs`` channels by one program, ``depth`` channels of z at a time."""
+    """``rows`` rows of ``cols`` groups of ``side`` columns, ``outputs`` channels; ``depth`` channels of z at a time."""
 
     rows: int
     cols: int
@@ -97,6 +109,7 @@ class SeparableTile:
     depth: int
     warps: int
     stages: int
+    side: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,30 +121,47 @@ class SeparablePlan:
     tile: SeparableTile
 
 
-#: Rows of one depthwise forward program. More rows read fewer halo rows; the accumulators of 8, and 12 rows of x in
-#: flight, are what the registers hold.
-FPROP_ROWS = (8, 6, 5, 4, 2, 1)
-FPROP_LOADED = 12
-#: exp, tanh and erf keep so many values at once that 8 sums beside them spilled (up to 96 bytes on sm_80 and sm_90); in
-#: float32, where a thread has half as many channels, erf alone.
-FPROP_LOADED_COSTLY = 9
+#: exp, tanh and erf keep so many values at once that there is room for half as many columns beside them.
 COSTLY = (SILU, GELU, GELU_TANH)
-COSTLY_FP32 = (GELU,)
 #: Activations that want no registers of their own.
 COMPARISONS = (IDENTITY, RELU, RELU6, LEAKY_RELU)
 
-#: (R * S up to, elements a thread holds of 16-bit and of 32-bit types, rows at stride 1): what leaves registers for
-#: the sums. At stride 2 it is 2 rows.
-BACKWARD_STEPS = ((9, 8, 4, 2), (25, 4, 2, 2), (49, 1, 1, 4))
+
+class Lane(NamedTuple):
+    """What one lane of a depthwise kernel has: so many neighbouring channels of so many columns; rows in one turn."""
+
+    channels: int
+    side: int
+    unroll: int
+
+
+#: (R * S up to, lanes of 16-bit and of 32-bit types): what the filter's taps, and in the backward their sums, leave
+#: registers for.
+FPROP_LANES = (
+    (9, Lane(8, 2, 2), Lane(4, 2, 2)),
+    (25, Lane(2, 4, 1), Lane(2, 4, 1)),
+    (49, Lane(2, 2, 2), Lane(2, 2, 2)),
+)
+BACKWARD_LANES = (
+    (9, Lane(4, 2, 2), Lane(4, 2, 1)),
+    (25, Lane(2, 2, 1), Lane(2, 2, 1)),
+    (49, Lane(1, 2, 1), Lane(1, 2, 1)),
+)
+#: Depthwise programs that a multiprocessor has registers for, and how many rows it takes each until it is under way.
+RESIDENT = 2
+START = 4
 
 #: Fused tiles for 16-bit types and TF32, by the largest C_out. All of C_out up to 256 is held by one program; filters
-#: of more than FUSED_TAPS need the registers of half of it.
+#: of more than FUSED_TAPS, and strides in float32, need the registers of half of it.
 FUSED_TILES = {
-    64: SeparableTile(2, 64, 64, 32, 8, 1),
-    128: SeparableTile(2, 64, 128, 32, 8, 1),
-    256: SeparableTile(2, 64, 256, 32, 8, 1),
+    64: SeparableTile(4, 32, 64, 32, 8, 1),
+    128: SeparableTile(4, 32, 128, 32, 8, 1),
+    256: SeparableTile(4, 32, 256, 32, 8, 1),
 }
 FUSED_TAPS = 9
+#: Two columns a lane, where neither taps nor strides nor activations want the registers: an element of x is loaded,
+#: converted and given the prologue 3 times for every z instead of 4.5.
+FUSED_SIDE = {64: SeparableTile(4, 16, 64, 64, 8, 1, 2), 128: SeparableTile(4, 16, 128, 64, 8, 1, 2)}
 #: AMD's 64 KB of local memory; a wavefront has 64 lanes, so 4 are 256 threads.
 FUSED_TILES_HIP = {
     64: SeparableTile(2, 64, 64, 32, 4, 1),
@@ -141,7 +171,7 @@ FUSED_TILES_HIP = {
 #: Exact float32 products run on the plain lanes, from registers.
 FUSED_IEEE = SeparableTile(2, 32, 64, 16, 4, 1)
 #: For maps or batches so small that the tiles above leave multiprocessors idle.
-FUSED_SMALL = SeparableTile(1, 16, 64, 32, 4, 1)
+FUSED_SMALL = SeparableTile(2, 16, 64, 32, 4, 1)
 
 #: The pointwise product with prologue, epilogue or statistics, where torch.mm would need further passes.
 POINTWISE = SeparableTile(1, 128, 128, 64, 8, 3)
@@ -156,65 +186,73 @@ def unrolled(problem: Problem) -> bool:
     return max(problem.r, problem.s) <= UNROLLED_FILTER and max(g.stride) <= UNROLLED_STRIDE
 
 
-def _channels_and_cols(channels: int, elements: int, threads: int) -> tuple[int, int]:
-    """Channels of a tile (a power of two, at most 64) and the columns that fill the threads."""
+def _lane(lanes: tuple[tuple[int, Lane, Lane], ...], problem: Problem) -> Lane:
+    _, narrow, wide = next(entry for entry in lanes if problem.r * problem.s <= entry[0])
+    return wide if problem.dtype.itemsize == 4 else narrow
+
+
+def _strips(rows: int, phases: int) -> list[int]:
+    """Every height that cuts the rows of each of so many interleaved phases into strips of about one size."""
+    longest = max(ceil(rows / phases), 1)
+    return sorted({ceil(longest / count) for count in range(1, longest + 1)}, reverse=True)
+
+
+def _tile(channels: int, lane: Lane, device: Device) -> DepthwiseTile:
+    """128 threads on every card; a power of two of channels, at most 64."""
     block = min(64, 1 << max(channels - 1, 0).bit_length())
-    return block, max(threads * elements // block, 1)
+    return DepthwiseTile(1, max(128 * lane.channels // block, 1), block, 128 // device.warp, lane.side, lane.unroll)
 
 
-def _threads(device: Device) -> tuple[int, int]:
-    """(warps, threads) of a depthwise program: 128 threads on every card."""
-    return 128 // device.warp, 128
+def waves(programs: int, device: Device) -> int:
+    return ceil(programs / (RESIDENT * device.multiprocessors))
 
 
-def fprop_rows(r: int, tap: int, itemsize: int, most: int = FPROP_LOADED) -> list[int]:
-    """Those of FPROP_ROWS that a program can have; 2 of 7 float32 taps spilled, 8 bytes, where 1 and 4 do not."""
-    fitting = [rows for rows in FPROP_ROWS if (rows - 1) * tap + r <= most]
-    return [rows for rows in fitting if (rows, r, tap, itemsize) != (2, 7, 1, 4)]
-
-
+@lru_cache(maxsize=4096)
 def fprop_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     """The tile of the unrolled forward kernel, or None where the general one has to run."""
     if not unrolled(problem):
         return None
-    warps, threads = _threads(device)
-    elements = 16 // problem.dtype.itemsize
+    lane = _lane(FPROP_LANES, problem)
+    if any(code in COSTLY for code in problem.activations):
+        lane = lane._replace(side=lane.side // 2, unroll=1)
+    if max(problem.geometry.stride) > 1:
+        lane = lane._replace(unroll=1)
+    tile = _tile(problem.c_mid, lane, device)
     p, q = problem.output_size
-    channels, cols = _channels_and_cols(problem.c_mid, elements, threads)
-    step = step_of(problem.geometry.stride_h, problem.geometry.dilation_h)
-    around = ceil(problem.n * q / cols) * ceil(problem.c_mid / channels)
+    g = problem.geometry
+    down, across = step_of(g.stride_h, g.dilation_h), step_of(g.stride_w, g.dilation_w)
+    beside = ceil(problem.n * row_tiles(q, across.row, tile.side) / tile.cols) * ceil(problem.c_mid / tile.channels)
 
-    def cost(rows: int) -> tuple[float, int]:
-        per_phase = ceil(ceil(p / step.row) / rows)
-        made = per_phase * rows * step.row  # rows past the map are computed and thrown away
-        loaded = per_phase * step.row * ((rows - 1) * step.tap + problem.r)
-        waves = ceil(around * per_phase * step.row / (4 * device.multiprocessors))
-        idle = waves * 4 * device.multiprocessors / (around * per_phase * step.row)
-        return (made + 0.5 * loaded / step.tap) * idle, -rows
+    def cost(rows: int) -> int:
+        programs = beside * row_tiles(p, down.row, rows)
+        return waves(programs, device) * (rows + ceil(problem.r / down.tap) - 1 + START)
 
-    costly = COSTLY if problem.dtype.itemsize == 2 else COSTLY_FP32
-    most = FPROP_LOADED_COSTLY if any(code in costly for code in problem.activations) else FPROP_LOADED
-    fitting = fprop_rows(problem.r, step.tap, problem.dtype.itemsize, most)
-    return DepthwiseTile(min(fitting, key=cost), cols, channels, warps)
+    return replace(tile, rows=min(_strips(p, down.row), key=cost))
 
 
+@lru_cache(maxsize=4096)
 def backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:
     """The tile of the one-pass backward kernel, or None where the general ones have to run."""
     g = problem.geometry
-    if not unrolled(problem) or problem.multiplier != 1 or (g.stride_h > 1 and g.dilation_h > 1):
+    dilated = (g.stride_h > 1 and g.dilation_h > 1) or (g.stride_w > 1 and g.dilation_w > 1)
+    if not unrolled(problem) or problem.multiplier != 1 or dilated:
         return None
-    warps, threads = _threads(device)
-    _, narrow, wide, rows = next(step for step in BACKWARD_STEPS if problem.r * problem.s <= step[0])
-    elements = wide if problem.dtype.itemsize == 4 else narrow
-    channels, cols = _channels_and_cols(problem.c_in, elements, threads)
-    strided = max(g.stride) > 1
-    tile = DepthwiseTile(2 if strided else rows, cols, channels, warps)
-    if problem.activations[0] in COMPARISONS or device.kind == "hip":
-        return tile
-    # An activation's slope beside as many sums spilled up to 48 bytes.
-    if problem.r * problem.s > 25:
-        return replace(tile, rows=min(tile.rows, 2))
-    return replace(tile, cols=max(cols // 2, 1)) if strided and problem.dtype.itemsize == 2 else tile
+    lane = _lane(BACKWARD_LANES, problem)
+    if max(g.stride) > 1 or problem.activations[0] not in COMPARISONS:
+        lane = lane._replace(side=1, unroll=1 if max(g.stride) > 1 and problem.r * problem.s <= 9 else 2)
+    if max(g.stride) > 1 and problem.dtype.itemsize == 4:
+        lane = lane._replace(channels=max(lane.channels // 2, 1))
+    tile = _tile(problem.c_in, lane, device)
+    rows_of_x, columns = groups_of(problem.h, g.pad_top, g.stride_h), groups_of(problem.w, g.pad_left, g.stride_w)
+    beside = ceil(problem.n * row_tiles(columns, g.dilation_w, tile.side) / tile.cols)
+    blocks = ceil(problem.c_in / tile.channels)
+
+    def cost(rows: int) -> int:
+        tiles = beside * row_tiles(rows_of_x, g.dilation_h, rows)
+        share = share_of(tiles, blocks, device)
+        return waves(ceil(tiles / share) * blocks, device) * share * (rows + (problem.r - 1) // g.stride_h + START)
+
+    return replace(tile, rows=min(_strips(rows_of_x, g.dilation_h), key=cost))
 
 
 def share_of(tiles: int, blocks: int, device: Device) -> int:
@@ -229,8 +267,14 @@ def _matrix_tile(problem: Problem, device: Device, tf32: bool) -> SeparableTile:
     if ceil(pixels / 128) * ceil(problem.c_out / 256) < device.multiprocessors // 2:
         return FUSED_SMALL
     tiles = FUSED_TILES_HIP if device.kind == "hip" else FUSED_TILES
-    widest = 256 if problem.r * problem.s <= FUSED_TAPS else 128
-    return next((tile for size, tile in tiles.items() if min(problem.c_out, widest) <= size), tiles[widest])
+    large, strided = problem.r * problem.s > FUSED_TAPS, max(problem.geometry.stride) > 1
+    wide = problem.dtype is torch.float32
+    roomy = not (large or strided or wide) and set(problem.activations) <= set(COMPARISONS)
+    # Where lanes have whole vectors of channels; else every channel is a load.
+    if roomy and device.kind != "hip" and problem.multiplier == 1 and problem.c_mid % 8 == 0 and problem.c_out <= 128:
+        tiles = FUSED_SIDE
+    wanted = min(problem.c_out, 128 if large or (strided and wide) else 256)
+    return next(tile for size, tile in tiles.items() if wanted <= size)
 
 
 def pointwise_tile(dtype: torch.dtype, device: Device, tf32: bool) -> SeparableTile:
@@ -241,9 +285,14 @@ def pointwise_tile(dtype: torch.dtype, device: Device, tf32: bool) -> SeparableT
     return POINTWISE_HIP if device.kind == "hip" else POINTWISE
 
 
-def chain_tile(problem: Problem, device: Device, tf32: bool) -> SeparableTile:
-    """The fused tile of the training chain: the same for every batch size, so that traced code knows the partials."""
+def chain_tile(problem: Problem, device: Device, tf32: bool, addend: bool = False) -> SeparableTile:
+    """The fused tile of the training chain: of the same pixels for every batch size, with and without an addend.
+
+    So traced code knows the partials.
+    """
     tile = _matrix_tile(problem._replace(n=2**20), device, tf32)
+    if addend and tile.side > 1:
+        return replace(tile, depth=16)
     if not tf32 or device.kind == "hip" or problem.dtype is not torch.float32:
         return tile
     # The statistics and what the addend wants spilled up to 148 bytes beside TF32's wider operands.

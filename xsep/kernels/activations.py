@@ -23,9 +23,9 @@ def sigmoid(u):
 def activate(u, alpha, CODE: tl.constexpr):
     """act(u). relu and relu6 let NaN through, as PyTorch's do."""
     if CODE == RELU:
-        u = tl.where(u < 0.0, 0.0, u)
+        u = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif CODE == RELU6:
-        u = tl.where(u < 0.0, 0.0, tl.where(u > 6.0, 6.0, u))
+        u = tl.minimum(tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif CODE == SILU:
         u = u * sigmoid(u)
     elif CODE == HARDSWISH:
@@ -70,10 +70,25 @@ def activation_gradient(d, u, alpha, CODE: tl.constexpr):
 
 
 @triton.jit
+def vector(pointer, offsets, mask):
+    """A vector that may be None, as () or a tuple of one tensor [1, channels]."""
+    loaded = ()
+    if pointer is not None:
+        loaded = (tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)[None, :],)
+    return loaded
+
+
+@triton.jit
+def scaled(u, scale, shift):
+    """scale * u + shift of what :func:`vector` returns."""
+    if len(scale) > 0:
+        u = u * scale[0]
+    if len(shift) > 0:
+        u = u + shift[0]
+    return u
+
+
+@triton.jit
 def affine(u, scale, shift, offsets, mask):
     """scale * u + shift per channel; scale and shift [C] may be None. u: [rows, channels], offsets: [channels]."""
-    if scale is not None:
-        u = u * tl.load(scale + offsets, mask=mask, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
-        u = u + tl.load(shift + offsets, mask=mask, other=0.0).to(tl.float32)[None, :]
-    return u
+    return scaled(u, vector(scale, offsets, mask), vector(shift, offsets, mask))

@@ -1,33 +1,39 @@
 """Depthwise backward in one pass, filter size, stride and dilation known at compile time, depth multiplier 1.
 
-One program walks over tiles of ``ROWS`` rows and ``COLS`` flat columns of x. At position (h, w) the taps of dz that dx
-needs, dz[(h + pad - r d) / stride, ...], are exactly those that x[h, w] meets in dw_dw[r, s]; so one loaded element of
-dz is used twice, dx is written once, and the R * S sums of dw_dw stay in registers until the program ends. Then they
-are added over the program's columns and written as one row of ``partials``; ``reductions.sum_partials`` adds the
-rows in a fixed order. Which tiles a program has is the plan's choice, so the result is the same run after run.
+A lane has ``SIDE`` groups of STRIDE_W neighbouring columns of x, a few channels of each, and walks down strips of
+``rows`` groups of STRIDE_H rows. At position (h, w) the taps of dz that dx needs, dz[(h + pad - r d) / stride, ...],
+are exactly those that x[h, w] meets in dw_dw[r, s]. So each step brings one row of dz and one group of rows of x, and
+the row of dz is used for all that it meets: added to the rows of dx that are open, and, multiplied with the rows of x
+that are kept, to the sums of dw_dw. The oldest group of rows of dx is then finished and stored. What the next step
+wants is loaded before this one is reckoned.
+
+The R * S sums of dw_dw stay in registers until the program ends. Then they are added over the program's columns and
+written as one row of ``partials``; ``reductions.sum_partials`` adds the rows in a fixed order. Which strips a program
+has is the plan's choice, so the result is the same run after run.
 
 In the training chain (``SUMS`` above 0) a shortcut's gradient joins dx before or behind the activation's derivative,
 and in place of the prologue's gradients stand the sums of dx, as it is stored, and of dx * (operand - centre): what
 BatchNorm's backward in the layer before asks for.
 
-For stride st only every st-th tap meets a position. Rows start so that which ones is known at compile time; columns
-are taken in st interleaved sets for the same reason, so no lane idles.
+For stride st only every st-th tap meets a position: groups begin so that which ones is known at compile time, and no
+lane idles.
 
-Expected traffic: x and dz once, dx once, partials about 1 %. Accesses of 16 bytes (LDG.E.128) where VEC times the
-element size is 16 and the plan gives a thread VEC channels; for 5 x 5 and 7 x 7 the sums leave room for 4 and 2.
+Expected traffic: x and dz once, dx once, partials about 1 %. A lane has 4 channels at 3 x 3 (LDG.E.64 of 16-bit types),
+2 at 5 x 5 and 1 at 7 x 7: what the sums leave registers for.
 """
 
 import triton
 import triton.language as tl
 
-from .activations import activate, activation_gradient, affine
+from .activations import activate, activation_gradient, scaled, vector
 from .raw_gradients import masked_gradient
+from .rows import add, load_row
 
 
 @triton.jit(
     do_not_specialize=[
         "n", "h", "w", "channel_vecs", "p", "q", "sx_n", "sx_h", "sx_w", "sd_n", "sd_h", "sd_w", "pad_top", "pad_left",
-        "row_tiles", "groups", "share", "short_h", "short_w",
+        "strips", "rows", "groups", "share", "short_h", "short_w",
     ]
 )  # fmt: skip
 def depthwise_backward(
@@ -57,17 +63,18 @@ def depthwise_backward(
     sd_w,
     pad_top,
     pad_left,
-    row_tiles,
-    groups,  # sets of STRIDE_W neighbouring columns in a row of x
-    share,  # tiles a program has
+    strips,  # of ``rows`` groups of rows in a column of x
+    rows,
+    groups,  # of SIDE times STRIDE_W columns in a row of x
+    share,  # strips that a program has
     short_h,  # H, or half of it where the shortcut is that of every second row and column
     short_w,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    DILATION_H: tl.constexpr,  # 1 where STRIDE_H is more
+    DILATION_W: tl.constexpr,  # 1 where STRIDE_W is more
     ACT_P: tl.constexpr,
     WANT_DX: tl.constexpr,
     WANT_DW: tl.constexpr,
@@ -75,18 +82,24 @@ def depthwise_backward(
     SHORT_STEP: tl.constexpr,  # 1 or 2: rows and columns of x between two of the shortcut's
     ACTIVATED: tl.constexpr,  # whether the shortcut is added before the activation's derivative is applied
     SUMS: tl.constexpr,  # 0, or 1 and one more for each operand
-    ROWS: tl.constexpr,  # a multiple of STRIDE_H
+    SIDE: tl.constexpr,
+    UNROLL: tl.constexpr,  # steps of the loop; with 2, no register is moved into another
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
     VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     tl.static_assert(STRIDE_H == 1 or DILATION_H == 1)
-    tl.static_assert(ROWS % STRIDE_H == 0)
+    tl.static_assert(STRIDE_W == 1 or DILATION_W == 1)
     tl.static_assert(SUMS == 0 or not WANT_AFFINE)
-    ROW_STEP: tl.constexpr = DILATION_H if STRIDE_H == 1 else 1
-    LEAD: tl.constexpr = (R - 1) // STRIDE_H
     PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
+    # Groups of rows that lie above the one a row of dz belongs to and meet it; columns of dz left of a group's own.
+    LEAD: tl.constexpr = (R - 1) // STRIDE_H
+    LEAD_COLS: tl.constexpr = (S - 1) // STRIDE_W
+    OPEN: tl.constexpr = LEAD + 1
+    COLUMNS: tl.constexpr = SIDE * STRIDE_W
+    ROW: tl.constexpr = STRIDE_H * COLUMNS  # tensors of a group of rows
+    GRADS: tl.constexpr = SIDE + LEAD_COLS
 
     pid = tl.program_id(0)
     channels = channel_vecs * VEC
@@ -94,147 +107,173 @@ def depthwise_backward(
     c = (pid % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     c_ok = c < channels
     pid = pid // blocks
-    shift_w = pad_left % STRIDE_W
-    first = pad_left // STRIDE_W
+    above = pad_top % STRIDE_H
+    before = pad_left % STRIDE_W
 
-    dw = ()  # by filter column: entry s * R + r
-    for _ in tl.static_range(R * S if WANT_DW else 1):
+    taps = ()
+    for i in tl.static_range(R * S if WANT_DX else 0):
+        taps = taps + (tl.load(weight + i * channels + c, mask=c_ok, other=0.0).to(tl.float32)[None, :],)
+    load_scale = vector(scale_p, c, c_ok)
+    load_shift = vector(shift_p, c, c_ok)
+    dw = ()
+    for _ in tl.static_range(R * S if WANT_DW else 0):
         dw = dw + (tl.zeros([COLS, CHANNELS], tl.float32),)
-    dscale = tl.zeros([COLS, CHANNELS], tl.float32)
-    dshift = tl.zeros([COLS, CHANNELS], tl.float32)
-    sums = ()
+    sums = ()  # the prologue's gradients, or SUMS
     middles = ()
-    for k in tl.static_range(SUMS):
+    for i in tl.static_range(2 if WANT_AFFINE else SUMS):
         sums = sums + (tl.zeros([COLS, CHANNELS], tl.float32),)
-        if k > 0:
-            middles = middles + (tl.load(centres + k * channels + c, mask=c_ok, other=0.0)[None, :],)
+        if i > 0 and SUMS > 0:
+            middles = middles + (tl.load(centres + i * channels + c, mask=c_ok, other=0.0)[None, :],)
 
-    # A loop of one turn that the compiler does not see through: without it, the loads of all S columns would be moved
-    # to the front and crowd the sums out of the registers.
-    once = tl.minimum(share, 1)
-    tiles = row_tiles * tl.cdiv(n * groups, COLS)
-    for t in range(pid * share, tl.minimum(pid * share + share, tiles)):
-        # Row tiles of one column block follow each other, so that the halo rows of dz are found in L1.
-        tile = t % row_tiles
-        h0 = (tile // ROW_STEP) * (ROWS * ROW_STEP) + tile % ROW_STEP - pad_top % STRIDE_H
-        p0 = (h0 + pad_top) // STRIDE_H
-        f = t // row_tiles * COLS + tl.arange(0, COLS)
+    tiles = strips * tl.cdiv(n * groups, COLS)
+    for tile in range(pid * share, tl.minimum(pid * share + share, tiles)):
+        strip = tile % strips
+        # A strip is ``rows`` groups of one phase of the DILATION_H interleaved ones.
+        g0 = (strip // DILATION_H) * (rows * DILATION_H) + strip % DILATION_H
+        h0 = g0 * STRIDE_H - above
+        p0 = g0 + pad_top // STRIDE_H
+        made = tl.minimum(rows, tl.cdiv(h + above - g0 * STRIDE_H, STRIDE_H * DILATION_H))
+        f = tile // strips * COLS + tl.arange(0, COLS)
         if WIDE:
             f = f.to(tl.int64)
         picture = f // groups
         group = f % groups
         f_ok = picture < n
-        for b in tl.static_range(STRIDE_W):
-            w_b = group * STRIDE_W - shift_w + b
-            w_ok = f_ok & (w_b >= 0) & (w_b < w)
-            x_offsets = (picture * (sx_n * VEC) + w_b * (sx_w * VEC))[:, None] + c[None, :]
-            xs = ()
-            us = ()
-            vs = ()
-            ds = ()
-            for i in tl.static_range(ROWS):
-                h_i = h0 + i * ROW_STEP
-                mask = (w_ok & (h_i >= 0) & (h_i < h))[:, None] & c_ok[None, :]
-                v = tl.load((x + h_i.to(tl.int64) * (sx_h * VEC)) + x_offsets, mask=mask, other=0.0).to(tl.float32)
-                xs = xs + (v,)
-                if PROLOGUE:
-                    u = affine(v, scale_p, shift_p, c, c_ok)
-                    us = us + (u,)
-                    v = tl.where(mask, activate(u, alpha_p, ACT_P), 0.0)
-                vs = vs + (v,)
-                ds = ds + (tl.zeros([COLS, CHANNELS], tl.float32),)
-            d_offsets = (picture * (sd_n * VEC) + (group + first) * (sd_w * VEC))[:, None] + c[None, :]
-            for s in tl.static_range(S):
-                if (s * DILATION_W - b) % STRIDE_W == 0:
-                    back = (s * DILATION_W - b) // STRIDE_W
-                    q_s = group + first - back
-                    q_ok = f_ok & (q_s >= 0) & (q_s < q)
-                    for turn in range(once):
-                        taps = ()
-                        if WANT_DX:
-                            for r in tl.static_range(R):
-                                tap = tl.load(weight + (r * S + s) * channels + c, mask=c_ok, other=0.0)
-                                taps = taps + (tap.to(tl.float32)[None, :],)
-                        column = dw[s * R : s * R + R] if WANT_DW else ()
-                        # k counts rows of dz that meet the tile, from the last tap of the first row on; row i of x
-                        # meets it in tap r where i - r = (k - LEAD) * STRIDE_H.
-                        for k in tl.static_range(LEAD + (ROWS - 1) // STRIDE_H + 1):
-                            p_k = p0 + (k - LEAD) * ROW_STEP
-                            mask = (q_ok & (p_k >= 0) & (p_k < p))[:, None] & c_ok[None, :]
-                            base = dz + (p_k.to(tl.int64) * (sd_h * VEC) - back * (sd_w * VEC))
-                            g = tl.load(base + d_offsets, mask=mask, other=0.0).to(tl.float32)
-                            if WANT_DX:
-                                new_ds = ()
-                                for i in tl.static_range(ROWS):
-                                    if i >= (k - LEAD) * STRIDE_H and i < (k - LEAD) * STRIDE_H + R:
-                                        new_ds = new_ds + (ds[i] + g * taps[i - (k - LEAD) * STRIDE_H],)
-                                    else:
-                                        new_ds = new_ds + (ds[i],)
-                                ds = new_ds
-                            if WANT_DW:
-                                new_column = ()
-                                for r in tl.static_range(R):
-                                    if r + (k - LEAD) * STRIDE_H >= 0 and r + (k - LEAD) * STRIDE_H < ROWS:
-                                        new_column = new_column + (column[r] + g * vs[r + (k - LEAD) * STRIDE_H],)
-                                    else:
-                                        new_column = new_column + (column[r],)
-                                column = new_column
-                        if WANT_DW:
-                            dw = dw[: s * R] + column + dw[s * R + R :]
-            if WANT_DX:
-                out = (picture * (h * w) + w_b)[:, None] * channels + c[None, :]
-                for i in tl.static_range(ROWS):
-                    h_i = h0 + i * ROW_STEP
-                    mask = (w_ok & (h_i >= 0) & (h_i < h))[:, None] & c_ok[None, :]
-                    d = ds[i]
-                    if shortcut is not None:
-                        there = mask
-                        if SHORT_STEP == 2:
-                            there = mask & ((h_i % 2 == 0) & (w_b % 2 == 0))[:, None]
-                        place = (picture * short_h + h_i // SHORT_STEP) * short_w + w_b // SHORT_STEP
-                        at = place[:, None] * channels + c[None, :]
-                        joined = tl.load(shortcut + at, mask=there, other=0.0).to(tl.float32)
-                    if shortcut is not None and ACTIVATED:
-                        d += joined
-                    if PROLOGUE:
-                        if SUMS > 0:
-                            d = masked_gradient(d, us[i], alpha_p, ACT_P)
-                        else:
-                            d = activation_gradient(d, us[i], alpha_p, ACT_P)
-                    if shortcut is not None and not ACTIVATED:
-                        d += joined
-                    if WANT_AFFINE:
-                        # The tile may reach past the picture, where the taps of dz still are.
-                        d = tl.where(mask, d, 0.0)
-                        dscale += d * xs[i]
-                        dshift += d
-                    if SUMS > 0:
-                        # As whoever reads dx will see it: rounded.
-                        kept = tl.where(mask, d.to(dx.dtype.element_ty).to(tl.float32), 0.0)
-                        new_sums = (sums[0] + kept,)
-                        if SUMS > 1:
-                            other = xs[i]
-                            if operand_1 is not None:
-                                row = operand_1 + h_i.to(tl.int64) * (w * channels)
-                                other = tl.load(row + out, mask=mask, other=0.0).to(tl.float32)
-                            new_sums = new_sums + (sums[1] + kept * (other - middles[0]),)
-                        if SUMS > 2:
-                            other = xs[i]
-                            if operand_2 is not None:
-                                row = operand_2 + h_i.to(tl.int64) * (w * channels)
-                                other = tl.load(row + out, mask=mask, other=0.0).to(tl.float32)
-                            new_sums = new_sums + (sums[2] + kept * (other - middles[1]),)
-                        sums = new_sums
-                    elif scale_p is not None:
-                        d = affine(d, scale_p, None, c, c_ok)
-                    tl.store((dx + h_i.to(tl.int64) * (w * channels)) + out, d.to(dx.dtype.element_ty), mask=mask)
+        first = (group // DILATION_W) * (SIDE * DILATION_W) + group % DILATION_W
+        w0 = first * STRIDE_W - before
+        q0 = first + pad_left // STRIDE_W - LEAD_COLS * DILATION_W
+        x_offsets = (picture * (sx_n * VEC) + w0 * (sx_w * VEC))[:, None] + c[None, :]
+        d_offsets = (picture * (sd_n * VEC) + q0 * (sd_w * VEC))[:, None] + c[None, :]
+        out = (picture * (h * w) + w0)[:, None] * channels + c[None, :]
+        pixel_ok = ()  # [COLS, 1]
+        x_mask = ()  # [COLS, CHANNELS]
+        for j in tl.static_range(COLUMNS):
+            w_j = w0 + j * DILATION_W
+            pixel_ok = pixel_ok + ((f_ok & (w_j >= 0) & (w_j < w))[:, None],)
+            x_mask = x_mask + (pixel_ok[j] & c_ok[None, :],)
+        d_mask = ()
+        for j in tl.static_range(GRADS):
+            q_j = q0 + j * DILATION_W
+            d_mask = d_mask + ((f_ok & (q_j >= 0) & (q_j < q))[:, None] & c_ok[None, :],)
 
-    row = partials + pid.to(tl.int64) * (R * S + (SUMS if SUMS > 0 else 2)) * channels
+        kept = ()  # OPEN groups of rows of x, the newest last: with the prologue
+        raw = ()  # and as they are stored
+        ds = ()  # rows of dx, the newest last
+        for _ in tl.static_range(OPEN * ROW):
+            kept = kept + (tl.zeros([COLS, CHANNELS], tl.float32),)
+            raw = raw + (tl.zeros([COLS, CHANNELS], x.dtype.element_ty),)
+            ds = ds + (tl.zeros([COLS, CHANNELS], tl.float32),)
+        d_ahead = load_row(
+            dz, p0 - LEAD * DILATION_H, p, sd_h * VEC, DILATION_W * (sd_w * VEC), d_offsets, d_mask, made > 0, 1, 1
+        )
+        x_ahead = ()
+        for t in tl.static_range(STRIDE_H):
+            x_ahead = x_ahead + load_row(
+                x, h0 + t, h, sx_h * VEC, DILATION_W * (sx_w * VEC), x_offsets, x_mask, made > 0, 1, 1
+            )
+        for k in tl.range(0, made + LEAD, loop_unroll_factor=UNROLL):
+            d_row = d_ahead
+            x_rows = x_ahead
+            d_ahead = load_row(
+                dz, p0 + (k + 1 - LEAD) * DILATION_H, p, sd_h * VEC, DILATION_W * (sd_w * VEC), d_offsets, d_mask,
+                k + 1 < made + LEAD, 1, 1,
+            )  # fmt: skip
+            x_ahead = ()
+            for t in tl.static_range(STRIDE_H):
+                x_ahead = x_ahead + load_row(
+                    x, h0 + (k + 1) * (STRIDE_H * DILATION_H) + t, h, sx_h * VEC, DILATION_W * (sx_w * VEC), x_offsets,
+                    x_mask, k + 1 < made, 1, 1,
+                )  # fmt: skip
+            kept = kept[ROW:]
+            raw = raw[ROW:] + x_rows
+            ds = ds[ROW:]
+            for t in tl.static_range(STRIDE_H):
+                h_k = h0 + k * (STRIDE_H * DILATION_H) + t
+                row_ok = (k < made) & (h_k >= 0) & (h_k < h)
+                for j in tl.static_range(COLUMNS):
+                    v = x_rows[t * COLUMNS + j].to(tl.float32)
+                    if PROLOGUE:
+                        v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                        # All activations are 0 at 0.
+                        if scale_p is not None or shift_p is not None:
+                            v = tl.where(pixel_ok[j] & row_ok, v, 0.0)
+                    kept = kept + (v,)
+                    ds = ds + (tl.zeros([COLS, CHANNELS], tl.float32),)
+            # The row of dz meets row t of the group b below its own in tap r = t + b * STRIDE_H.
+            for column in tl.static_range(GRADS):
+                g = d_row[column].to(tl.float32)
+                for b in tl.static_range(OPEN):
+                    for t in tl.static_range(STRIDE_H):
+                        for j in tl.static_range(COLUMNS):
+                            # Column j of x meets it in tap s = j % STRIDE_W + (j // STRIDE_W - column + LEAD_COLS) *
+                            # STRIDE_W.
+                            if (
+                                t + b * STRIDE_H < R
+                                and j + (LEAD_COLS - column) * STRIDE_W >= 0
+                                and j + (LEAD_COLS - column) * STRIDE_W < S
+                            ):
+                                if WANT_DX:
+                                    tap = taps[(t + b * STRIDE_H) * S + j + (LEAD_COLS - column) * STRIDE_W]
+                                    ds = add(ds, (b * STRIDE_H + t) * COLUMNS + j, g * tap)
+                                if WANT_DW:
+                                    met = kept[(b * STRIDE_H + t) * COLUMNS + j]
+                                    dw = add(dw, (t + b * STRIDE_H) * S + j + (LEAD_COLS - column) * STRIDE_W, g * met)
+            if WANT_DX:
+                done = k - LEAD
+                for t in tl.static_range(STRIDE_H):
+                    h_i = h0 + done * (STRIDE_H * DILATION_H) + t
+                    row_ok = (done >= 0) & (h_i >= 0) & (h_i < h)
+                    row = dx + h_i.to(tl.int64) * (w * channels)
+                    for j in tl.static_range(COLUMNS):
+                        w_j = w0 + j * DILATION_W
+                        at = out + j * DILATION_W * channels
+                        mask = x_mask[j] & row_ok
+                        d = ds[t * COLUMNS + j]
+                        v = raw[t * COLUMNS + j].to(tl.float32)
+                        if shortcut is not None:
+                            there = mask
+                            if SHORT_STEP == 2:
+                                there = mask & ((h_i % 2 == 0) & (w_j % 2 == 0))[:, None]
+                            place = (picture * short_h + h_i // SHORT_STEP) * short_w + w_j // SHORT_STEP
+                            short_at = place[:, None] * channels + c[None, :]
+                            joined = tl.load(shortcut + short_at, mask=there, other=0.0).to(tl.float32)
+                        if shortcut is not None and ACTIVATED:
+                            d += joined
+                        if PROLOGUE:
+                            u = scaled(v, load_scale, load_shift)
+                            if SUMS > 0:
+                                d = masked_gradient(d, u, alpha_p, ACT_P)
+                            else:
+                                d = activation_gradient(d, u, alpha_p, ACT_P)
+                        if shortcut is not None and not ACTIVATED:
+                            d += joined
+                        if WANT_AFFINE:
+                            # The strip may reach past the picture, where the taps of dz still are.
+                            d = tl.where(pixel_ok[j] & row_ok, d, 0.0)
+                            sums = add(add(sums, 0, d * v), 1, d)
+                        if SUMS > 0:
+                            # As whoever reads dx will see it: rounded.
+                            seen = tl.where(pixel_ok[j] & row_ok, d.to(dx.dtype.element_ty).to(tl.float32), 0.0)
+                            sums = add(sums, 0, seen)
+                            if SUMS > 1:
+                                other = v
+                                if operand_1 is not None:
+                                    line = operand_1 + h_i.to(tl.int64) * (w * channels)
+                                    other = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
+                                sums = add(sums, 1, seen * (other - middles[0]))
+                            if SUMS > 2:
+                                other = v
+                                if operand_2 is not None:
+                                    line = operand_2 + h_i.to(tl.int64) * (w * channels)
+                                    other = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
+                                sums = add(sums, 2, seen * (other - middles[1]))
+                        elif scale_p is not None:
+                            d = d * load_scale[0]
+                        tl.store(row + at, d.to(dx.dtype.element_ty), mask=mask)
+
+    line_of = partials + pid.to(tl.int64) * (R * S + (SUMS if SUMS > 0 else 2)) * channels
     if WANT_DW:
-        for j in tl.static_range(R * S):
-            tl.store(row + (j % R * S + j // R) * channels + c, tl.sum(dw[j], axis=0), mask=c_ok)
-    if WANT_AFFINE:
-        tl.store(row + R * S * channels + c, tl.sum(dscale, axis=0), mask=c_ok)
-        tl.store(row + (R * S + 1) * channels + c, tl.sum(dshift, axis=0), mask=c_ok)
-    for k in tl.static_range(SUMS):
-        tl.store(row + (R * S + k) * channels + c, tl.sum(sums[k], axis=0), mask=c_ok)
+        for i in tl.static_range(R * S):
+            tl.store(line_of + i * channels + c, tl.sum(dw[i], axis=0), mask=c_ok)
+    for i in tl.static_range(2 if WANT_AFFINE else SUMS):
+        tl.store(line_of + (R * S + i) * channels + c, tl.sum(sums[i], axis=0), mask=c_ok)

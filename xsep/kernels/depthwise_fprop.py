@@ -1,25 +1,31 @@
-"""Depthwise forward, filter size, stride and dilation known at compile time: every tap column is loaded once.
+"""Depthwise forward, filter size, stride and dilation known at compile time: rows of x slide through registers.
 
-One program makes ``ROWS`` output rows of ``COLS`` columns of ``CHANNELS`` channels. Columns are flat over (picture,
-output column), so that small maps waste none; rows are compile-time registers. For one filter column s the program
-walks down the input rows, loads each once, and adds it to every output row that it is a tap of. So each input element
-is loaded S times (the S - 1 repeats hit L1, their lines are S neighbouring pixels of one program), not R * S times,
-and comes over L2 about (ROWS + R - 1) / ROWS times. Output rows of one program lie ``ROW_STEP`` apart: with dilation
-d the rows p, p + d, p + 2 d share their taps.
+A lane has ``SIDE`` output columns of a few channels and walks down a strip of rows. Each step brings the rows of x that
+the next output row adds, loads them once for all the columns (SIDE + S - 1 of them at stride 1), and adds them to every
+output row that they are a tap of; the oldest of those is then finished and stored. What the next step wants is loaded
+before this one is reckoned. Lanes are flat over (picture, group of columns), so that small maps waste few.
 
-Expected traffic: x once and y once through memory (the halo rows come from L2). A thread holds VEC consecutive
-channels: 16-byte accesses (LDG.E.128, STG.E.128) where VEC times the element size is 16.
+So an element is loaded (SIDE + S - 1) / SIDE times, all but the first time from L1, and converted and given the
+prologue as often; rows that two strips share come from L2. Rows and columns of one lane lie ``ROW_STEP`` and
+``COL_STEP`` apart: with dilation d the rows p, p + d, p + 2 d share their taps.
+
+Expected traffic: x once and y once through memory. Accesses of 16 bytes (LDG.E.128, STG.E.128) where a lane has so many
+channels and VEC allows it; filters of more than 9 taps leave registers for fewer.
 """
 
 import triton
 import triton.language as tl
 
-from .activations import activate, affine
+from .activations import activate, scaled, vector
+from .rows import add, load_row
 
 
 @triton.jit(
-    do_not_specialize=["n", "h", "w", "channel_vecs", "p", "q", "sx_n", "sx_h", "sx_w", "pad_top", "pad_left", "tiles"]
-)
+    do_not_specialize=[
+        "n", "h", "w", "channel_vecs", "p", "q", "sx_n", "sx_h", "sx_w", "pad_top", "pad_left", "groups", "strips",
+        "rows",
+    ]
+)  # fmt: skip
 def depthwise_fprop(
     x,  # [N, H, W, C_in], strides sx_n, sx_h, sx_w in units of VEC
     weight,  # [R * S, C_mid]
@@ -41,7 +47,9 @@ def depthwise_fprop(
     sx_w,
     pad_top,
     pad_left,
-    tiles,  # row tiles of a column block
+    groups,  # of SIDE columns in a row of y
+    strips,  # of ``rows`` rows in a column of y
+    rows,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -49,29 +57,38 @@ def depthwise_fprop(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     ROW_STEP: tl.constexpr,  # DILATION_H / gcd(STRIDE_H, DILATION_H)
-    TAP_STEP: tl.constexpr,  # STRIDE_H / gcd(STRIDE_H, DILATION_H): rows of taps between two output rows
+    TAP_ROWS: tl.constexpr,  # STRIDE_H / gcd(STRIDE_H, DILATION_H): rows of taps between two output rows
+    COL_STEP: tl.constexpr,  # the same of columns
+    TAP_COLS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     ACT_P: tl.constexpr,
     ACT_E: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    UNROLL: tl.constexpr,  # steps of the loop; with 2, no register is moved into another
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
     VEC: tl.constexpr,
     WIDE: tl.constexpr,  # whether offsets over (picture, column, channel) need 64 bits; rows always have them
 ):
+    PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
+    LOADED: tl.constexpr = R if TAP_ROWS > R else TAP_ROWS  # rows of a step; the rest of them no tap meets
+    OPEN: tl.constexpr = (R + TAP_ROWS - 1) // TAP_ROWS  # output rows that a step adds to
+    COLUMNS: tl.constexpr = (SIDE - 1) * TAP_COLS + S
+
     pid = tl.program_id(0)
     channels = channel_vecs * VEC
     blocks = tl.cdiv(channels, CHANNELS)
     c = (pid % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     pid = pid // blocks
-    tile = pid % tiles
-    # A tile is ROWS rows of one phase of the ROW_STEP interleaved ones.
-    p0 = (tile // ROW_STEP) * (ROWS * ROW_STEP) + tile % ROW_STEP
-    f = pid // tiles * COLS + tl.arange(0, COLS)
+    strip = pid % strips
+    # A strip is ``rows`` rows of one phase of the ROW_STEP interleaved ones.
+    p0 = (strip // ROW_STEP) * (rows * ROW_STEP) + strip % ROW_STEP
+    f = pid // strips * COLS + tl.arange(0, COLS)
     if WIDE:
         f = f.to(tl.int64)
-    picture = f // q
-    column = f % q
+    picture = f // groups
+    group = f % groups
+    column = (group // COL_STEP) * (SIDE * COL_STEP) + group % COL_STEP
 
     c_ok = c < channels
     f_ok = picture < n
@@ -79,42 +96,61 @@ def depthwise_fprop(
     w0 = column * STRIDE_W - pad_left
     h0 = p0 * STRIDE_H - pad_top
     offsets = (picture * (sx_n * VEC) + w0 * (sx_w * VEC))[:, None] + c_x[None, :]
+    out = (picture * (p * q) + column)[:, None] * channels + c[None, :]
+
+    pixel_ok = ()  # [COLS, 1]
+    mask = ()  # [COLS, CHANNELS]
+    for k in tl.static_range(COLUMNS):
+        w_k = w0 + k * DILATION_W
+        pixel_ok = pixel_ok + ((f_ok & (w_k >= 0) & (w_k < w))[:, None],)
+        mask = mask + (pixel_ok[k] & c_ok[None, :],)
+    taps = ()
+    for i in tl.static_range(R * S):
+        taps = taps + (tl.load(weight + i * channels + c, mask=c_ok, other=0.0).to(tl.float32)[None, :],)
+    load_scale = vector(scale_p, c_x, c_ok)
+    load_shift = vector(shift_p, c_x, c_ok)
+    store_scale = vector(scale_e, c, c_ok)
+    store_shift = vector(shift_e, c, c_ok)
 
     acc = ()
-    for _ in tl.static_range(ROWS):
+    for _ in tl.static_range(OPEN * SIDE):
         acc = acc + (tl.zeros([COLS, CHANNELS], tl.float32),)
-    # Not unrolled: the compiler would move the loads of all S columns to the front and run out of registers.
-    for s in range(S):
-        taps = ()
-        for r in tl.static_range(R):
-            tap = tl.load(weight + (r * S + s) * channels + c, mask=c_ok, other=0.0)
-            taps = taps + (tap.to(tl.float32)[None, :],)
-        w_s = w0 + s * DILATION_W
-        w_ok = f_ok & (w_s >= 0) & (w_s < w)
-        for j in tl.static_range((ROWS - 1) * TAP_STEP + R):
-            # Rows of taps that no output row of this program uses are not loaded (stride larger than the filter).
-            if j % TAP_STEP < R:
-                h_j = h0 + j * DILATION_H
-                mask = (w_ok & (h_j >= 0) & (h_j < h))[:, None] & c_ok[None, :]
-                base = x + (h_j.to(tl.int64) * (sx_h * VEC) + s * DILATION_W * (sx_w * VEC))
-                v = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
-                if ACT_P != 0 or scale_p is not None or shift_p is not None:
-                    v = activate(affine(v, scale_p, shift_p, c_x, c_ok), alpha_p, ACT_P)
-                    v = tl.where(mask, v, 0.0)
-                new = ()
-                for i in tl.static_range(ROWS):
-                    if j >= i * TAP_STEP and j < i * TAP_STEP + R:
-                        new = new + (acc[i] + v * taps[j - i * TAP_STEP],)
-                    else:
-                        new = new + (acc[i],)
-                acc = new
-
-    out = (picture * (p * q) + column)[:, None] * channels + c[None, :]
-    mask = f_ok[:, None] & c_ok[None, :]
-    us = ()
-    for i in tl.static_range(ROWS):
-        us = us + (activate(affine(acc[i], scale_e, shift_e, c, c_ok), alpha_e, ACT_E).to(y.dtype.element_ty),)
-    for i in tl.static_range(ROWS):
-        p_i = p0 + i * ROW_STEP
-        row = p_i.to(tl.int64) * (q * channels)
-        tl.store((y + row) + out, us[i], mask=mask & (p_i < p))
+    made = tl.minimum(rows, tl.cdiv(p - p0, ROW_STEP))
+    ahead = ()
+    for t in tl.static_range(LOADED):
+        h_t = h0 + t * DILATION_H
+        ahead = ahead + load_row(x, h_t, h, sx_h * VEC, DILATION_W * (sx_w * VEC), offsets, mask, made > 0, TAP_COLS, S)
+    for k in tl.range(0, made + OPEN - 1, loop_unroll_factor=UNROLL):
+        step = ahead
+        ahead = ()
+        for t in tl.static_range(LOADED):
+            # Unless all of the output rows that it is a tap of are the next strip's.
+            wanted = k + 1 < made + (R - 1 - t) // TAP_ROWS
+            h_t = h0 + ((k + 1) * TAP_ROWS + t) * DILATION_H
+            ahead = ahead + load_row(
+                x, h_t, h, sx_h * VEC, DILATION_W * (sx_w * VEC), offsets, mask, wanted, TAP_COLS, S
+            )
+        for t in tl.static_range(LOADED):
+            h_t = h0 + (k * TAP_ROWS + t) * DILATION_H
+            row_ok = (h_t >= 0) & (h_t < h)
+            for column_k in tl.static_range(COLUMNS):
+                v = step[t * COLUMNS + column_k].to(tl.float32)
+                if PROLOGUE:
+                    v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                    # All activations are 0 at 0.
+                    if scale_p is not None or shift_p is not None:
+                        v = tl.where(pixel_ok[column_k] & row_ok, v, 0.0)
+                for m in tl.static_range(OPEN):  # output rows, from the newest
+                    for j in tl.static_range(SIDE):
+                        if t + m * TAP_ROWS < R and column_k >= j * TAP_COLS and column_k < j * TAP_COLS + S:
+                            tap = taps[(t + m * TAP_ROWS) * S + column_k - j * TAP_COLS]
+                            acc = add(acc, (OPEN - 1 - m) * SIDE + j, v * tap)
+        done = k - (OPEN - 1)
+        row = y + (p0 + done * ROW_STEP).to(tl.int64) * (q * channels)
+        for j in tl.static_range(SIDE):
+            u = activate(scaled(acc[j], store_scale, store_shift), alpha_e, ACT_E)
+            q_ok = (f_ok & (column + j * COL_STEP < q) & (done >= 0))[:, None] & c_ok[None, :]
+            tl.store((row + j * COL_STEP * channels) + out, u.to(y.dtype.element_ty), mask=q_ok)
+        acc = acc[SIDE:]
+        for _ in tl.static_range(SIDE):
+            acc = acc + (tl.zeros([COLS, CHANNELS], tl.float32),)

@@ -15,7 +15,7 @@ Expected traffic: du and r once for each block of inputs, x once for each block 
 import triton
 import triton.language as tl
 
-from .activations import activate, affine
+from .activations import activate, scaled, vector
 from .raw_gradients import raw_gradient
 
 
@@ -109,17 +109,23 @@ def separable_wgrad_pw(
                 for j in tl.static_range(R):
                     tap = tl.load(weight + (j * S + s) * ins + c, mask=c_ok, other=0.0)
                     filters = filters + (tap.to(tl.float32)[None, :],)
+            # Here, not once: there are no registers to keep them in.
+            load_scale = vector(scale_p, c, c_ok)
+            load_shift = vector(shift_p, c, c_ok)
             w_s = w0 + s * DILATION_W
             w_ok = f_ok & (w_s >= 0) & (w_s < w)
             for j in tl.static_range((ROWS - 1) * TAP_STEP + R):
                 if j % TAP_STEP < R:
                     h_j = h0 + j * DILATION_H
-                    mask = (w_ok & (h_j >= 0) & (h_j < h))[:, None] & c_ok[None, :]
+                    pixel_ok = (w_ok & (h_j >= 0) & (h_j < h))[:, None]
+                    mask = pixel_ok & c_ok[None, :]
                     row = h_j.to(tl.int64) * (sx_h * VEC) + s * DILATION_W * (sx_w * VEC)
                     v = tl.load((x + row) + offsets, mask=mask, other=0.0).to(tl.float32)
                     if PROLOGUE:
-                        v = affine(v, scale_p, shift_p, c, c_ok)
-                        v = tl.where(mask, activate(v, alpha_p, ACT_P), 0.0)
+                        v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                        # All activations are 0 at 0, which is what channels that there are not come to as well.
+                        if scale_p is not None or shift_p is not None:
+                            v = tl.where(pixel_ok, v, 0.0)
                     new = ()
                     for i in tl.static_range(ROWS):
                         if j >= i * TAP_STEP and j < i * TAP_STEP + R:

@@ -30,6 +30,12 @@ struct Copy {
   size_t bytes;
 };
 
+struct Read {
+  const void* source;
+  std::array<std::byte, 8> bytes;
+  size_t count;
+};
+
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -37,10 +43,14 @@ struct Fiber {
   bool done;
   std::vector<Copy> open_group;
   std::vector<std::vector<Copy>> groups;
+  std::vector<Read> open_reads;
+  std::vector<std::vector<Read>> reads;
   void* fake_stack = nullptr;
 };
 
-struct Warp {
+// Threads in a row that meet, one for each of Slots.
+template <class Slots>
+struct Meeting {
   int arrived;
   int whole;  // lanes that started
   unsigned generation;
@@ -55,7 +65,8 @@ struct Buffer {
 constexpr size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 std::vector<Fiber> fibers;
-std::vector<Warp> warps;
+std::vector<Meeting<Slots>> warps;
+std::vector<Meeting<GroupSlots>> warp_groups;
 std::vector<int> ready;
 std::vector<int> at_barrier;
 std::vector<Buffer> buffers;
@@ -121,6 +132,45 @@ void entry() {
   to_scheduler(self);
 }
 
+template <class Slots>
+void start(std::vector<Meeting<Slots>>& meetings, int threads) {
+  constexpr int kLanes = std::tuple_size_v<Slots>;
+  for (size_t i = 0; i < meetings.size(); ++i) {
+    meetings[i].arrived = 0;
+    meetings[i].whole = std::min<int>(kLanes, threads - static_cast<int>(i) * kLanes);
+    meetings[i].generation = 0;
+  }
+}
+
+template <class Slots>
+const Slots& exchange(std::vector<Meeting<Slots>>& meetings, const char* of, const char* collective, const void* data,
+                      size_t bytes) {
+  constexpr int kLanes = std::tuple_size_v<Slots>;
+  const int me = current;
+  Meeting<Slots>& meeting = meetings[me / kLanes];
+  if (meeting.whole != kLanes) {
+    fail(std::string(collective) + " in a " + of + " of fewer than " + std::to_string(kLanes) + " threads");
+  }
+  // Two sets of slots: a lane can be one collective ahead of those that have still to read, never two.
+  Slots& slots = meeting.slots[meeting.generation % 2];
+  std::memcpy(slots[me % kLanes].data(), data, bytes);
+  if (meeting.arrived > 0 && std::strcmp(meeting.collective, collective) != 0) {
+    fail(std::string("lanes of one ") + of + " meet in " + collective + " and " + meeting.collective);
+  }
+  meeting.collective = collective;
+  if (++meeting.arrived == kLanes) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+    const int first = me / kLanes * kLanes;
+    for (int i = first; i < first + kLanes; ++i) {
+      if (i != me) ready.push_back(i);
+    }
+  } else {
+    to_scheduler(fibers[me]);
+  }
+  return slots;
+}
+
 void run_block(int threads) {
   alive = threads;
   buffers.clear();
@@ -129,16 +179,15 @@ void run_block(int threads) {
   unpoison(shared_storage.data(), shared_storage.size());
   std::fill(shared_storage.begin(), shared_storage.end(), kPoison);
   poison(shared_storage.data(), shared_storage.size());
-  for (size_t w = 0; w < warps.size(); ++w) {
-    warps[w].arrived = 0;
-    warps[w].whole = std::min<int>(kWarp, threads - static_cast<int>(w) * kWarp);
-    warps[w].generation = 0;
-  }
+  start(warps, threads);
+  start(warp_groups, threads);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     f.done = false;
     f.open_group.clear();
     f.groups.clear();
+    f.open_reads.clear();
+    f.reads.clear();
     f.fake_stack = nullptr;
     const unsigned u = static_cast<unsigned>(i);
     f.thread = {u % size.x, u / size.x % size.y, u / (size.x * size.y)};
@@ -177,6 +226,7 @@ Index block_index() { return block; }
 Index block_size() { return size; }
 Index grid_size() { return grid; }
 int lane() { return current % kWarp; }
+int lane_of_warp_group() { return current % kWarpGroup; }
 void set_seed(uint32_t seed) { generator.seed(seed); }
 
 void fail(const std::string& what) {
@@ -198,27 +248,10 @@ void block_barrier() {
 }
 
 const Slots& warp_exchange(const char* collective, const void* data, size_t bytes) {
-  const int me = current;
-  Warp& warp = warps[me / kWarp];
-  if (warp.whole != kWarp) fail(std::string(collective) + " in a warp of fewer than 32 threads");
-  // Two sets of slots: a lane can be one collective ahead of those that have still to read, never two.
-  Slots& slots = warp.slots[warp.generation % 2];
-  std::memcpy(slots[me % kWarp].data(), data, bytes);
-  if (warp.arrived > 0 && std::strcmp(warp.collective, collective) != 0) {
-    fail(std::string("lanes of one warp meet in ") + collective + " and " + warp.collective);
-  }
-  warp.collective = collective;
-  if (++warp.arrived == kWarp) {
-    warp.arrived = 0;
-    ++warp.generation;
-    const int first = me / kWarp * kWarp;
-    for (int i = first; i < first + kWarp; ++i) {
-      if (i != me) ready.push_back(i);
-    }
-  } else {
-    to_scheduler(fibers[me]);
-  }
-  return slots;
+  return exchange(warps, "warp", collective, data, bytes);
+}
+const GroupSlots& warp_group_exchange(const char* collective, const void* data, size_t bytes) {
+  return exchange(warp_groups, "warp group", collective, data, bytes);
 }
 
 unsigned char* shared_base() { return shared_storage.data(); }
@@ -276,6 +309,32 @@ void copy_async_wait(int groups_left) {
   if (deliver > 0) f.groups.erase(f.groups.begin(), f.groups.begin() + deliver);
 }
 
+void read_async(const void* source, void* into, size_t bytes) {
+  Read read{source, {}, bytes};
+  std::memcpy(read.bytes.data(), source, bytes);
+  std::memcpy(into, source, bytes);
+  fibers[current].open_reads.push_back(read);
+}
+
+void read_async_commit() {
+  Fiber& f = fibers[current];
+  f.reads.push_back(std::move(f.open_reads));
+  f.open_reads.clear();
+}
+
+void read_async_wait(int groups_left) {
+  Fiber& f = fibers[current];
+  const int done = static_cast<int>(f.reads.size()) - groups_left;
+  for (int g = 0; g < done; ++g) {
+    for (const Read& r : f.reads[g]) {
+      if (std::memcmp(r.source, r.bytes.data(), r.count) != 0) {
+        fail("shared memory was written while a matrix instruction might read it");
+      }
+    }
+  }
+  if (done > 0) f.reads.erase(f.reads.begin(), f.reads.begin() + done);
+}
+
 Translation translation(const void* kernel) {
   const auto found = translations.find(kernel);
   if (found == translations.end()) return nullptr;
@@ -300,7 +359,8 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
   fibers.clear();  // of a launch that failed, the stacks are poisoned
 #endif
   if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(static_cast<size_t>(threads));
-  warps = std::vector<Warp>(static_cast<size_t>((threads + kWarp - 1) / kWarp));
+  warps = std::vector<Meeting<Slots>>(static_cast<size_t>((threads + kWarp - 1) / kWarp));
+  warp_groups = std::vector<Meeting<GroupSlots>>(static_cast<size_t>((threads + kWarpGroup - 1) / kWarpGroup));
   for (block.z = 0; block.z < grid.z; ++block.z) {
     for (block.y = 0; block.y < grid.y; ++block.y) {
       for (block.x = 0; block.x < grid.x; ++block.x) run_block(threads);
@@ -326,6 +386,17 @@ int emulate_translated_block(emulator::Translation translated, unsigned threads,
                              const void* const* parameters, char* message, size_t bytes) {
   return guarded(
       [&] { emulator::run("the kernel", {1, 1, 1}, {threads, 1, 1}, shared_bytes, [&] { translated(parameters); }); },
+      message, bytes);
+}
+
+// A whole grid of one.
+int emulate_translated_grid(emulator::Translation translated, const unsigned (&grid)[3], unsigned threads,
+                            size_t shared_bytes, const void* const* parameters, char* message, size_t bytes) {
+  return guarded(
+      [&] {
+        emulator::run("the kernel", {grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared_bytes,
+                      [&] { translated(parameters); });
+      },
       message, bytes);
 }
 }

@@ -29,7 +29,8 @@
 namespace emulator {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxSlotBytes = 64;
+inline constexpr int kWarpGroup = 4 * kWarp;
+inline constexpr int kMaxSlotBytes = 64, kMaxGroupSlotBytes = 128;
 
 struct Index {
   unsigned x, y, z;
@@ -50,6 +51,11 @@ void block_barrier();
 using Slots = std::array<std::array<std::byte, kMaxSlotBytes>, kWarp>;
 const Slots& warp_exchange(const char* collective, const void* data, size_t bytes);
 int lane();
+// The same of a warp group, four warps in a row whose first is a multiple of four. The slots hold until the caller
+// next stops.
+using GroupSlots = std::array<std::array<std::byte, kMaxGroupSlotBytes>, kWarpGroup>;
+const GroupSlots& warp_group_exchange(const char* collective, const void* data, size_t bytes);
+int lane_of_warp_group();
 
 // Where in shared memory the block's n-th buffer lies, the same for every thread that asks; a gap follows each.
 // `place` is where it lies on a GPU: buffers may not overlap there, nor go past what the launch asked for.
@@ -60,6 +66,11 @@ size_t shared_declared();  // bytes that the launch asked for
 void copy_async(void* destination, const void* source, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// What hardware may read at any time until the wait: here it is read at once, and the wait fails where it has changed.
+void read_async(const void* source, void* into, size_t bytes);
+void read_async_commit();
+void read_async_wait(int groups_left);
 
 // The card that a CPU's tensors count as lying on: 0 for the tests that call a launcher directly, each other set of
 // facts that a test asks for another one.

@@ -2,9 +2,11 @@
 // are bits; a 32-bit address of shared memory begins at kShared, where the CTA's dynamic memory lies.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "host_ptx.h"
 
@@ -204,6 +206,34 @@ T shifted_right(T value, Count count) {
   return static_cast<T>(value >> places);
 }
 
+// `count` bits from `place` on; those past the end are zeros or copies of the sign.
+template <class T>
+T bit_field(T value, uint32_t place, uint32_t count) {
+  constexpr uint32_t kBits = 8 * sizeof(T);
+  place &= 255;
+  count &= 255;
+  if (count == 0) return 0;
+  const T from_place = shifted_right(value, place);
+  if (count >= kBits) return from_place;
+  const uint32_t unused = kBits - count;
+  // Where the field goes past the end, its sign is that of the number, with which the shift has filled it up.
+  return shifted_right(shifted_left(from_place, unused), unused);
+}
+
+// Each of the four low hexadecimal digits of `choice` says which of the eight bytes, a's first, comes there; with its
+// highest bit set, only that byte's sign, eight times.
+inline uint32_t bytes_chosen(uint32_t a, uint32_t b, uint32_t choice) {
+  const uint64_t eight = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = choice >> 4 * i;
+    auto byte = static_cast<uint8_t>(eight >> 8 * (digit & 7));
+    if (digit & 8) byte = byte & 0x80 ? 0xff : 0;
+    out |= static_cast<uint32_t>(byte) << 8 * i;
+  }
+  return out;
+}
+
 template <class T>
 T population(T value) {
   return static_cast<T>(std::popcount(static_cast<Bits<T>>(value)));
@@ -211,6 +241,10 @@ T population(T value) {
 template <class T>
 T leading_zeros(T value) {
   return static_cast<T>(std::countl_zero(static_cast<Bits<T>>(value)));
+}
+
+inline float flushed(float value) {
+  return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
 }
 
 inline float power_of_two(float value) { return std::exp2(value); }
@@ -355,6 +389,15 @@ inline uint32_t shuffle_up(uint32_t value, uint32_t distance, uint32_t clamp, ui
   return shuffled("shfl.up", value, inside ? from : me, mask);
 }
 
+template <class T, class Combine>
+T reduced(T value, uint32_t mask, Combine combine) {
+  if (mask != 0xffffffffu) emulator::fail("redux.sync with a partial mask");
+  const auto all = emulator::gather("redux", value);
+  T out = all[0];
+  for (size_t i = 1; i < all.size(); ++i) out = combine(out, all[i]);
+  return out;
+}
+
 // Matrix i has its rows where lanes 8 i to 8 i + 7 say.
 template <int kMatrices, bool kTransposed>
 void load_matrices(uint32_t (&out)[4], uint64_t address) {
@@ -364,6 +407,119 @@ void load_matrices(uint32_t (&out)[4], uint64_t address) {
     xsep::cuda::ldmatrix_x4_transposed(out, row);
   } else {
     xsep::cuda::ldmatrix_x4(out, row);
+  }
+}
+
+// As load_matrices, the other way: each lane writes what it holds of each matrix.
+template <int kMatrices, bool kTransposed>
+void store_matrices(uint64_t address, std::array<uint32_t, kMatrices> values) {
+  unsigned char* row = nullptr;
+  const int lane = emulator::lane();
+  if (lane < 8 * kMatrices) row = shared_memory(address, 16, "stmatrix");
+  const auto rows = emulator::gather("stmatrix", row);
+  for (int i = 0; i < kMatrices; ++i) {
+    for (int k = 0; k < 2; ++k) {
+      const int along = lane % 4 * 2 + k, across = lane / 4;
+      const auto value = static_cast<uint16_t>(values[i] >> 16 * k);
+      store(rows[8 * i + (kTransposed ? along : across)], kTransposed ? across : along, value);
+    }
+  }
+}
+
+// Of a whole warp group -----------------------------------------------------------------------------------------------
+
+// Where element k of a row of M or N lies, as a matrix descriptor says (PTX ISA, "Canonical Layouts" and "Matrix
+// Descriptor Format" of wgmma). Memory runs along k, or, transposed, along the rows. In 16-byte units: `across` counts
+// rows of as many units as the swizzle spans, and eight of these rows make an atom; `along` counts units.
+inline uint64_t tile_address(uint64_t descriptor, bool transposed, int row, int k, int bytes) {
+  const auto field = [&](int bit) { return (descriptor >> bit & 0x3fff) << 4; };
+  if ((descriptor >> 49 & 7) != 0) emulator::fail("wgmma with a base offset");
+  constexpr std::array<unsigned, 4> kSpans = {1, 8, 4, 2};
+  const unsigned span = kSpans[descriptor >> 62];
+  const auto byte = static_cast<unsigned>((transposed ? row : k) * bytes);
+  const unsigned along = byte / 16, across = static_cast<unsigned>(transposed ? k : row);
+  uint64_t leading = field(16), stride = field(32);
+  if (transposed && span == 1) std::swap(leading, stride);
+  const uint64_t at =
+      field(0) + across % 8 * span * 16 + across / 8 * stride + along % span * 16 + along / span * leading;
+  return (at ^ (at >> 3 & (span - 1) << 4)) + byte % 16;
+}
+
+// 32 bits of a tile's row: word `place` of its eight, which hold two k of 16 bits, or one of 32.
+template <class T>
+uint32_t tile_word(uint64_t descriptor, bool transposed, int row, int place) {
+  constexpr int kParts = 4 / sizeof(T);
+  uint32_t word = 0;
+  for (int i = 0; i < kParts; ++i) {
+    const uint64_t address = tile_address(descriptor, transposed, row, place * kParts + i, sizeof(T));
+    Bits<T> part;
+    emulator::read_async(shared_memory(address, sizeof(T), "wgmma"), &part, sizeof(T));
+    word |= static_cast<uint32_t>(part) << 8 * sizeof(T) * i;
+  }
+  return word;
+}
+
+// A lane's part of a 64-row tile, as it would hold it in registers: warp w has rows 16 w to 16 w + 15, laid out as in
+// mma.
+template <class T>
+void tile_fragment(uint32_t (&out)[4], uint64_t descriptor, bool transposed) {
+  const int lane = emulator::lane(), warp = emulator::lane_of_warp_group() / 32;
+  for (int i = 0; i < 4; ++i) {
+    out[i] = tile_word<T>(descriptor, transposed, 16 * warp + lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4);
+  }
+}
+
+template <class T>
+void numbers_of(uint32_t word, float* out) {
+  if constexpr (sizeof(T) == 4) {
+    out[0] = xsep::cuda::host::round_to_tf32(word);
+  } else {
+    for (int i = 0; i < 2; ++i) out[i] = xsep::cuda::host::element<T>(word, i);
+  }
+}
+
+// wgmma.mma_async; T is float for tf32. The product is there at once: a kernel that reads it before the wait is not
+// caught, one that by then has overwritten what the tensor core reads of shared memory is.
+template <class T, int kColumns>
+void warp_group_mma(const char* name, float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t descriptor,
+                    bool transposed) {
+  constexpr int kWords = 8, kParts = 4 / sizeof(T), kDepth = kWords * kParts, kGroup = emulator::kWarpGroup;
+  struct Share {
+    uint64_t descriptor;
+    uint32_t a[4], b[16];
+  };
+  // Each lane reads its part of B for all.
+  Share mine{descriptor, {a[0], a[1], a[2], a[3]}, {}};
+  const int me = emulator::lane_of_warp_group(), lane = emulator::lane();
+  for (int i = me; i < kColumns * kWords; i += kGroup) {
+    mine.b[i / kGroup] = tile_word<T>(descriptor, transposed, i / kWords, i % kWords);
+  }
+  static_assert(sizeof(Share) <= emulator::kMaxGroupSlotBytes && kColumns * kWords <= 16 * kGroup);
+  const auto& slots = emulator::warp_group_exchange(name, &mine, sizeof(mine));
+  const auto share = [&](int of) { return reinterpret_cast<const Share*>(slots[static_cast<size_t>(of)].data()); };
+  for (int i = 0; i < kGroup; ++i) {
+    if (share(i)->descriptor != descriptor) emulator::fail("a warp group with several descriptors");
+  }
+
+  float rows[2][kDepth], columns[2][kDepth];
+  for (int half = 0; half < 2; ++half) {
+    for (int word = 0; word < kWords; ++word) {
+      const int holder = me / 32 * 32 + lane / 4 * 4 + word % 4;
+      numbers_of<T>(share(holder)->a[half + word / 4 * 2], &rows[half][word * kParts]);
+    }
+  }
+  for (int eight = 0; eight < kColumns / 8; ++eight) {
+    for (int side = 0; side < 2; ++side) {
+      for (int word = 0; word < kWords; ++word) {
+        const int place = (8 * eight + lane % 4 * 2 + side) * kWords + word;
+        numbers_of<T>(share(place % kGroup)->b[place / kGroup], &columns[side][word * kParts]);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      float sum = d[4 * eight + i];
+      for (int k = 0; k < kDepth; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
+      d[4 * eight + i] = sum;
+    }
   }
 }
 

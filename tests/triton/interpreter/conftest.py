@@ -1,5 +1,8 @@
 """Runs this folder's tests in a process of their own, where Triton is imported with TRITON_INTERPRET=1.
 
+Under XSEP_EMULATED_TRITON, an architecture, they run in this very process and compile the kernels for it instead
+(``tests.triton.emulated``): test_compiled.py has some of them run so.
+
 Triton decides when its kernels are decorated whether to interpret or to compile them, and PyTorch may have imported it
 long before. So the first test of the folder starts one pytest for all that were selected; every test then reports
 what became of it there.
@@ -21,6 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = "XSEP_INTERPRETER_RECORD"
 INSIDE = RECORD in os.environ
+COMPILED = "XSEP_EMULATED_TRITON" in os.environ
 LIMIT = 3600
 
 _outcomes: Optional[dict[str, tuple[str, str]]] = None
@@ -31,6 +35,10 @@ if INSIDE:
     from tests.triton.interpreter import fixes
 
     fixes.install()
+elif COMPILED:
+    from tests.triton import emulated
+
+    emulated.install()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -39,6 +47,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         with open(os.environ[RECORD], "a") as record:
             text = report.longreprtext if report.failed else str(getattr(report, "longrepr", "") or "")
             record.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COMPILED:
+        terminalreporter.write_line(f"{emulated.launched} launches of kernels as compiled")
 
 
 def _run_inside(nodeids: list[str]) -> dict[str, tuple[str, str]]:
@@ -64,7 +77,7 @@ def _run_inside(nodeids: list[str]) -> dict[str, tuple[str, str]]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Optional[bool]:
     """Outside: the test's body is replaced by what it came to inside."""
-    if INSIDE:
+    if INSIDE or COMPILED:
         return None
     global _outcomes
     if importlib.util.find_spec("triton") is None:

@@ -11,6 +11,7 @@ import torch
 import xsep
 from tests.conftest import NIGHTLY
 from xsep import reference, testing
+from xsep.backends import triton_plans as plans
 from xsep.backends.triton import TRITON
 from xsep.problem import DepthwiseArgs, Geometry, SeparableArgs, depthwise_problem, separable_problem
 from xsep.testing import NAMES, VECTORS, Case
@@ -80,6 +81,33 @@ def test_both_plans(staged: bool, dtype: torch.dtype, monkeypatch: pytest.Monkey
     )
     testing.check(rich, "triton")
     testing.check(Case(n=3, c_in=35, h=4, w=4, c_out=37, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [*plans.FUSED_SIDE.values(), plans.FUSED_TILES[64], plans.FUSED_SMALL,
+     plans.SeparableTile(1, 8, 32, 16, 4, 1, side=4)],
+    ids=lambda t: f"{t.rows}x{t.cols}x{t.side}",
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(n=2, c_in=24, h=9, w=11, c_out=70, dtype=torch.bfloat16, activations=("relu", None, "relu"),
+             vectors=("scale_p", "shift_p", "scale_e", "shift_e"), bias=True, residual=True),
+        Case(n=3, c_in=13, h=8, w=7, c_out=9, stride=(2, 2), padding=(0, 1, 0, 1), activations=("relu", None, None)),
+        Case(n=2, c_in=9, h=8, w=13, c_out=9, dilation=(2, 3), padding=(3, 3, 2, 2), vectors=("scale_p", "shift_p")),
+        Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(2, 4), stride=(1, 2), dilation=(1, 3), padding=(1, 4, 2, 0)),
+        Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), multiplier=2),
+    ],
+    ids=lambda c: c.id,
+)  # fmt: skip
+def test_each_fused_tile(case: Case, tile: plans.SeparableTile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large problems' tiles on small ones, and lanes of several columns where no plan has them."""
+    from xsep.backends import triton as backend
+
+    plan = plans.SeparablePlan(True, 1, tile)
+    monkeypatch.setattr(backend, "separable_plan", lambda *args: plan)
+    testing.check(case, "triton")
 
 
 def args_of(case: Case) -> tuple[testing.Inputs, SeparableArgs]:

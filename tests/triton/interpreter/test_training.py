@@ -52,14 +52,15 @@ def last(*shape: int) -> Tensor:
 @pytest.mark.parametrize("geometry", [SAME, HALF], ids=["same", "half"])
 @pytest.mark.parametrize("with_vec", [False, True], ids=["raw", "normalised"])
 @pytest.mark.parametrize("code", [IDENTITY, RELU, SILU], ids=["identity", "relu", "silu"])
-def test_forward_and_statistics(dtype: torch.dtype, geometry: Geometry, with_vec: bool, code: int) -> None:
-    x, w_dw, w_pw = last(3, 19, 7, 9).to(dtype), torch.randn(19, 1, 3, 3).to(dtype), torch.randn(37, 19, 1, 1).to(dtype)
-    vec = torch.stack([torch.randn(19), torch.randn(19)]) if with_vec else None
+@pytest.mark.parametrize("c", [19, 24])
+def test_forward_and_statistics(dtype: torch.dtype, geometry: Geometry, with_vec: bool, code: int, c: int) -> None:
+    x, w_dw, w_pw = last(3, c, 7, 9).to(dtype), torch.randn(c, 1, 3, 3).to(dtype), torch.randn(37, c, 1, 1).to(dtype)
+    vec = torch.stack([torch.randn(c), torch.randn(c)]) if with_vec else None
     r, partials, counts, x_pre = sep_fprop(x, vec, None, code, 0.0, w_dw, w_pw, geometry)
     assert x_pre is None and partials is not None and counts is not None
     expected, _ = truth(x, vec, None, code, w_dw, w_pw, geometry)
     ulp = torch.finfo(dtype).eps * float(expected.abs().max())
-    # z is rounded once to the type of the matrix units before 19 of it are summed.
+    # z is rounded once to the type of the matrix units before its channels are summed.
     assert float((r.double() - expected).abs().max()) <= (4 if dtype is torch.float32 else 2) * ulp
     assert int(counts.sum()) == r.shape[0] * r.shape[2] * r.shape[3]
     check_partials(partials, counts, r)
@@ -77,12 +78,12 @@ def check_partials(partials: Tensor, counts: Tensor, r: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("k", [3, 5])
-def test_residual_prologue_writes_the_sum(dtype: torch.dtype, k: int) -> None:
+@pytest.mark.parametrize("k, c", [(3, 21), (5, 21), (3, 24)])
+def test_residual_prologue_writes_the_sum(dtype: torch.dtype, k: int, c: int) -> None:
     geometry = Geometry(1, 1, k // 2, k // 2, k // 2, k // 2, 1, 1)
-    x, t = last(2, 21, 6, 7).to(dtype), torch.randn(2, 21, 6, 7).to(dtype)
-    w_dw, w_pw = torch.randn(21, 1, k, k).to(dtype), torch.randn(70, 21, 1, 1).to(dtype)
-    vec = torch.stack([torch.randn(21), torch.randn(21)])
+    x, t = last(2, c, 6, 7).to(dtype), torch.randn(2, c, 6, 7).to(dtype)
+    w_dw, w_pw = torch.randn(c, 1, k, k).to(dtype), torch.randn(70, c, 1, 1).to(dtype)
+    vec = torch.stack([torch.randn(c), torch.randn(c)])
     r, _, _, x_pre = sep_fprop(x, vec, t, RELU, 0.0, w_dw, w_pw, geometry)
     assert x_pre is not None and x_pre.dtype == dtype
     expected, pre = truth(x, vec, t, RELU, w_dw, w_pw, geometry)

@@ -129,7 +129,12 @@ def test_what_is_no_number_shows_where_the_plain_chain_shows_it(what: str) -> No
     seen = 0
     for a, b, name in zip(ours, plain, ours._fields):
         assert a is not None and b is not None
-        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()), name
+        if name == "dw_dw":
+            # Infinity in dr also meets the zeros that stand for rows which are another strip's: not a number, where the
+            # sum over the picture would be infinite.
+            assert torch.equal(a.isfinite(), b.isfinite()), name
+        else:
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()), name
         seen += int((~a.isfinite()).sum())
     assert seen > 0
 
