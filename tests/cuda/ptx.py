@@ -220,10 +220,12 @@ class Translator:
         if not {(op, w) for w in CHANGING & set(rest)} <= {("fma", "rm"), ("cvt", "sat")}:
             raise ValueError(rest)
         self.flushes = "ftz" in rest
+        kind = rest[-1] if rest else ""
+        if op in PACKED and kind.endswith("x2"):
+            return self.packed(f"{op}.NaN" if "NaN" in rest else op, TYPES[kind[:-2]], o)
         method = getattr(self, f"op_{op}", None)
         if method is not None:
             return str(method(rest, o))
-        kind = rest[-1]
         if op in ("add", "sub") and kind[0] == "s":
             kind = f"u{kind[1:]}"  # the same bits, and wraps around in C++ too
         if op in ("add", "sub") and kind in PLAIN:
@@ -238,6 +240,14 @@ class Translator:
             return self.put(o[0], kind, BINARY[op].format(a=self.value(o[1], kind), b=self.value(o[2], kind),
                                                           t=TYPES[kind]))  # fmt: skip
         raise KeyError(op)
+
+    def packed(self, op: str, half: str, o: list[str]) -> str:
+        """The same of two numbers that share a register."""
+        numbers = []
+        for i in range(2):
+            values = (f"as<{half}>(piece<uint16_t, {i}>({self.value(x, 'b32')}))" for x in o[1:])
+            numbers.append(f"as<uint16_t>(rounded<{half}>({PACKED[op]}({', '.join(values)})))")
+        return self.put(o[0], "b32", f"joined<uint32_t, uint16_t>({{{', '.join(numbers)}}})")
 
     # Control ------------------------------------------------------------------------------------------------------
 
@@ -515,6 +525,13 @@ BINARY = {
     "min.NaN": "xsep::cuda::min_nan({a}, {b})", "max.NaN": "xsep::cuda::max_nan({a}, {b})", "div": "quotient({a}, {b})",
     "rem": "{a} % {b}", "shl": "shifted_left({a}, {b})", "shr": "shifted_right({a}, {b})",
     "copysign": "std::copysign({b}, {a})",
+}  # fmt: skip
+
+
+#: What two numbers in one register may go through.
+PACKED = {
+    "add": "sum", "sub": "difference", "mul": "product", "fma": "fused", "min": "smaller", "max": "larger",
+    "min.NaN": "xsep::cuda::min_nan", "max.NaN": "xsep::cuda::max_nan", "neg": "negated", "abs": "magnitude",
 }  # fmt: skip
 
 

@@ -99,6 +99,15 @@ CASES: dict[str, tuple[str, Callable[[int], int]]] = {
                       lambda lane: of_float(3.0)),
     "max-nan-keeps-nan": (f"mov.b32 %f1, 2143289344; max.NaN.f32 %f0, %f1, {word(3)}; mov.b32 %r0, %f0;",
                           lambda lane: 2143289344),
+    "add-of-two": (
+        f"cvt.rn.bf16x2.f32 %r2, {word(1)}, {word(-2)}; cvt.rn.bf16x2.f32 %r3, {word(2**-8)}, {word(0.5)}; "
+        "add.bf16x2 %r0, %r2, %r3;",
+        lambda lane: 0x3F80BFC0,
+    ),
+    "max-of-two-keeps-nan": (
+        f"cvt.rn.bf16x2.f32 %r2, {word(1)}, {word(-2)}; mov.b32 %r3, 2143305728; max.NaN.bf16x2 %r0, %r2, %r3;",
+        lambda lane: 0x7FFF4000,
+    ),
     "setp-of-two": (
         f"cvt.rn.bf16x2.f32 %r2, {word(2)}, {word(-2)}; mov.b32 %r3, 0; setp.gt.bf16x2 %p0|%p1, %r2, %r3; "
         "selp.b32 %r0, 1, 0, %p0; @%p1 add.s32 %r0, %r0, 2;",
