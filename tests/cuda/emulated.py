@@ -79,13 +79,19 @@ def missing_tools() -> Optional[str]:
     return None
 
 
+def cache_folder() -> Path:
+    """Where what was compiled is kept for whoever needs it next."""
+    folder = Path(tempfile.gettempdir()) / f"xsep-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def build(name: str, sources: Path = CUDA_SOURCES, namespace: str = "xsep_emulated") -> Path:
     """The shared library of one entry of LIBRARIES, built once for each content of the sources.
 
     ``sources`` may be a changed copy of csrc/cuda, with csrc/common beside it; ``namespace`` is the operators'.
     """
-    cache = Path(tempfile.gettempdir()) / f"xsep-emulator-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
+    cache = cache_folder()
     units = [Unit(unit, sources, namespace) for unit in (*LIBRARIES[name], "emulator.cpp", "runtime.cpp")]
     if PTX:
         units += [TranslatedUnit(unit.name, sources, namespace) for unit in units if unit.is_translated]
@@ -100,7 +106,9 @@ def build(name: str, sources: Path = CUDA_SOURCES, namespace: str = "xsep_emulat
             objects = list(pool.map(lambda unit: str(unit.compiled(cache, Path(scratch))), units))
         glue = LINKED if any(unit.is_glue for unit in units) else ()
         library = str(Path(scratch) / "library.so")
-        _run(["g++", "-shared", "-Wl,-Bsymbolic", *(SANITIZE if SANITIZED else ()), *objects, *glue, "-o", library])
+        run_command(
+            ["g++", "-shared", "-Wl,-Bsymbolic", *(SANITIZE if SANITIZED else ()), *objects, *glue, "-o", library]
+        )
         os.replace(library, target)
     return target
 
@@ -151,7 +159,7 @@ class Unit:
             includes = [f"-I{folder}" for folder in self.folders]
             systems = [str(cuda_include()), *(cpp_extension.include_paths() if self.is_glue else ())]
             includes += [word for path in systems for word in ("-isystem", path)]
-            _run(["g++", "-x", "c++", *self.flags, *includes, "-c", str(self.file), "-o", str(out)])
+            run_command(["g++", "-x", "c++", *self.flags, *includes, "-c", str(self.file), "-o", str(out)])
             os.replace(out, target)
         return target
 
@@ -172,7 +180,7 @@ class TranslatedUnit(Unit):
         target = cache / f"{self.file.stem}-ptx-{self.digest}.o"
         if not target.exists():
             module, source, out = (scratch / f"{target.stem}.{suffix}" for suffix in ("ptx", "cpp", "o"))
-            _run([nvcc(), "-std=c++17", "-O3", f"-arch=sm_{PTX}", "-ptx", str(self.file), "-o", str(module)])
+            run_command([nvcc(), "-std=c++17", "-O3", f"-arch=sm_{PTX}", "-ptx", str(self.file), "-o", str(module)])
             compile_translation(module.read_text(), source, out)
             os.replace(out, target)
         return target
@@ -189,11 +197,11 @@ def compile_translation(module: str, source: Path, out: Path) -> None:
         "\n".join(['#include "ptx_machine.h"', *(entry.source for entry in ptx.entries(module, PTX_COUNTED))])
     )
     # Each instruction stands for itself: no two of them may become one that rounds once.
-    _run(["g++", "-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}",
-          "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])  # fmt: skip
+    flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-DXSEP_EMULATOR", f"-I{EMULATOR}"]
+    run_command(["g++", *flags, "-isystem", str(cuda_include()), "-c", str(source), "-o", str(out)])
 
 
-def _run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
     # Not with the sanitizers' runtime in the compiler itself, which takes several times as long with it.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

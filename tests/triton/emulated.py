@@ -25,7 +25,6 @@ from xsep.backends.triton_launch import Launch
 #: The architecture that kernels are compiled for.
 ARCHITECTURE = int(os.environ.get("XSEP_EMULATED_TRITON", "90"))
 TYPES = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
-FOLDER = Path(tempfile.gettempdir()) / f"xsep-emulator-{os.getuid()}"
 
 
 @cache
@@ -73,13 +72,12 @@ def _built(module: str) -> Path:
     digest = hashlib.sha256(f"{module} {emulated.PTX_COUNTED}".encode())
     for file in (Path(__file__), Path(emulated.__file__), Path(ptx.__file__), *sorted(emulated.EMULATOR.glob("*.h"))):
         digest.update(file.read_bytes())
-    target = FOLDER / f"triton-{digest.hexdigest()[:20]}.so"
+    target = emulated.cache_folder() / f"triton-{digest.hexdigest()[:20]}.so"
     if not target.exists():
-        FOLDER.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             source, out, library = (Path(scratch) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
             emulated.compile_translation(module, source, out)
-            emulated._run(["g++", "-shared", str(out), "-o", str(library)])
+            emulated.run_command(["g++", "-shared", str(out), "-o", str(library)])
             os.replace(library, target)
     return target
 

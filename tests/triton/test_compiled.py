@@ -23,8 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "interpreter"
 #: A test's file, which of them, and how many launches there are at least.
 RUNS = {
-    "ops": ("test_op.py",
-            "test_each_kernel and (2x7x9x11-o5-m1-k33-s11-p2222 or 2x64x7x5 or k55-s11) and not float32", 9),
+    "ops": (
+        "test_op.py",
+        "test_each_kernel and not float32 and "
+        "(2x7x9x11-o5-m1-k33-s11-p2222 or 2x64x7x5 or k55-s11 or shift_m-scale_e)", 12,
+    ),
     "chain": ("test_training.py", "test_forward_and_statistics and bfloat16 and relu and same and 24", 2),
 }  # fmt: skip
 if NIGHTLY:

@@ -71,7 +71,7 @@ def activation_gradient(d, u, alpha, CODE: tl.constexpr):
 
 @triton.jit
 def vector(pointer, offsets, mask):
-    """A vector that may be None, as () or a tuple of one tensor [1, channels]."""
+    """[1, channels] float32 of a vector that may be None, as a tuple of one tensor or of none."""
     loaded = ()
     if pointer is not None:
         loaded = (tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)[None, :],)
@@ -79,16 +79,20 @@ def vector(pointer, offsets, mask):
 
 
 @triton.jit
-def scaled(u, scale, shift):
-    """scale * u + shift of what :func:`vector` returns."""
-    if len(scale) > 0:
-        u = u * scale[0]
-    if len(shift) > 0:
-        u = u + shift[0]
+def scaled(u, scale, shift, loaded_scale, loaded_shift):
+    """scale * u + shift, where :func:`vector` has loaded them.
+
+    With the pointers too: Triton tells the calls of a function apart by what their tuples hold, not by which of the
+    tuples holds it.
+    """
+    if scale is not None:
+        u = u * loaded_scale[0]
+    if shift is not None:
+        u = u + loaded_shift[0]
     return u
 
 
 @triton.jit
 def affine(u, scale, shift, offsets, mask):
     """scale * u + shift per channel; scale and shift [C] may be None. u: [rows, channels], offsets: [channels]."""
-    return scaled(u, vector(scale, offsets, mask), vector(shift, offsets, mask))
+    return scaled(u, scale, shift, vector(scale, offsets, mask), vector(shift, offsets, mask))

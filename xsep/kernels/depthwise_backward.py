@@ -193,7 +193,7 @@ def depthwise_backward(
                 for j in tl.static_range(COLUMNS):
                     v = x_rows[t * COLUMNS + j].to(tl.float32)
                     if PROLOGUE:
-                        v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                        v = activate(scaled(v, scale_p, shift_p, load_scale, load_shift), alpha_p, ACT_P)
                         # All activations are 0 at 0.
                         if scale_p is not None or shift_p is not None:
                             v = tl.where(pixel_ok[j] & row_ok, v, 0.0)
@@ -240,7 +240,7 @@ def depthwise_backward(
                         if shortcut is not None and ACTIVATED:
                             d += joined
                         if PROLOGUE:
-                            u = scaled(v, load_scale, load_shift)
+                            u = scaled(v, scale_p, shift_p, load_scale, load_shift)
                             if SUMS > 0:
                                 d = masked_gradient(d, u, alpha_p, ACT_P)
                             else:

@@ -136,7 +136,7 @@ def depthwise_fprop(
             for column_k in tl.static_range(COLUMNS):
                 v = step[t * COLUMNS + column_k].to(tl.float32)
                 if PROLOGUE:
-                    v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                    v = activate(scaled(v, scale_p, shift_p, load_scale, load_shift), alpha_p, ACT_P)
                     # All activations are 0 at 0.
                     if scale_p is not None or shift_p is not None:
                         v = tl.where(pixel_ok[column_k] & row_ok, v, 0.0)
@@ -148,7 +148,7 @@ def depthwise_fprop(
         done = k - (OPEN - 1)
         row = y + (p0 + done * ROW_STEP).to(tl.int64) * (q * channels)
         for j in tl.static_range(SIDE):
-            u = activate(scaled(acc[j], store_scale, store_shift), alpha_e, ACT_E)
+            u = activate(scaled(acc[j], scale_e, shift_e, store_scale, store_shift), alpha_e, ACT_E)
             q_ok = (f_ok & (column + j * COL_STEP < q) & (done >= 0))[:, None] & c_ok[None, :]
             tl.store((row + j * COL_STEP * channels) + out, u.to(y.dtype.element_ty), mask=q_ok)
         acc = acc[SIDE:]

@@ -55,7 +55,9 @@ def add_column(
     column_stride,
     offsets,
     c_ok,
-    load_scale,
+    scale_p,
+    shift_p,
+    load_scale,  # what :func:`vector` makes of them
     load_shift,
     alpha_p,
     block,
@@ -67,13 +69,13 @@ def add_column(
     CENTRE_R: tl.constexpr,
     ACT_P: tl.constexpr,
     ROWS: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    PADDED: tl.constexpr,  # whether the prologue makes more of 0 than 0
 ):
     """zs with what one column of x adds to them: its rows, each loaded once, with the prologue."""
     LINES: tl.constexpr = (ROWS - 1) * TAP_ROWS + R
     BATCH: tl.constexpr = LINES if addend is None else 1  # rows that are loaded at once: what there are registers for
     SIDE: tl.constexpr = len(taps)
+    # All activations are 0 at 0, which is what channels that there are not come to as well.
+    PADDED: tl.constexpr = scale_p is not None or shift_p is not None
     w_ok = f_ok & (w_k >= 0) & (w_k < w)
     for start in tl.static_range(0, LINES, BATCH):
         for turn in range(once):
@@ -95,8 +97,8 @@ def add_column(
                     h_t = h0 + t * DILATION_H
                     pixel_ok = (w_ok & (h_t >= 0) & (h_t < h))[:, None]
                     v = line[t - start][0].to(tl.float32)
-                    if PROLOGUE:
-                        v = scaled(v, load_scale, load_shift)
+                    if ACT_P != 0 or PADDED or addend is not None:
+                        v = scaled(v, scale_p, shift_p, load_scale, load_shift)
                         if addend is not None:
                             # Rounded as it is stored: backward reads the stored one, and must see the same signs.
                             pre = (v + line[t - start][1].to(tl.float32)).to(x.dtype.element_ty)
@@ -184,9 +186,6 @@ def separable_fprop(
     OUT_VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None or addend is not None
-    # All activations are 0 at 0, which is what channels that there are not come to as well.
-    PADDED: tl.constexpr = scale_p is not None or shift_p is not None
     COLUMNS: tl.constexpr = (SIDE - 1) * TAP_COLS + S
     # The pixels of one product: 64 are what the matrix units of sm_90 take at once, and few enough for what follows.
     PART: tl.constexpr = COLS if COLS >= 64 else (ROWS * SIDE * COLS if ROWS * SIDE * COLS < 64 else 64)
@@ -237,8 +236,8 @@ def separable_fprop(
                 taps = filter_column(weight, s, mid, c, c_ok, R, S)
                 zs = add_column(
                     zs, (taps,), weight, x, addend, x_pre, s, s == CENTRE_S, True, w0 + s * DILATION_W, f_ok, h0, h, w,
-                    sx_h * VEC, sx_w * VEC, offsets, c_ok, load_scale, load_shift, alpha_p, block, once, TAP_ROWS, R,
-                    DILATION_H, DILATION_W, CENTRE_R, ACT_P, ROWS, PROLOGUE, PADDED,
+                    sx_h * VEC, sx_w * VEC, offsets, c_ok, scale_p, shift_p, load_scale, load_shift, alpha_p, block,
+                    once, TAP_ROWS, R, DILATION_H, DILATION_W, CENTRE_R, ACT_P, ROWS,
                 )  # fmt: skip
         else:
             columns = ()
@@ -254,9 +253,9 @@ def separable_fprop(
                 for turn in range(once):
                     zs = add_column(
                         zs, mine, weight, x, addend, x_pre, k, True, k >= CENTRE_S and k < CENTRE_S + SIDE,
-                        w0 + k * DILATION_W, f_ok, h0, h, w, sx_h * VEC, sx_w * VEC, offsets, c_ok, load_scale,
-                        load_shift, alpha_p, block, once, TAP_ROWS, R, DILATION_H, DILATION_W, CENTRE_R, ACT_P, ROWS,
-                        PROLOGUE, PADDED,
+                        w0 + k * DILATION_W, f_ok, h0, h, w, sx_h * VEC, sx_w * VEC, offsets, c_ok, scale_p,
+                        shift_p, load_scale, load_shift, alpha_p, block, once, TAP_ROWS, R, DILATION_H, DILATION_W,
+                        CENTRE_R, ACT_P, ROWS,
                     )  # fmt: skip
         filters = tl.load(w_pw + (o[:, None] * mid + c[None, :]), mask=o_ok[:, None] & c_ok[None, :], other=0.0)
         mids = ()

@@ -122,7 +122,7 @@ def separable_wgrad_pw(
                     row = h_j.to(tl.int64) * (sx_h * VEC) + s * DILATION_W * (sx_w * VEC)
                     v = tl.load((x + row) + offsets, mask=mask, other=0.0).to(tl.float32)
                     if PROLOGUE:
-                        v = activate(scaled(v, load_scale, load_shift), alpha_p, ACT_P)
+                        v = activate(scaled(v, scale_p, shift_p, load_scale, load_shift), alpha_p, ACT_P)
                         # All activations are 0 at 0, which is what channels that there are not come to as well.
                         if scale_p is not None or shift_p is not None:
                             v = tl.where(pixel_ok, v, 0.0)

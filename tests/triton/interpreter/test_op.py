@@ -46,6 +46,7 @@ SHAPES = [
     Case(n=5, c_in=65, h=5, w=5, c_out=67, residual=True, vectors=("scale_e", "shift_e"), bias=True),
     Case(n=3, c_in=8, h=19, w=3, c_out=130, dtype=torch.float16, residual=True, layout="contiguous"),
     Case(n=1, c_in=40, h=3, w=67, c_out=300, activations=("relu", "relu6", "relu")),
+    Case(n=1, c_in=8, h=5, w=6, c_out=8, dtype=torch.bfloat16, vectors=("scale_p", "shift_m", "scale_e")),
 ]
 
 
