@@ -395,8 +395,8 @@ def run(
     addresses = [ctypes.c_uint64(t.data_ptr()) for t in tensors or (out,)]
     parameters = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, addresses))
     message, size = ctypes.create_string_buffer(1024), ctypes.c_size_t
-    translated = getattr(library, ptx.PREFIX + name)
-    if library.emulate_translated_block(translated, threads, size(shared), parameters, message, size(1024)):
+    translated, grid = getattr(library, ptx.PREFIX + name), (ctypes.c_uint * 3)(1, 1, 1)
+    if library.emulate_translated_grid(translated, grid, threads, size(shared), parameters, message, size(1024)):
         raise RuntimeError(message.value.decode())
     return out
 

@@ -381,15 +381,7 @@ void emulate_translation(const void* kernel, emulator::Translation translated) {
 
 int emulate_translated_launches() { return emulator::translated_launches; }
 
-// One block of a translated kernel by itself.
-int emulate_translated_block(emulator::Translation translated, unsigned threads, size_t shared_bytes,
-                             const void* const* parameters, char* message, size_t bytes) {
-  return guarded(
-      [&] { emulator::run("the kernel", {1, 1, 1}, {threads, 1, 1}, shared_bytes, [&] { translated(parameters); }); },
-      message, bytes);
-}
-
-// A whole grid of one.
+// A translated kernel by itself.
 int emulate_translated_grid(emulator::Translation translated, const unsigned (&grid)[3], unsigned threads,
                             size_t shared_bytes, const void* const* parameters, char* message, size_t bytes) {
   return guarded(
