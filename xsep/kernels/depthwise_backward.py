@@ -92,7 +92,7 @@ def depthwise_backward(
     tl.static_assert(STRIDE_H == 1 or DILATION_H == 1)
     tl.static_assert(STRIDE_W == 1 or DILATION_W == 1)
     tl.static_assert(SUMS == 0 or not WANT_AFFINE)
-    PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
+    PROLOGUE: tl.constexpr = ACT_P != 0 or (scale_p is not None or shift_p is not None)
     # Groups of rows that lie above the one a row of dz belongs to and meet it; columns of dz left of a group's own.
     LEAD: tl.constexpr = (R - 1) // STRIDE_H
     LEAD_COLS: tl.constexpr = (S - 1) // STRIDE_W
@@ -207,10 +207,8 @@ def depthwise_backward(
                         for j in tl.static_range(COLUMNS):
                             # Column j of x meets it in tap s = j % STRIDE_W + (j // STRIDE_W - column + LEAD_COLS) *
                             # STRIDE_W.
-                            if (
-                                t + b * STRIDE_H < R
-                                and j + (LEAD_COLS - column) * STRIDE_W >= 0
-                                and j + (LEAD_COLS - column) * STRIDE_W < S
+                            if t + b * STRIDE_H < R and (
+                                j + (LEAD_COLS - column) * STRIDE_W >= 0 and j + (LEAD_COLS - column) * STRIDE_W < S
                             ):
                                 if WANT_DX:
                                     tap = taps[(t + b * STRIDE_H) * S + j + (LEAD_COLS - column) * STRIDE_W]

@@ -70,7 +70,7 @@ def depthwise_fprop(
     VEC: tl.constexpr,
     WIDE: tl.constexpr,  # whether offsets over (picture, column, channel) need 64 bits; rows always have them
 ):
-    PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
+    PROLOGUE: tl.constexpr = ACT_P != 0 or (scale_p is not None or shift_p is not None)
     LOADED: tl.constexpr = R if TAP_ROWS > R else TAP_ROWS  # rows of a step; the rest of them no tap meets
     OPEN: tl.constexpr = (R + TAP_ROWS - 1) // TAP_ROWS  # output rows that a step adds to
     COLUMNS: tl.constexpr = (SIDE - 1) * TAP_COLS + S
@@ -142,7 +142,7 @@ def depthwise_fprop(
                         v = tl.where(pixel_ok[column_k] & row_ok, v, 0.0)
                 for m in tl.static_range(OPEN):  # output rows, from the newest
                     for j in tl.static_range(SIDE):
-                        if t + m * TAP_ROWS < R and column_k >= j * TAP_COLS and column_k < j * TAP_COLS + S:
+                        if t + m * TAP_ROWS < R and (column_k >= j * TAP_COLS and column_k < j * TAP_COLS + S):
                             tap = taps[(t + m * TAP_ROWS) * S + column_k - j * TAP_COLS]
                             acc = add(acc, (OPEN - 1 - m) * SIDE + j, v * tap)
         done = k - (OPEN - 1)

@@ -39,11 +39,11 @@ def add(values, index: tl.constexpr, value):
 @triton.jit
 def stacked(tiles):
     """Tensors [COLS, CHANNELS], a power of two of them, as one, the first above the second; no value changes lanes."""
-    if len(tiles) == 1:
-        return tiles[0]
-    else:
-        pairs = ()
-        for i in tl.static_range(len(tiles) // 2):
-            both = tl.permute(tl.join(tiles[2 * i], tiles[2 * i + 1]), (2, 0, 1))
-            pairs = pairs + (tl.reshape(both, (2 * tiles[0].shape[0], tiles[0].shape[1])),)
-        return stacked(pairs)
+    for _ in tl.static_range(6):
+        if len(tiles) > 1:
+            pairs = ()
+            for i in tl.static_range(len(tiles) // 2):
+                both = tl.permute(tl.join(tiles[2 * i], tiles[2 * i + 1]), (2, 0, 1))
+                pairs = pairs + (tl.reshape(both, (2 * tiles[0].shape[0], tiles[0].shape[1])),)
+            tiles = pairs
+    return tiles[0]

@@ -97,13 +97,13 @@ def add_column(
                     h_t = h0 + t * DILATION_H
                     pixel_ok = (w_ok & (h_t >= 0) & (h_t < h))[:, None]
                     v = line[t - start][0].to(tl.float32)
-                    if ACT_P != 0 or PADDED or addend is not None:
+                    if ACT_P != 0 or (PADDED or addend is not None):
                         v = scaled(v, scale_p, shift_p, load_scale, load_shift)
                         if addend is not None:
                             # Rounded as it is stored: backward reads the stored one, and must see the same signs.
                             pre = (v + line[t - start][1].to(tl.float32)).to(x.dtype.element_ty)
                             v = pre.to(tl.float32)
-                            if MAY_BE_CENTRAL and t >= CENTRE_R and t < CENTRE_R + ROWS:
+                            if MAY_BE_CENTRAL and (t >= CENTRE_R and t < CENTRE_R + ROWS):
                                 row = h_t.to(tl.int64) * row_stride + k * DILATION_W * column_stride
                                 mask = pixel_ok & c_ok[None, :] & (central & (block == 0))
                                 tl.store((x_pre + row) + offsets, pre, mask=mask)
@@ -112,7 +112,7 @@ def add_column(
                             v = tl.where(pixel_ok, v, 0.0)
                     for i in tl.static_range(ROWS):
                         for j in tl.static_range(SIDE):
-                            if t >= i * TAP_ROWS and t < i * TAP_ROWS + R and len(taps[j]) > 0:
+                            if (t >= i * TAP_ROWS and t < i * TAP_ROWS + R) and len(taps[j]) > 0:
                                 if weight is None:
                                     zs = add(zs, i * SIDE + j, v)
                                 else:

@@ -73,7 +73,7 @@ def separable_wgrad_pw(
     ACCUMULATE: tl.constexpr,  # add to what an earlier launch, of other pictures, has left in partials
     WIDE: tl.constexpr,
 ):
-    PROLOGUE: tl.constexpr = ACT_P != 0 or scale_p is not None or shift_p is not None
+    PROLOGUE: tl.constexpr = ACT_P != 0 or (scale_p is not None or shift_p is not None)
 
     pid = tl.program_id(0)
     ins = in_vecs * VEC
