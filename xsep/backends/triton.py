@@ -140,7 +140,7 @@ class TritonBackend(Backend):
         if found.fused:
             t = found.tile
             return (
-                f"fused, {t.rows}x{t.cols} pixels by {t.outputs} of {problem.c_out} channels a program, "
+                f"fused, {t.rows}x{t.cols * t.side} pixels by {t.outputs} of {problem.c_out} channels a program, "
                 f"{t.depth} of z at a time{copied}"
             )
         return f"staged, depthwise kernel then a matrix product, {found.slice_n} pictures at a time{copied}"
