@@ -30,6 +30,15 @@ from .raw_gradients import masked_gradient
 from .rows import add, load_row
 
 
+@triton.jit
+def _operand(image, v, line, at, mask):
+    """What dx is multiplied with for a sum: of a row of ``image``, or where there is none, v, which is x."""
+    other = v
+    if image is not None:
+        other = tl.load((image + line) + at, mask=mask, other=0.0).to(tl.float32)
+    return other
+
+
 @triton.jit(
     do_not_specialize=[
         "n", "h", "w", "channel_vecs", "p", "q", "sx_n", "sx_h", "sx_w", "sd_n", "sd_h", "sd_w", "pad_top", "pad_left",
@@ -253,18 +262,11 @@ def depthwise_backward(
                             # As whoever reads dx will see it: rounded.
                             seen = tl.where(pixel_ok[j] & row_ok, d.to(dx.dtype.element_ty).to(tl.float32), 0.0)
                             sums = add(sums, 0, seen)
+                            line = h_i.to(tl.int64) * (w * channels)
                             if SUMS > 1:
-                                other = v
-                                if operand_1 is not None:
-                                    line = operand_1 + h_i.to(tl.int64) * (w * channels)
-                                    other = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
-                                sums = add(sums, 1, seen * (other - middles[0]))
+                                sums = add(sums, 1, seen * (_operand(operand_1, v, line, at, mask) - middles[0]))
                             if SUMS > 2:
-                                other = v
-                                if operand_2 is not None:
-                                    line = operand_2 + h_i.to(tl.int64) * (w * channels)
-                                    other = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
-                                sums = add(sums, 2, seen * (other - middles[1]))
+                                sums = add(sums, 2, seen * (_operand(operand_2, v, line, at, mask) - middles[1]))
                         elif scale_p is not None:
                             d = d * load_scale[0]
                         tl.store(row + at, d.to(dx.dtype.element_ty), mask=mask)

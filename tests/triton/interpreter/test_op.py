@@ -111,6 +111,29 @@ def test_each_fused_tile(case: Case, tile: plans.SeparableTile, monkeypatch: pyt
     testing.check(case, "triton")
 
 
+@pytest.mark.parametrize("rows, side, unroll", [(1, 3, 2), (2, 2, 2), (3, 1, 1), (5, 4, 1), (99, 2, 2)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(op="depthwise", n=2, c_in=13, h=9, w=11, activations=("relu", None, "relu"),
+             vectors=("scale_p", "shift_p")),
+        Case(op="depthwise", n=2, c_in=9, h=10, w=9, stride=(2, 2), padding=(1, 1, 0, 1),
+             activations=("silu", None, None)),
+        Case(op="depthwise", n=1, c_in=9, h=11, w=9, dilation=(2, 3), padding=(3, 3, 2, 2), dtype=torch.bfloat16),
+        Case(op="depthwise", n=1, c_in=5, h=8, w=9, filter=(5, 5), padding=(2, 2, 2, 2)),
+    ],
+    ids=lambda c: c.id,
+)  # fmt: skip
+def test_each_strip(case: Case, rows: int, side: int, unroll: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of one row, of several with a rest, and longer than the picture; any number of columns a lane."""
+    from xsep.backends import triton as backend
+
+    tile = plans.DepthwiseTile(rows, 4, 16, 4, side, unroll)
+    for choice in ("fprop_tile", "backward_tile"):
+        monkeypatch.setattr(backend, choice, lambda *args: tile)
+    testing.check(case, "triton")
+
+
 def args_of(case: Case) -> tuple[testing.Inputs, SeparableArgs]:
     inputs = testing.make_inputs(case)
     t = inputs.tensors
