@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def needs_card(what: str) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """``"ieee"`` or ``"tf32"``, of convolutions and of matrices.
+def float32_products(precision: str, of_matrices: Optional[str] = None) -> Iterator[None]:
+    """``"ieee"`` or ``"tf32"``, of convolutions and, unless they have their own, of matrices.
 
     Not by pytest's monkeypatch: of settings that are no attributes of their own it may delete what it set.
     """
@@ -49,8 +49,8 @@ def float32_products(precision: str) -> Iterator[None]:
     settings = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
-        for setting in settings:
-            setting.fp32_precision = precision
+        for setting, value in zip(settings, (precision, of_matrices or precision)):
+            setting.fp32_precision = value
         yield
     finally:
         for setting, value in zip(settings, before):

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from . import extension
-from .backends import base, triton_plans
 from .backends import cuda as cuda_backend
+from .backends import pointwise, triton_plans
 from .problem import Problem
 from .tuning.device import DeviceProperties
 
@@ -348,4 +348,4 @@ def choose(
 
 def tf32_allowed(dtype: torch.dtype) -> bool:
     """Whether PyTorch's own float32 convolutions may use TF32, which xsep's then do too."""
-    return dtype is torch.float32 and base.tf32_allowed()
+    return dtype is torch.float32 and pointwise.tf32_allowed()

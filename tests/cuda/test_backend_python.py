@@ -11,7 +11,7 @@ import torch
 from tests.chain.support import hold, image, last, vector
 from tests.chain.test_forward_ops import starts
 from tests.gpu import float32_products
-from xsep.backends import chain_cuda, cuda
+from xsep.backends import chain_cuda, cuda, pointwise
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
@@ -161,7 +161,7 @@ def test_chain_backward(
     operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, name: str, c_in: int, c_out: int, pictures: int
 ) -> None:
     """All of a layer's backward against float64, with the batch in slices and not."""
-    monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: c_in == 11)
+    monkeypatch.setattr(pointwise, "settings_differ", lambda _: c_in == 11)
     monkeypatch.setattr(launch, "slices", lambda *_: launch.slices_of(3, pictures))
     monkeypatch.setattr(launch, "backward_plan", launch.backward_plan.__wrapped__)
     short, before, others, pool = LAYERS[name]
@@ -231,10 +231,10 @@ def test_chain_of_an_empty_batch_launches_nothing(operators: EmulatedOps) -> Non
     assert not operators.called
 
 
-@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
-def test_chain_pointwise(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+@pytest.mark.parametrize("differ", [False, True], ids=["mm", "conv2d"])
+def test_chain_pointwise(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, differ: bool) -> None:
     """The skip: every second pixel, forward and backward; by a product, or by what obeys the settings for TF32."""
-    monkeypatch.setattr(chain_cuda, "tf32_allowed", lambda: tf32)
+    monkeypatch.setattr(pointwise, "settings_differ", lambda _: differ)
     load, w = Load(torch.randn(2, 5), RELU), torch.randn(7, 5, 1, 1)
     y = last(2, 5, 9, 7, dtype=torch.float32)[:, :, ::2, ::2]
     ours, theirs = chain_cuda.CUDA_CHAIN, ATEN_CHAIN

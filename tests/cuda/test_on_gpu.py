@@ -125,6 +125,21 @@ def test_separable_forward(size: tuple[int, ...], kind: str, everything: bool, l
     assert_close("y", ours, theirs, truth, tf32=other)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_products_are_as_exact_as_convolutions(size: tuple[int, ...]) -> None:
+    """Whatever PyTorch's matrix products may do: forward and backward in float32 have a convolution's precision."""
+    a = draw(size, torch.float32)
+    truth, dy = ATEN.separable_forward(double(a)), torch.randn_like(ATEN.separable_forward(a))
+    wanted = [True] * 3 + [False] * 8
+    exact = ATEN.separable_backward(dy.double(), double(a), None, wanted)
+    with float32_products("ieee", of_matrices="tf32"):
+        ours = [CUDA.separable_forward(a), *CUDA.separable_backward(dy, a, None, wanted)[:3]]
+        theirs = [ATEN.separable_forward(a), *ATEN.separable_backward(dy, a, None, wanted)[:3]]
+    for name, mine, peer, right in zip(("y", "dx", "dw_dw", "dw_pw"), ours, theirs, (truth, *exact)):
+        assert mine is not None and peer is not None and right is not None
+        assert_close(name, mine, peer, right)
+
+
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=ids)

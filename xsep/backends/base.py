@@ -23,11 +23,9 @@ from ..activations import (
     scale_and_shift,
 )
 from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs
+from . import pointwise
 
 Gradients = tuple[Optional[Tensor], ...]
-
-#: Rows of a block where a matrix product's rows are added up in blocks.
-SUM_ROWS = 4096
 
 
 class DepthwiseGradients(NamedTuple):
@@ -43,24 +41,6 @@ def channel_sum(t: Tensor) -> Tensor:
     """[N, C, P, Q] -> [C], accumulated in float32 at least."""
     wide = torch.promote_types(t.dtype, torch.float32)
     return t.sum((0, 2, 3), dtype=wide)
-
-
-def rows_of(t: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C], a view of NHWC images."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
-def tf32_allowed() -> bool:
-    """Whether PyTorch's own float32 convolutions on a GPU may use TF32, which xsep's then do too.
-
-    A setting of "none" leaves it to the wider one. ``cudnn.allow_tf32`` must not be asked where the newer settings were
-    used: it raises where those of convolutions and of recurrent networks differ.
-    """
-    cudnn = torch.backends.cudnn
-    if not hasattr(cudnn, "conv"):
-        return bool(cudnn.allow_tf32)
-    wishes = (settings.fp32_precision for settings in (cudnn.conv, cudnn, torch.backends))
-    return next((wish for wish in wishes if wish != "none"), "none") == "tf32"
 
 
 class Backend(ABC):
@@ -100,33 +80,16 @@ class Backend(ABC):
         """y [N, C_out, P, Q] of the whole op."""
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
-        """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q], no bias: one GEMM over NHWC pixels."""
-        n, c_mid, p, q = z.shape
-        c_out = w_pw.shape[0]
-        rows = torch.mm(rows_of(z), w_pw.reshape(c_out, c_mid).t())
-        return rows.view(n, p, q, c_out).permute(0, 3, 1, 2)
+        """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q], no bias."""
+        return pointwise.product(z, w_pw)
 
     def pointwise_dgrad(self, dv: Tensor, w_pw: Tensor) -> Tensor:
         """Gradient of ``pointwise`` for z: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q]."""
-        n, c_out, p, q = dv.shape
-        c_mid = w_pw.shape[1]
-        rows = torch.mm(rows_of(dv), w_pw.reshape(c_out, c_mid))
-        return rows.view(n, p, q, c_mid).permute(0, 3, 1, 2)
+        return pointwise.dgrad(dv, w_pw)
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
         """Gradient of ``pointwise`` for w_pw: du [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
-        c_out, c_mid = w_pw.shape[:2]
-        du_rows, z_rows = rows_of(du), rows_of(z)
-        blocks = du_rows.shape[0] // SUM_ROWS
-        if blocks < 2 or c_out * c_mid > SUM_ROWS or du.device.type != "cpu":
-            return torch.mm(du_rows.t(), z_rows).view(c_out, c_mid, 1, 1)
-        # A CPU's matrix product with few columns adds up all its rows one after another: in float32 eight times
-        # PyTorch's error at 5 -> 7 channels on 147x147. Sums of blocks are exact enough, and as small as one column.
-        whole = blocks * SUM_ROWS
-        g = torch.bmm(du_rows[:whole].view(blocks, SUM_ROWS, c_out).mT, z_rows[:whole].view(blocks, SUM_ROWS, c_mid))
-        g = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-        g = g + torch.mm(du_rows[whole:].t(), z_rows[whole:])
-        return g.to(du.dtype).view(c_out, c_mid, 1, 1)
+        return pointwise.wgrad(du, z)
 
     def separable_wgrad(self, du: Tensor, a: SeparableArgs) -> Tensor:
         """``pointwise_wgrad`` with z made on the way, for a backend that need not keep all of it."""

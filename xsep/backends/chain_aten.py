@@ -15,18 +15,12 @@ from torch import Tensor
 from ..activations import activate, gradient_from_input, per_channel
 from ..problem import IDENTITY, Affine, Geometry, Problem
 from .aten import ATEN
-from .base import rows_of
 from .chain import TILE, Backward, ChainBackend, Forward, Load, RawGradient, Shortcut, tiles_of, wide
+from .pointwise import images_of, rows_of
 
 #: Elements of a block that a CPU works on at a time, so that it stays in its cache.
 BLOCK = 2**18
 PLAIN = Affine()
-
-
-def images_of(rows: Tensor, like: Tensor) -> Tensor:
-    """[N * H * W, C] -> [N, C, H, W], of like's N, H and W."""
-    n, _, h, w = like.shape
-    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def row_blocks(rows: int, columns: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ..problem import IDENTITY, Geometry, Problem
 from . import chain_cuda_launch as launch
-from .aten import ATEN
-from .base import rows_of, tf32_allowed
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
-from .chain_aten import images_of
 from .chain_kernels import KernelChain, affine_of
 from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, vectors_of
+from .pointwise import dgrad, product, product_into, tf32_allowed
 
 
 def _problem(x: Tensor, w_dw: Tensor, w_pw: Tensor, geometry: Geometry, activation: int) -> Problem:
@@ -82,7 +80,7 @@ class CudaChain(KernelChain):
                     [prologue.activation, 0], [prologue.alpha, 0.0], x_pre[part],
                 )  # fmt: skip
             own = rows[part.start * p * q : part.stop * p * q]
-            torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[0], -1).t(), out=own)
+            product_into(own, z, w_pw)
             if found is not None:
                 found.add(part.stop * p * q)
         r = rows.view(x.shape[0], p, q, w_pw.shape[0]).permute(0, 3, 1, 2)
@@ -94,15 +92,10 @@ class CudaChain(KernelChain):
         return x if load.vec is None and load.activation == IDENTITY else self.apply(x, load, None)
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
-        """A convolution where it may be TF32 by PyTorch's settings of convolutions, else a product."""
-        if z.dtype == torch.float32 and tf32_allowed():
-            return ATEN.pointwise(z, w_pw)
-        return images_of(torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[0], -1).t()), z)
+        return nhwc(product(z, w_pw))
 
     def pointwise_dgrad(self, dr: Tensor, w: Tensor) -> Tensor:
-        if dr.dtype == torch.float32 and tf32_allowed():
-            return nhwc(ATEN.pointwise_dgrad(dr, w))
-        return images_of(torch.mm(rows_of(dr), w.reshape(w.shape[0], -1)), dr)
+        return nhwc(dgrad(dr, w))
 
     def pw_fprop(self, x: Tensor, load: Load, w: Tensor, statistics: bool) -> Forward:
         r = self.pointwise(self.activated(x, load), w)

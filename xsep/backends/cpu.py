@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import extension
 from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
-from .base import SUM_ROWS, Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, rows_of, with_bias
+from .base import Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, with_bias
+from .pointwise import SUM_ROWS, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

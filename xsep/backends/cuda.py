@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import extension
 from ..activations import activate, scale_and_shift
 from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
-from .base import Backend, DepthwiseGradients, tf32_allowed, with_bias
+from .base import Backend, DepthwiseGradients, with_bias
+from .pointwise import product, tf32_allowed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWEST_CAPABILITY = (8, 0)
@@ -208,14 +209,11 @@ class CudaBackend(Backend):
         """Depthwise kernel, GEMM, and what of the epilogue the GEMM cannot take."""
         z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, Geometry(*a.geometry))
         epilogue = with_bias(a.epilogue, a.bias)
-        n, c_mid, p, q = z.shape
-        rows, weights = z.permute(0, 2, 3, 1).reshape(-1, c_mid), a.w_pw.reshape(-1, c_mid).t()
         if epilogue.scale is None and epilogue.shift is not None and epilogue.shift.dtype == z.dtype:
-            product = torch.addmm(epilogue.shift, rows, weights)
-            epilogue = epilogue._replace(shift=None)
+            v, epilogue = product(z, a.w_pw, epilogue.shift), epilogue._replace(shift=None)
         else:
-            product = torch.mm(rows, weights)
-        u = scale_and_shift(product.view(n, p, q, weights.shape[1]).permute(0, 3, 1, 2), epilogue)
+            v = product(z, a.w_pw)
+        u = scale_and_shift(v, epilogue)
         u = u if a.residual is None else u + a.residual
         return u if epilogue.activation == IDENTITY else activate(u, epilogue.activation, epilogue.alpha)
 

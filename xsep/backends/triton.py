@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Affine, Geometry, Problem, SeparableArgs
-from . import base
+from . import pointwise
 from . import triton_launch as launch
 from .base import Backend, DepthwiseGradients
 from .triton_plans import (
@@ -76,7 +76,7 @@ def filters_by_tap(w_dw: Tensor) -> Tensor:
 
 def tf32_allowed(dtype: torch.dtype, device: Device) -> bool:
     """Whether float32 products may be TF32: as PyTorch's convolution settings say, and only on NVIDIA."""
-    return dtype is torch.float32 and device.kind == "cuda" and base.tf32_allowed()
+    return dtype is torch.float32 and device.kind == "cuda" and pointwise.tf32_allowed()
 
 
 def _depthwise_problem(x: Tensor, w_dw: Tensor, geometry: Geometry, activations: tuple[int, ...] = (0, 0)) -> Problem:

@@ -1,0 +1,101 @@
+"""The pointwise convolution of NHWC images and its gradients, each one product of matrices over all pixels.
+
+PyTorch has one setting for float32 convolutions on a GPU and another for matrix products, and unless somebody changes
+them only the convolutions may use TF32, which is several times as fast. These are convolutions: where the two settings
+differ, PyTorch's convolution makes them, else ``torch.mm``.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+#: Rows of a block where a matrix product's rows are added up in blocks.
+SUM_ROWS = 4096
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N * H * W, C], a view of NHWC images."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def images_of(rows: Tensor, like: Tensor) -> Tensor:
+    """[N * H * W, C] -> [N, C, H, W], of like's N, H and W."""
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own float32 convolutions on a GPU may use TF32, which xsep's then do too.
+
+    A setting of "none" leaves it to the wider one. ``cudnn.allow_tf32`` must not be asked where the newer settings were
+    used: it raises where those of convolutions and of recurrent networks differ.
+    """
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        return bool(cudnn.allow_tf32)
+    return _precision(cudnn.conv, cudnn, torch.backends) == "tf32"
+
+
+def _products_take_tf32() -> bool:
+    """The same of PyTorch's matrix products."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(torch.backends.cudnn, "conv"):
+        return bool(matmul.allow_tf32)
+    return _precision(matmul, torch.backends) == "tf32"
+
+
+def _precision(*settings: object) -> str:
+    """The first of these settings that says anything."""
+    wishes = (str(getattr(one, "fp32_precision", "none")) for one in settings)
+    return next((wish for wish in wishes if wish != "none"), "none")
+
+
+def settings_differ(t: Tensor) -> bool:
+    """Whether t would be multiplied in one precision by PyTorch's convolutions and in another by ``torch.mm``."""
+    return t.dtype == torch.float32 and t.is_cuda and t.numel() > 0 and tf32_allowed() != _products_take_tf32()
+
+
+def product(z: Tensor, w_pw: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q]; bias: [C_out], of z's type."""
+    if settings_differ(z):
+        return F.conv2d(z, w_pw, bias)
+    rows, weights = rows_of(z), w_pw.reshape(w_pw.shape[:2]).t()
+    return images_of(torch.mm(rows, weights) if bias is None else torch.addmm(bias, rows, weights), z)
+
+
+def product_into(rows: Tensor, z: Tensor, w_pw: Tensor) -> None:
+    """The rows [N * P * Q, C_out] of ``product``, into a tensor that is there."""
+    if settings_differ(z):
+        rows.copy_(rows_of(F.conv2d(z, w_pw)))
+    else:
+        torch.mm(rows_of(z), w_pw.reshape(w_pw.shape[:2]).t(), out=rows)
+
+
+def dgrad(dv: Tensor, w_pw: Tensor) -> Tensor:
+    """Gradient of ``product`` for z: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q]."""
+    if settings_differ(dv):
+        return F.conv_transpose2d(dv, w_pw)
+    return images_of(torch.mm(rows_of(dv), w_pw.reshape(w_pw.shape[:2])), dv)
+
+
+def wgrad(dv: Tensor, z: Tensor) -> Tensor:
+    """Gradient of ``product`` for w_pw: dv [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
+    size = (dv.shape[1], z.shape[1], 1, 1)
+    if settings_differ(z):
+        return conv2d_weight(z, size, dv)
+    dv_rows, z_rows = rows_of(dv), rows_of(z)
+    blocks = dv_rows.shape[0] // SUM_ROWS
+    if blocks < 2 or size[0] * size[1] > SUM_ROWS or dv.device.type != "cpu":
+        return torch.mm(dv_rows.t(), z_rows).view(size)
+    # A CPU's matrix product with few columns adds up all its rows one after another: in float32 eight times
+    # PyTorch's error at 5 -> 7 channels on 147x147. Sums of blocks are exact enough, and as small as one column.
+    whole = blocks * SUM_ROWS
+    g = torch.bmm(dv_rows[:whole].view(blocks, SUM_ROWS, size[0]).mT, z_rows[:whole].view(blocks, SUM_ROWS, size[1]))
+    g = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+    g = g + torch.mm(dv_rows[whole:].t(), z_rows[whole:])
+    return g.to(dv.dtype).view(size)
