@@ -71,7 +71,7 @@ def first(
         maker = module.Maker.KERNELS
     elif forward is ATEN and is_bare(args):
         maker = module.Maker.CONVOLUTIONS
-    if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args) and _adds_nothing(args):
+    if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args):
         training = module.Maker.KERNELS
     elif backward is ATEN and is_bare(args) and _may_keep(args, left):
         training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
@@ -81,10 +81,6 @@ def first(
     module.remember(call, args.geometry, activations, alphas, problem.channels_last, maker, training)
     y: Optional[Tensor] = again(*call)
     return y
-
-
-def _adds_nothing(args: Union[SeparableArgs, DepthwiseArgs]) -> bool:
-    return isinstance(args, DepthwiseArgs) or args.residual is None
 
 
 def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], left: bool) -> bool:

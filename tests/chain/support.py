@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xsep.problem import Geometry
+from xsep.problem import Geometry, SeparableArgs
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Backend and type; the compiled kernels have no float64.
@@ -56,6 +56,11 @@ def affine(x: Tensor, vec: Optional[Tensor]) -> Tensor:
 def layer(u: Tensor, w_dw: Tensor, w_pw: Tensor, g: Geometry) -> Tensor:
     padded = F.pad(u, (g.pad_left, g.pad_right, g.pad_top, g.pad_bottom))
     return F.conv2d(F.conv2d(padded, w_dw, None, g.stride, 0, g.dilation, u.shape[1]), w_pw)
+
+
+def double(a: SeparableArgs) -> SeparableArgs:
+    wide: dict[str, Any] = {name: t.double() for name, t in a._asdict().items() if isinstance(t, Tensor)}
+    return a._replace(**wide)
 
 
 def hold(what: str, got: Tensor, truth: Tensor, own: Optional[Tensor], dtype: torch.dtype, size: float = 0.0) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from tests.chain.support import hold, image, last, vector
+from tests.chain.support import double, hold, image, last, vector
 from tests.chain.test_forward_ops import starts
 from tests.gpu import float32_products
 from xsep.backends import chain_cuda, cuda, pointwise
@@ -54,7 +54,80 @@ def test_forward(operators: EmulatedOps, fused: bool, everything: bool, layout: 
     a = draw(layout, everything, fused=fused)
     ours, theirs = cuda.CUDA.separable_forward(a), ATEN.separable_forward(a)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert operators.called == {"separable_fprop" if fused else "depthwise_fprop": 1}
+    assert operators.called == {"depthwise_fprop" if everything and not fused else "separable_fprop": 1}
+
+
+def bare(c_in: int, c_out: int, dtype: torch.dtype, multiplier: int = 1) -> SeparableArgs:
+    """A ReLU and the two convolutions, the layer that Xception has."""
+    x, no = torch.randn(2, c_in, 9, 7).to(dtype), None
+    w_dw, w_pw = (
+        torch.randn(c_in * multiplier, 1, 3, 3).to(dtype),
+        torch.randn(c_out, c_in * multiplier, 1, 1).to(dtype),
+    )
+    return SeparableArgs(x, w_dw, w_pw, no, no, no, no, no, no, no, no, [1, 2, *[1] * 6], [RELU, 0, 0], [0.0] * 3)
+
+
+#: What follows w_pw, and whether a product of PyTorch's can take it along.
+BEHIND: dict[str, tuple[Callable[[int, torch.dtype], dict[str, Any]], bool]] = {
+    "nothing": (lambda c, dtype: {}, True),
+    "bias": (lambda c, dtype: {"bias": torch.randn(c).to(dtype)}, True),
+    "shift": (lambda c, dtype: {"shift_e": torch.randn(c).to(dtype)}, True),
+    "middle": (lambda c, dtype: {"activations": [RELU, SILU, 0]}, True),
+    "both": (lambda c, dtype: {"bias": torch.randn(c).to(dtype), "shift_e": torch.randn(c)}, False),
+    "scale": (lambda c, dtype: {"scale_e": torch.randn(c)}, False),
+    "relu": (lambda c, dtype: {"activations": [RELU, 0, RELU]}, False),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("multiplier", [1, 2], ids=["m1", "m2"])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_staged_forward_in_one_call(operators: EmulatedOps, behind: str, multiplier: int, kind: torch.dtype) -> None:
+    """Of channels that the fused kernel has no plan for."""
+    added, taken = BEHIND[behind]
+    a = bare(5, 7, kind, multiplier)
+    a = a._replace(**added(7, kind))
+    ours, theirs, exact = cuda.CUDA.separable_forward(a), ATEN.separable_forward(a), ATEN.separable_forward(double(a))
+    hold("y", ours, exact, theirs, kind)
+    assert operators.called == {"separable_fprop" if taken else "depthwise_fprop": 1}
+
+
+def test_float32_bias_of_16_bit_images_is_added_in_float32(operators: EmulatedOps) -> None:
+    a = bare(5, 7, torch.bfloat16)._replace(bias=torch.randn(7))
+    hold("y", cuda.CUDA.separable_forward(a), ATEN.separable_forward(double(a)), ATEN.separable_forward(a), a.x.dtype)
+    assert operators.called == {"depthwise_fprop": 1}
+
+
+WANTED = {
+    "all": (1,) * 5,
+    "x": (1, 0, 0, 0, 0),
+    "w_dw": (0, 1, 0, 0, 0),
+    "w_pw": (0, 0, 1, 0, 0),
+    "vectors": (0, 0, 0, 1, 1),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("multiplier", [1, 2], ids=["m1", "m2"])
+@pytest.mark.parametrize("what", WANTED)
+def test_backward_in_one_call(
+    operators: EmulatedOps, what: str, multiplier: int, kind: torch.dtype, layout: torch.memory_format
+) -> None:
+    a = bare(5, 7, kind, multiplier)._replace(bias=torch.randn(7).to(kind))
+    vec = vector(5, kind)
+    a = a._replace(x=image(2, 5, 9, 7, vec, kind).contiguous(memory_format=layout), scale_p=vec[0], shift_p=vec[1])
+    dy = torch.randn_like(ATEN.separable_forward(a)).contiguous(memory_format=layout)
+    x, w_dw, w_pw, scale, shift = map(bool, WANTED[what])
+    wanted = [x, w_dw, w_pw, what == "all", False, scale, shift, *[False] * 4]
+    ours = cuda.CUDA.separable_backward(dy, a, None, wanted)
+    theirs = ATEN.separable_backward(dy, a, None, wanted)
+    exact = ATEN.separable_backward(dy.double(), double(a), None, wanted)
+    for name, want, mine, peer, right in zip(SeparableArgs._fields, wanted, ours, theirs, exact):
+        if want:
+            assert mine is not None and peer is not None and right is not None
+            hold(name, mine, right, peer, kind)
+    assert operators.called == {"separable_bprop": 1}
 
 
 def test_tf32_where_pytorch_may(operators: EmulatedOps) -> None:

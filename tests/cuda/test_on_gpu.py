@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.chain.support import hold, image, last, vector
+from tests.chain.support import double, hold, image, last, vector
 from tests.gpu import PLACE, float32_products, needs_card
 from xsep.activations import activate, scale_and_shift
 from xsep.backends import chain_cuda_launch as launch
@@ -73,11 +73,6 @@ def draw(size: tuple[int, ...], dtype: torch.dtype, everything: bool = False, la
     channels = {"scale_p": c_in, "shift_p": c_in, "scale_m": c_in, "shift_m": c_in, "scale_e": c_out, "shift_e": c_out}
     vectors: dict[str, Any] = {name: randn(c, dtype=torch.float32) for name, c in channels.items()}
     return a._replace(**vectors)
-
-
-def double(a: SeparableArgs) -> SeparableArgs:
-    wide: dict[str, Any] = {name: t.double() for name, t in a._asdict().items() if isinstance(t, Tensor)}
-    return a._replace(**wide)
 
 
 def off(t: Tensor, truth: Tensor) -> float:

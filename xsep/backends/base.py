@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -211,6 +211,20 @@ class Backend(ABC):
         dscale = channel_sum(du * d) if w_scale and d is not None else None
         dshift = channel_sum(du) if w_shift else None
         return (du if m.scale is None else (du * per_channel(m.scale)).to(du.dtype)), dscale, dshift
+
+
+def only_bias_follows(a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+    """Whether nothing stands between the convolutions or behind them but a bias, so that dy is the products'."""
+    if isinstance(a, SeparableArgs) and (a.residual is not None or not a.middle.is_identity()):
+        return False
+    return a.epilogue.is_identity()
+
+
+def where_only_bias_follows(kernel: Sequence[Tensor], dy: Tensor, wanted: Sequence[bool]) -> Gradients:
+    """The separable op's gradients, given dx, dw_dw, dw_pw, dscale_p and dshift_p of one kernel."""
+    dx, dw_dw, dw_pw, dscale, dshift = kernel
+    dbias = channel_sum(dy) if wanted[3] else None
+    return dx, dw_dw, dw_pw, dbias, None, dscale, dshift, None, None, None, None
 
 
 def with_bias(epilogue: Affine, bias: Optional[Tensor]) -> Affine:

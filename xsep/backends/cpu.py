@@ -15,7 +15,15 @@ from torch import Tensor
 from .. import extension
 from ..problem import Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, output_format
 from . import packed_weights
-from .base import Backend, DepthwiseGradients, Gradients, channel_sum, needs_recompute, with_bias
+from .base import (
+    Backend,
+    DepthwiseGradients,
+    Gradients,
+    needs_recompute,
+    only_bias_follows,
+    where_only_bias_follows,
+    with_bias,
+)
 from .pointwise import SUM_ROWS, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,20 +207,15 @@ class CpuBackend(Backend):
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
     def is_one_kernel(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
-        """Whether one kernel makes all gradients but the residual's and the bias's: nothing stands between the
-        convolutions or behind them but a bias, so that dy is the products'."""
-        if isinstance(a, DepthwiseArgs):
-            return a.epilogue.is_identity()
-        return a.middle.is_identity() and a.epilogue.is_identity() and a.w_dw.shape[0] == a.x.shape[1]
+        """Whether one kernel makes all gradients but the bias's."""
+        return only_bias_follows(a) and (isinstance(a, DepthwiseArgs) or a.w_dw.shape[0] == a.x.shape[1])
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:
-        dbias = channel_sum(dy) if wanted[3] else None
         kernel = torch.ops.xsep.cpu_separable_bprop(
             dy, a.x, a.w_dw, a.w_pw, a.scale_p, a.shift_p, a.geometry, a.activations[0], a.alphas[0],
             (wanted[0], wanted[1], wanted[2], wanted[5], wanted[6]),
         )  # fmt: skip
-        dx, dw_dw, dw_pw, dscale, dshift = kernel
-        return dx, dw_dw, dw_pw, dbias, None, dscale, dshift, None, None, None, None
+        return where_only_bias_follows(kernel, dy, wanted)
 
 
 CPU = CpuBackend()

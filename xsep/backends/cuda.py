@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import extension
 from ..activations import activate, scale_and_shift
 from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
-from .base import Backend, DepthwiseGradients, with_bias
-from .pointwise import product, tf32_allowed
+from .base import Backend, DepthwiseGradients, Gradients, only_bias_follows, where_only_bias_follows, with_bias
+from .pointwise import product, settings_differ, tf32_allowed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWEST_CAPABILITY = (8, 0)
@@ -125,6 +125,14 @@ def describe(problem: Problem, device: DeviceFacts) -> str:
     return f"staged, depthwise by {depthwise}, then a GEMM{layout}"
 
 
+def _is_product_behind_kernel(a: SeparableArgs) -> bool:
+    """Whether what follows w_pw is at most one shift of x's type, which PyTorch's product takes along."""
+    if a.scale_e is not None or a.residual is not None or a.activations[2] != IDENTITY:
+        return False
+    shift = a.bias if a.shift_e is None else a.shift_e
+    return shift is None or (shift.dtype == a.x.dtype and (a.bias is None or a.shift_e is None))
+
+
 def nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -190,20 +198,43 @@ class CudaBackend(Backend):
             dshift if w_shift else None,
         )
 
-    def separable_forward(self, a: SeparableArgs) -> Tensor:
-        problem = separable_problem(a)
-        if a.x.numel() == 0 or a.w_pw.numel() == 0:
-            return self._staged(a)
-        x, w_pw = nhwc(a.x), a.w_pw.contiguous()
+    def laid_out(self, a: SeparableArgs) -> SeparableArgs:
+        """a with images and weights as the operators ask for them."""
         residual = None if a.residual is None else nhwc(a.residual)
-        aligned = is_aligned(x, w_pw, residual)
-        if not is_fused(problem._replace(device="cuda"), device_facts(a.x.get_device()), aligned):
-            return self._staged(a._replace(x=x, residual=residual))
+        return a._replace(x=nhwc(a.x), w_dw=a.w_dw.contiguous(), w_pw=a.w_pw.contiguous(), residual=residual)
+
+    def is_one_call(self, a: SeparableArgs) -> bool:
+        """Whether one operator makes y of what is laid out: in one kernel, or in two around a product of PyTorch's."""
+        if a.x.numel() == 0 or a.w_pw.numel() == 0:
+            return False
+        if _is_product_behind_kernel(a) and not settings_differ(a.x):
+            return True  # either way
+        problem = separable_problem(a)._replace(device="cuda")
+        return is_fused(problem, device_facts(a.x.get_device()), is_aligned(a.x, a.w_pw, a.residual))
+
+    def is_one_backward(self, a: SeparableArgs) -> bool:
+        """Whether one operator makes all gradients but the bias's."""
+        return only_bias_follows(a) and a.x.numel() > 0 and a.w_pw.numel() > 0 and not settings_differ(a.x)
+
+    def separable_forward(self, a: SeparableArgs) -> Tensor:
+        a = self.laid_out(a)
+        if not self.is_one_call(a):
+            return self._staged(a)
         return torch.ops.xsep.cuda_separable_fprop(
-            x, a.w_dw.contiguous(), w_pw, None if a.bias is None else a.bias.contiguous(), residual,
-            *vectors_of(a.prologue), *vectors_of(a.middle), *vectors_of(a.epilogue), a.geometry, a.activations,
-            a.alphas, tf32_allowed(),
+            a.x, a.w_dw, a.w_pw, None if a.bias is None else a.bias.contiguous(), a.residual, *vectors_of(a.prologue),
+            *vectors_of(a.middle), *vectors_of(a.epilogue), a.geometry, a.activations, a.alphas, tf32_allowed(),
         )  # fmt: skip
+
+    def separable_backward(
+        self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
+    ) -> Gradients:
+        if wanted[4] or not self.is_one_backward(a):
+            return super().separable_backward(dy, a, y, wanted)
+        kernel = torch.ops.xsep.cuda_separable_bprop(
+            nhwc(dy), nhwc(a.x), a.w_dw.contiguous(), a.w_pw.contiguous(), *vectors_of(a.prologue), a.geometry,
+            a.activations[0], a.alphas[0], [int(wanted[i]) for i in (0, 1, 2, 5, 6)],
+        )  # fmt: skip
+        return where_only_bias_follows(kernel, dy, wanted)
 
     def _staged(self, a: SeparableArgs) -> Tensor:
         """Depthwise kernel, GEMM, and what of the epilogue the GEMM cannot take."""
