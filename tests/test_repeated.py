@@ -344,9 +344,7 @@ def test_what_is_odd_is_left_to_python(name: str, module: Any) -> None:
     assert repeated.again(*call.values()) is not None
     with ODD[name](call):
         assert repeated.again(*call.values()) is None
-        module.remember(
-            tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.KERNELS
-        )
+        module.remember(tuple(call.values()), [1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.CPU, module.Maker.CPU)
     assert module.count() == 1
 
 
@@ -451,7 +449,7 @@ def test_known_calls_are_recorded_too(module: Any) -> None:
 
 def test_what_is_remembered_is_bounded(module: Any) -> None:
     call = make(gradients=False)
-    checked = ([1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.KERNELS, module.Maker.PYTHON)
+    checked = ([1] * 8, [0] * 3, [0.0] * 3, True, module.Maker.CPU, module.Maker.PYTHON)
     for i in range(4100):
         module.remember(tuple({**call, "padding": i}.values()), *checked)
         assert 1 <= module.count() <= 4096

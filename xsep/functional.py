@@ -73,9 +73,15 @@ def separable_conv2d(
             prologue=prologue, middle=middle, epilogue=epilogue, residual=residual, backend=backend,
         )  # fmt: skip
     name = backend_name(backend)
-    traced = _traced()
-    if traced or torch._C._is_any_autocast_enabled():
+    traced, autocast = _traced(), torch._C._is_any_autocast_enabled()
+    if traced or autocast:
         x, w_dw, w_pw, bias, residual = _autocast(x, w_dw, w_pw, bias, residual)
+    if autocast and not traced:
+        with torch._C._DisableAutocast():  # it has had its say
+            return separable_conv2d(
+                x, w_dw, w_pw, bias, stride=stride, padding=padding, dilation=dilation, prologue=prologue,
+                middle=middle, epilogue=epilogue, residual=residual, backend=backend,
+            )  # fmt: skip
     if not traced:
         args, problem = checked_separable_args(
             x, w_dw, w_pw, bias, stride, padding, dilation, prologue, middle, epilogue, residual
@@ -124,9 +130,15 @@ def depthwise_conv2d(
             prologue=prologue, epilogue=epilogue, backend=backend,
         )  # fmt: skip
     name = backend_name(backend)
-    traced = _traced()
-    if traced or torch._C._is_any_autocast_enabled():
+    traced, autocast = _traced(), torch._C._is_any_autocast_enabled()
+    if traced or autocast:
         x, w_dw, bias = _autocast(x, w_dw, bias)
+    if autocast and not traced:
+        with torch._C._DisableAutocast():
+            return depthwise_conv2d(
+                x, w_dw, bias, stride=stride, padding=padding, dilation=dilation, prologue=prologue,
+                epilogue=epilogue, backend=backend,
+            )  # fmt: skip
     if not traced:
         args, problem = checked_depthwise_args(x, w_dw, bias, stride, padding, dilation, prologue, epilogue)
         if y is NotImplemented:

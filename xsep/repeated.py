@@ -1,10 +1,10 @@
-"""A call of either op on a CPU that was checked once is made again by C++, checks, dispatch and autograd included.
+"""A call of either op that was checked once is made again by C++, checks, dispatch and autograd included.
 
 Python's part of a call takes 30 us where caches are warm, which they are not behind a matrix product: forward and
 backward of 728 channels on 19x19 pixels took 6.8 ms through Python and 5.8 ms this way (two pictures in bfloat16, two
-threads of an AMD EPYC). So ``csrc/eager/repeated.cpp`` keeps what the checks of a call came to, and who comes back with
-the same shapes and options passes by all that. Python takes every call that is out of the ordinary, and all of them
-where the module was not built.
+threads of an AMD EPYC). And a GPU waits for whoever asks it late. So ``csrc/eager/repeated.cpp`` keeps what the checks
+of a call came to, and who comes back with the same shapes and options passes by all that. Python takes every call that
+is out of the ordinary, and all of them where the module was not built.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from torch import Tensor
 from . import dispatch, extension
 from .arguments import ChannelAffine
 from .backends.aten import ATEN, is_bare
-from .backends.cpu import CPU
 from .backends.packed_weights import find
 from .problem import IDENTITY, DepthwiseArgs, Problem, SeparableArgs
 
 
 def _first_of_all(*call: Any) -> Any:
-    """Stands in for the C++ function until a tensor on a CPU is seen."""
+    """Stands in for the C++ function until a tensor is seen of a device that it knows."""
     global again
-    if not isinstance(call[0], Tensor) or call[0].device.type != "cpu":
+    if not isinstance(call[0], Tensor) or call[0].device.type not in ("cpu", "cuda"):
         return None
     module = extension.repeated()
     if module is None:
@@ -66,13 +65,16 @@ def first(
     assert module is not None  # who else said that it does not know the call
     forward, left = dispatch.select(problem, name), dispatch.choice(problem, name).left
     backward = dispatch.choice(problem, name, "backward").backend
+    makers = {"cpu": module.Maker.CPU, "cuda": module.Maker.CUDA}
     maker = training = module.Maker.PYTHON
-    if forward is CPU:
-        maker = module.Maker.KERNELS
-    elif forward is ATEN and is_bare(args):
+    # The settings by which a GPU multiplies float32 may change from call to call.
+    settled = problem.device == "cpu" or problem.dtype != torch.float32
+    if forward is ATEN and is_bare(args):
         maker = module.Maker.CONVOLUTIONS
-    if backward is CPU and (forward is CPU or left) and CPU.is_one_kernel(args):
-        training = module.Maker.KERNELS
+    elif settled and forward.is_one_call(args):
+        maker = makers[forward.name]
+    if settled and (forward is backward or left) and backward.is_one_call(args) and backward.is_one_backward(args):
+        training = makers[backward.name]
     elif backward is ATEN and is_bare(args) and _may_keep(args, left):
         training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
     activations, alphas = args.activations, args.alphas

@@ -61,11 +61,14 @@ inline bool contains(c10::DispatchKeySet all, c10::DispatchKeySet some) {
   return (some.raw_repr() & ~all.raw_repr()) == 0;
 }
 
-/// A dense tensor on the CPU of which nothing but autograd and autocast takes notice.
+/// A dense tensor on the CPU or a GPU of which nothing but autograd and autocast takes notice.
 inline bool is_plain(const Tensor& t) {
-  static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
-  return contains(plain, t.key_set());
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet cpu(
+      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU, DispatchKey::ADInplaceOrView});
+  static const c10::DispatchKeySet cuda(
+      {DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
+  return contains(t.is_cuda() ? cuda : cpu, t.key_set());
 }
 
 /// Nobody looks on in this thread: no mode of Python's, no transform.
@@ -74,9 +77,7 @@ inline bool unwatched() {
          contains(c10::default_included_set, c10::impl::tls_local_dispatch_key_set().included_);
 }
 
-inline bool is_ordinary_thread() {
-  return unwatched() && !at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU);
-}
+inline bool is_ordinary_thread() { return unwatched() && !at::impl::torch_function_mode_enabled(); }
 
 /// Python's class ChannelAffine, by prepare().
 inline PyObject* channel_affine = nullptr;
@@ -100,7 +101,8 @@ class Call {
            image(arguments[kWeightPw], kPlacePw, alone) && image(arguments[kResidual], kPlaceResidual, true) &&
            vector(arguments[kBias], kPlaceBias) && option(arguments[kStride]) && option(arguments[kPadding]) &&
            option(arguments[kDilation]) && affine(arguments[kPrologue], kScaleP) &&
-           affine(arguments[kMiddle], kScaleM) && affine(arguments[kEpilogue], kScaleE) && option(arguments[kBackend]);
+           affine(arguments[kMiddle], kScaleM) && affine(arguments[kEpilogue], kScaleE) &&
+           option(arguments[kBackend]) && !at::autocast::is_autocast_enabled(tensors_[kPlaceX]->device().type());
   }
   const std::string& key() const { return key_; }
   const std::array<OptionalTensor, kTensors>& tensors() const { return tensors_; }
@@ -127,11 +129,14 @@ class Call {
     if (!is_plain(t) || t.dim() != dim || t._fw_grad(0).defined()) return false;
     kind('t');
     number(static_cast<int64_t>(t.scalar_type()));
+    number(static_cast<int64_t>(t.device().type()));
+    number(t.device().index());
     for (int64_t size : t.sizes()) {
       if (size == 0) return false;
       number(size);
     }
     for (int64_t stride : t.strides()) number(stride);
+    kind(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? 'a' : 'u');
     tensors_[place] = t;
     return true;
   }

@@ -1,15 +1,13 @@
-// xsep._repeated: a call of separable_conv2d or depthwise_conv2d on the CPU that has been checked once is made again
-// from here, with a node of autograd in C++. Between two matrix products the caches hold neither Python's code nor its
-// objects, so that checks and dispatch in Python take as long as a tenth of the convolution.
+// xsep._repeated: a call of separable_conv2d or depthwise_conv2d that has been checked once is made again from here,
+// with a node of autograd in C++. Between two matrix products a CPU's caches hold neither Python's code nor its
+// objects, so that checks and dispatch in Python take as long as a tenth of the convolution; a GPU is done with a small
+// one before Python has asked for the next.
 //
-// What was checked is known by everything the checks and the choice of a backend look at: the options, and of each
-// tensor its type, shape and strides. Whatever is out of the ordinary (subclasses, modes, transforms, tracing,
-// autocast, tangents) is not for here: again() returns None, and Python takes the call.
-#include <ATen/ops/add.h>
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/empty.h>
+// What was checked is known by everything the checks, the choice of a backend and its plan look at: the options, and of
+// each tensor its type, device, shape, strides and whether it begins where 16-byte accesses can. Whatever is out of the
+// ordinary (subclasses, modes, transforms, tracing, autocast, tangents) is not for here: again() returns None, and
+// Python takes the call.
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -19,74 +17,13 @@
 #include <unordered_map>
 
 #include "call.h"
+#include "makers.h"
 
 namespace xsep::eager {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-/// Who makes a call.
-enum class Maker {
-  kPython,
-  kKernels,       // the CPU's
-  kConvolutions,  // PyTorch's, with nothing but a bias around them
-};
-
-/// What the checks of a call came to.
-struct Checked {
-  Maker maker;     // where no gradient is wanted
-  Maker training;  // where one is; kKernels: with nothing but a bias behind the prologue, as the bprops have it
-  std::array<int64_t, 8> geometry;
-  std::array<int64_t, 3> activations;  // of prologue, middle, epilogue
-  std::array<double, 3> alphas;        // likewise
-  at::MemoryFormat images;
-};
-
-// ---------------------------------------------------------------------------------------------------- the kernels
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-using O = const OptionalTensor&;
-
-Tensor run_fprop(const std::array<OptionalTensor, kTensors>& t, const Checked& checked, const OptionalTensor& packed) {
-  static const auto separable =
-      op<Tensor(const Tensor&, const Tensor&, const Tensor&, O, O, O, O, O, O, O, at::IntArrayRef, at::IntArrayRef,
-                at::ArrayRef<double>, O)>("xsep::cpu_separable_fprop");
-  static const auto depthwise = op<Tensor(const Tensor&, const Tensor&, O, O, O, O, at::IntArrayRef, at::IntArrayRef,
-                                          at::ArrayRef<double>, bool)>("xsep::cpu_depthwise_fprop");
-  // scale * (v + bias) + shift = scale * v + (scale * bias + shift)
-  OptionalTensor shift = t[kShiftE];
-  if (const OptionalTensor& bias = t[kPlaceBias]) {
-    const Tensor moved = t[kScaleE] ? at::mul(*t[kScaleE], *bias) : *bias;
-    shift = shift ? at::add(moved, *shift) : moved;
-  }
-  if (!t[kPlacePw]) {
-    const auto& [prologue, middle, epilogue] = checked.activations;
-    const auto& [alpha_p, alpha_m, alpha_e] = checked.alphas;
-    return depthwise.call(*t[kPlaceX], *t[kPlaceDw], t[kScaleP], t[kShiftP], t[kScaleE], shift, checked.geometry,
-                          {prologue, epilogue}, {alpha_p, alpha_e}, checked.images == at::MemoryFormat::Contiguous);
-  }
-  return separable.call(*t[kPlaceX], *t[kPlaceDw], *t[kPlacePw], t[kPlaceResidual], t[kScaleP], t[kShiftP], t[kScaleM],
-                        t[kShiftM], t[kScaleE], shift, checked.geometry, checked.activations, checked.alphas, packed);
-}
-
-/// Of as much padding on one side as on the other.
-Tensor run_convolutions(const std::array<OptionalTensor, kTensors>& t, const Checked& checked) {
-  const at::IntArrayRef g = checked.geometry;
-  const std::array<int64_t, 2> padding{g[4], g[2]};
-  const OptionalTensor &w_pw = t[kPlacePw], &bias = t[kPlaceBias];
-  const auto depthwise = [&](const OptionalTensor& added) {
-    return at::conv2d(*t[kPlaceX], *t[kPlaceDw], added, g.slice(0, 2), padding, g.slice(6, 2), t[kPlaceX]->size(1));
-  };
-  if (w_pw) return at::conv2d(depthwise({}), *w_pw, bias);
-  // The gradient of a depthwise convolution's own bias is a sum of one value after another, tens of ulp off.
-  const bool differentiated = bias && bias->requires_grad() && at::GradMode::is_enabled();
-  return differentiated ? depthwise({}).add_(bias->view({-1, 1, 1})) : depthwise(bias);
-}
 
 /// t with exactly the strides of a fresh tensor of that layout: those of dimensions of size 1 are else left to chance.
 /// The same as conform in xsep/ops/layout.py.
@@ -111,6 +48,7 @@ Tensor conform(const Tensor& t, at::MemoryFormat format) {
 struct Convolution : torch::autograd::Function<Convolution> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w_dw, O w_pw, O bias, O scale_p, O shift_p,
                         const Checked& checked) {
+    const Maker maker = checked.training;
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({x, w_dw, w_pw.value_or(Tensor()), bias.value_or(Tensor()), scale_p.value_or(Tensor()),
                             shift_p.value_or(Tensor())});
@@ -118,7 +56,9 @@ struct Convolution : torch::autograd::Function<Convolution> {
     ctx->saved_data["activation"] = checked.activations[0];
     ctx->saved_data["alpha"] = checked.alphas[0];
     ctx->saved_data["images"] = static_cast<int64_t>(checked.images);
-    return conform(run_fprop({x, w_dw, w_pw, bias, {}, scale_p, shift_p, {}, {}, {}, {}}, checked, {}), checked.images);
+    ctx->saved_data["maker"] = static_cast<int64_t>(maker);
+    const Tensors t{x, w_dw, w_pw, bias, {}, scale_p, shift_p, {}, {}, {}, {}};
+    return conform(fprop(maker, t, checked, {}), checked.images);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
@@ -142,37 +82,25 @@ struct Convolution : torch::autograd::Function<Convolution> {
  private:
   static OptionalTensor present(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+  static Maker maker_of(AutogradContext* ctx) { return static_cast<Maker>(ctx->saved_data["maker"].toInt()); }
+
   static void straight_to_kernel(AutogradContext* ctx, const Tensor& dy, const variable_list& saved,
                                  const std::array<bool, 6>& wanted, variable_list& out) {
-    static const auto separable = op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, O, O, at::IntArrayRef, int64_t, double,
-        std::array<bool, 5>)>("xsep::cpu_separable_bprop");
-    static const auto depthwise = op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, O, O, at::IntArrayRef, int64_t, double, std::array<bool, 4>)>(
-        "xsep::cpu_depthwise_bprop");
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto& data = ctx->saved_data;
     const std::vector<int64_t> geometry = data["geometry"].toIntVector();
-    const int64_t activation = data["activation"].toInt();
-    const double alpha = data["alpha"].toDouble();
-    const auto& [x, w_dw, w_pw] = std::tie(saved[0], saved[1], saved[2]);
     const OptionalTensor scale_p = present(saved[4]), shift_p = present(saved[5]);
-    Tensor dx, dw_dw, dw_pw, dscale, dshift;
-    if (w_pw.defined()) {
-      std::tie(dx, dw_dw, dw_pw, dscale, dshift) =
-          separable.call(dy, x, w_dw, w_pw, scale_p, shift_p, geometry, activation, alpha,
-                         {wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]});
-    } else {
-      std::tie(dx, dw_dw, dscale, dshift) = depthwise.call(dy, x, w_dw, scale_p, shift_p, geometry, activation, alpha,
-                                                           {wanted[0], wanted[1], wanted[4], wanted[5]});
-    }
-    if (wanted[0]) out[0] = conform(dx, static_cast<at::MemoryFormat>(data["images"].toInt()));
-    if (wanted[1]) out[1] = dw_dw;
-    if (wanted[2]) out[2] = dw_pw;
+    const Gradients g = bprop(maker_of(ctx), dy,
+                              {saved[0], saved[1], saved[2], scale_p, shift_p, geometry, data["activation"].toInt(),
+                               data["alpha"].toDouble()},
+                              {wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]});
+    if (wanted[0]) out[0] = conform(g.x, static_cast<at::MemoryFormat>(data["images"].toInt()));
+    if (wanted[1]) out[1] = g.w_dw;
+    if (wanted[2]) out[2] = g.w_pw;
     if (wanted[3]) out[3] = at::sum(dy, {0, 2, 3}, false, at::kFloat).to(saved[3].scalar_type());
-    if (wanted[4]) out[4] = dscale.to(saved[4].scalar_type());
-    if (wanted[5]) out[5] = dshift.to(saved[5].scalar_type());
+    if (wanted[4]) out[4] = g.scale_p.to(saved[4].scalar_type());
+    if (wanted[5]) out[5] = g.shift_p.to(saved[5].scalar_type());
   }
 
   /// The backward op of the library, which can itself be differentiated, transformed and watched.
@@ -208,7 +136,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
     stack.emplace_back(data["geometry"]);
     stack.emplace_back(std::move(activations));
     stack.emplace_back(std::move(alphas));
-    stack.emplace_back("cpu");
+    stack.emplace_back(maker_of(ctx) == Maker::kCpu ? "cpu" : "cuda");
     stack.emplace_back(all_wanted);
     backward.op.callBoxed(stack);
     for (size_t i = 0; i < saved.size(); ++i) {
@@ -256,19 +184,19 @@ PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
   if (maker == Maker::kPython || (gradient && excluded.has_any(c10::autograd_dispatch_keyset))) Py_RETURN_NONE;
   OptionalTensor packed;
-  if (maker == Maker::kKernels && t[kPlacePw] && !at::GradMode::is_enabled()) {
+  if (maker == Maker::kCpu && t[kPlacePw] && !at::GradMode::is_enabled()) {
     packed = packed_weights(arguments[kWeightPw], t[kPlaceDw]->size(0) / t[kPlaceX]->size(1));
   }
   Tensor y;
   {
     const py::gil_scoped_release others_may_run;
     if (gradient) {
-      y = maker == Maker::kConvolutions ? run_convolutions(t, checked)
+      y = maker == Maker::kConvolutions ? convolutions(t, checked)
                                         : Convolution::apply(*t[kPlaceX], *t[kPlaceDw], t[kPlacePw], t[kPlaceBias],
                                                              t[kScaleP], t[kShiftP], checked);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      y = maker == Maker::kKernels ? run_fprop(t, checked, packed) : run_convolutions(t, checked);
+      y = maker == Maker::kConvolutions ? convolutions(t, checked) : fprop(maker, t, checked, packed);
       y = conform(y, checked.images);
     }
   }
@@ -296,11 +224,12 @@ PyMethodDef kAgain{"again", reinterpret_cast<PyCFunction>(reinterpret_cast<void 
 }  // namespace
 
 PYBIND11_MODULE(_repeated, m) {
-  m.doc() = "Calls on the CPU that were checked once, made again.";
+  m.doc() = "Calls that were checked once, made again.";
   m.add_object("again", py::reinterpret_steal<py::object>(PyCFunction_New(&kAgain, nullptr)));
   py::enum_<Maker>(m, "Maker", "Who makes a call.")
       .value("PYTHON", Maker::kPython)
-      .value("KERNELS", Maker::kKernels)
+      .value("CPU", Maker::kCpu)
+      .value("CUDA", Maker::kCuda)
       .value("CONVOLUTIONS", Maker::kConvolutions);
   m.def("remember", &remember, "Keeps what the checks of a call came to, if it is ordinary.");
   m.def("forget", [] { known().clear(); }, "Has every call checked anew.");

@@ -61,6 +61,14 @@ class Backend(ABC):
         on a CPU, the number of threads alone: what runs never depends on what else a machine does."""
         return ""
 
+    def is_one_call(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        """Whether one operator of this backend makes y, of these tensors and of all others like them."""
+        return False
+
+    def is_one_backward(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        """Whether one operator of this backend makes all gradients but the bias's."""
+        return False
+
     @abstractmethod
     def plan(self, problem: Problem) -> str:
         """One line for people: how this backend would run a problem that it supports."""

@@ -197,7 +197,7 @@ class CpuBackend(Backend):
     def separable_backward(
         self, dy: Tensor, a: SeparableArgs, y: Optional[Tensor], wanted: Sequence[bool]
     ) -> Gradients:
-        if not wanted[4] and self.is_one_kernel(a):
+        if not wanted[4] and self.is_one_backward(a):
             dx, *rest = self._separable_bprop(dy, a, wanted)
         else:
             several = a.w_dw.shape[0] != a.x.shape[1]
@@ -206,8 +206,10 @@ class CpuBackend(Backend):
             dx, *rest = super().separable_backward(dy, a, y, wanted)
         return (_like(dx, a.x, a.w_dw, a.w_pw), *rest)
 
-    def is_one_kernel(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
-        """Whether one kernel makes all gradients but the bias's."""
+    def is_one_call(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        return True
+
+    def is_one_backward(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
         return only_bias_follows(a) and (isinstance(a, DepthwiseArgs) or a.w_dw.shape[0] == a.x.shape[1])
 
     def _separable_bprop(self, dy: Tensor, a: SeparableArgs, wanted: Sequence[bool]) -> Gradients:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from .. import extension
 from ..activations import activate, scale_and_shift
-from ..problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
+from ..problem import IDENTITY, Affine, DepthwiseArgs, Geometry, Problem, SeparableArgs, separable_problem
 from .base import Backend, DepthwiseGradients, Gradients, only_bias_follows, where_only_bias_follows, with_bias
 from .pointwise import product, settings_differ, tf32_allowed
 
@@ -125,14 +125,6 @@ def describe(problem: Problem, device: DeviceFacts) -> str:
     return f"staged, depthwise by {depthwise}, then a GEMM{layout}"
 
 
-def _is_product_behind_kernel(a: SeparableArgs) -> bool:
-    """Whether what follows w_pw is at most one shift of x's type, which PyTorch's product takes along."""
-    if a.scale_e is not None or a.residual is not None or a.activations[2] != IDENTITY:
-        return False
-    shift = a.bias if a.shift_e is None else a.shift_e
-    return shift is None or (shift.dtype == a.x.dtype and (a.bias is None or a.shift_e is None))
-
-
 def nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -144,6 +136,20 @@ def vectors_of(affine: Affine) -> tuple[Optional[Tensor], Optional[Tensor]]:
 
 def is_aligned(*tensors: Optional[Tensor]) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _laid_out(a: SeparableArgs) -> SeparableArgs:
+    """a with images and weights as the operators ask for them."""
+    residual = None if a.residual is None else nhwc(a.residual)
+    return a._replace(x=nhwc(a.x), w_dw=a.w_dw.contiguous(), w_pw=a.w_pw.contiguous(), residual=residual)
+
+
+def _is_product_behind_kernel(a: SeparableArgs) -> bool:
+    """Whether what follows w_pw is at most one shift of x's type, which PyTorch's product takes along."""
+    if a.scale_e is not None or a.residual is not None or a.activations[2] != IDENTITY:
+        return False
+    shift = a.bias if a.shift_e is None else a.shift_e
+    return shift is None or (shift.dtype == a.x.dtype and (a.bias is None or a.shift_e is None))
 
 
 class CudaBackend(Backend):
@@ -198,26 +204,25 @@ class CudaBackend(Backend):
             dshift if w_shift else None,
         )
 
-    def laid_out(self, a: SeparableArgs) -> SeparableArgs:
-        """a with images and weights as the operators ask for them."""
-        residual = None if a.residual is None else nhwc(a.residual)
-        return a._replace(x=nhwc(a.x), w_dw=a.w_dw.contiguous(), w_pw=a.w_pw.contiguous(), residual=residual)
-
-    def is_one_call(self, a: SeparableArgs) -> bool:
-        """Whether one operator makes y of what is laid out: in one kernel, or in two around a product of PyTorch's."""
+    def is_one_call(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        """In one kernel, or in two around a product of PyTorch's."""
+        if isinstance(a, DepthwiseArgs):
+            return a.x.numel() > 0 and a.w_dw.numel() > 0
         if a.x.numel() == 0 or a.w_pw.numel() == 0:
             return False
         if _is_product_behind_kernel(a) and not settings_differ(a.x):
-            return True  # either way
+            return True  # whatever the plan
+        a = _laid_out(a)
         problem = separable_problem(a)._replace(device="cuda")
         return is_fused(problem, device_facts(a.x.get_device()), is_aligned(a.x, a.w_pw, a.residual))
 
-    def is_one_backward(self, a: SeparableArgs) -> bool:
-        """Whether one operator makes all gradients but the bias's."""
-        return only_bias_follows(a) and a.x.numel() > 0 and a.w_pw.numel() > 0 and not settings_differ(a.x)
+    def is_one_backward(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
+        if not only_bias_follows(a) or not self.is_one_call(a):
+            return False
+        return isinstance(a, DepthwiseArgs) or not settings_differ(a.x)
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
-        a = self.laid_out(a)
+        a = _laid_out(a)
         if not self.is_one_call(a):
             return self._staged(a)
         return torch.ops.xsep.cuda_separable_fprop(
