@@ -106,7 +106,10 @@ def test_choice_and_reason_on_every_card(layer: tuple[int, int, int, float], car
 def test_a_small_problem_is_the_hosts_and_stays_with_pytorch() -> None:
     name, why = plans.choose(problem(64, 64, 7, n=1), H200, BOTH)
     assert name == "aten" and "times as fast" in why
-    assert "the host's 45 us" in by_way(problem(64, 64, 7, n=1), H200)["cuda, fused"].note
+    small = problem(64, 64, 7, n=1)
+    assert "the host's 20 us" in by_way(small, H200)["cuda, fused"].note
+    by_python = by_way(small._replace(dtype=torch.float32), H200)["cuda, fused"]
+    assert "the host's 50 us" in by_python.note and by_python.forward == 50 and by_python.backward == 100
 
 
 def test_a_small_gain_is_not_believed() -> None:

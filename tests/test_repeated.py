@@ -348,6 +348,23 @@ def test_what_is_odd_is_left_to_python(name: str, module: Any) -> None:
     assert module.count() == 1
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_autocast_has_its_say_before(gradients: bool, module: Any) -> None:
+    """What is then made again is an ordinary call of the smaller type."""
+    call = make(gradients=gradients, bias=torch.randn(12), prologue=ChannelAffine(torch.rand(8), activation="relu"))
+    small = {**call, **{name: call[name].bfloat16() for name in ("x", "w_dw", "w_pw", "bias")}}
+    dy, expected = torch.randn(2, 12, 7, 9).bfloat16(), by_python(small)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = xsep.separable_conv2d(**call)
+            assert torch.is_autocast_enabled("cpu")
+        assert module.count() == 1 and repeated.again(*small.values()) is not NotImplemented
+        assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+        if gradients:
+            assert y.grad_fn is not None and "Convolution" in y.grad_fn.name()
+            assert same(results(y, call, dy), results(by_python(small), call, dy))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
 def test_transforms_and_tracing_are_left_to_python(module: Any) -> None:
     call = make(gradients=False)
