@@ -18,13 +18,19 @@ inline constexpr int kMostFusedWarps = 8;
 inline constexpr int kFusedThreads = 32 * kMostFusedWarps;
 static_assert(kMostFusedWarps >= kMostChannelWarps, "one CTA holds all of C_out");
 
-// Neighbouring pixels that a thread computes z of, for kFusedVectorBytes of channels.
+// z is made in strips of neighbouring pixels: in float32 by threads, each for kFusedVectorBytes of channels; in 16 bits
+// by warps on tensor cores, for as many rows of one picture, which are a group.
 inline constexpr int kFusedStripWidth = 8;
 inline constexpr int kFusedVectorBytes = 8;
+inline constexpr int kFusedGroupRows = 4;
+// ldmatrix reads 16 bytes of 8 neighbouring pixels of x: with so much behind each they lie in different banks.
+inline constexpr int kFusedPixelMargin = 16;
+// Weights of this many channels follow the last one's, all zeros: what a tensor core's lanes beside the diagonal read.
+inline constexpr int kFusedZeroChannels = 32;
 
 // Buffers for x: while one is read, the others are on their way.
 inline constexpr int kMostHalos = 4;
-inline constexpr int kFusedTileBytes = 5 * 4;
+inline constexpr int kFusedTileBytes = 6 * 4;
 // A tile's statistics are added up where a chunk of z was: for each block of pixels two floats a channel, and one more.
 static_assert(3 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "with one block of pixels, in 64 bytes");
 static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "and with each that is added");
@@ -33,7 +39,7 @@ static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "an
 // finds them in its parameters and need not keep them in registers.
 struct FusedLayout {
   int halo, w_pw, z;  // several buffers each
-  int taps, source, slot, tile, place, affine;
+  int taps, vectors, source, slot, group, tile, place, affine;
 };
 
 struct SeparablePlan {
@@ -41,6 +47,7 @@ struct SeparablePlan {
   bool keeps_w_pw;    // all of it in shared memory; else each chunk is loaded again for every tile
   int chunk_bytes;    // 64 or 128: what one pipeline step takes of a pixel's channels
   int chunk_log2;     // 6 or 7
+  int pixel_bytes;    // from one pixel of x to the next, in a buffer
   int row_warps;      // warps along the pixels
   int channel_warps;  // and along the output channels
   int warps;          // of a CTA
@@ -58,6 +65,7 @@ struct SeparablePlan {
   int w_pw_rows;                     // C_out, up to whole runs of columns
   int w_pw_chunks;                   // buffers for w_pw: one for each chunk, or 2
   int table_channels;                // C_in, up to whole chunks
+  int tap_words;                     // of the depthwise weights' table
   int chunks;
   FusedLayout layout;
   int shared_bytes;
@@ -67,6 +75,9 @@ struct SeparablePlan {
 namespace detail {
 
 inline constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+// Words that hold a column of taps, which are read 16 bytes at a time.
+constexpr int diagonal_taps(int k) { return ceil_div(k, 4) * 4; }
 
 // For so many buffers for x, and for w_pw: one for each chunk, or 2.
 inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int halos, int w_pw_chunks) {
@@ -80,12 +91,14 @@ inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int h
     plan.shared_bytes += count * shared_bytes_of(bytes);
     return place;
   };
-  plan.layout.halo = take(plan.halo_rows * plan.halo_pitch * plan.chunk_bytes, plan.halos);
+  plan.layout.halo = take(plan.halo_rows * plan.halo_pitch * plan.pixel_bytes, plan.halos);
   plan.layout.w_pw = take(plan.w_pw_rows * plan.chunk_bytes, plan.w_pw_chunks);
   plan.layout.z = take(plan.z_rows * plan.chunk_bytes, 2);
-  plan.layout.taps = take((c.r * c.s + 4) * plan.table_channels * 4);
+  plan.layout.taps = take(plan.tap_words * 4);
+  plan.layout.vectors = take(4 * plan.table_channels * 4);
   plan.layout.source = take(plan.maps * plan.halo_rows * plan.halo_pitch * 4);
   plan.layout.slot = take(plan.maps * plan.tile_rows * 4);
+  plan.layout.group = take(plan.maps * plan.tile_rows * 4);
   plan.layout.tile = take(plan.maps * kFusedTileBytes);
   plan.layout.place = take(plan.pixels * 4);
   plan.layout.affine = take(2 * channels * 4);
@@ -96,6 +109,7 @@ inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int h
 inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes) {
   plan.fused = true;
   plan.chunk_log2 = plan.chunk_bytes == 128 ? 7 : 6;
+  plan.pixel_bytes = plan.chunk_bytes + (element_bytes == 2 ? kFusedPixelMargin : 0);
   plan.channel_warps = ceil_div(c_out, kWarpChannels);
   plan.warps = plan.row_warps * plan.channel_warps;
   plan.pixels = plan.row_warps * kWarpPixels;
@@ -116,6 +130,8 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
   const int chunk = plan.chunk_bytes / element_bytes;
   plan.chunks = ceil_div(c.c_in, chunk);
   plan.table_channels = plan.chunks * chunk;
+  plan.tap_words = element_bytes == 2 ? (plan.table_channels + kFusedZeroChannels) * c.s * diagonal_taps(c.r)
+                                      : plan.table_channels * c.s * c.r;
   plan.z_rows = ceil_div(plan.tile_rows * plan.tile_columns, kWarpPixels) * kWarpPixels;
   plan.w_pw_rows = ceil_div(c_out, 32) * 32;
   return true;

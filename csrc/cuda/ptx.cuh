@@ -70,6 +70,20 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d += a b for a 16x8 row-major a, of which a thread has `above` in rows 0 to 7 and `below` in the others, and an 8x8
+// column-major b.
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], uint32_t above, uint32_t below, uint32_t b, __nv_bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(above), "r"(below), "r"(b));
+}
+
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], uint32_t above, uint32_t below, uint32_t b, __half) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(above), "r"(below), "r"(b));
+}
+
 // d += a b for a 16x8 row-major a and an 8x8 column-major b of tf32 values.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -107,6 +121,18 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   float smaller;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
   return smaller;
+}
+
+// The larger of two 16-bit values in each half, NaN where either is NaN; the last argument names the type.
+__device__ __forceinline__ uint32_t max_nan_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+__device__ __forceinline__ uint32_t max_nan_pairs(uint32_t a, uint32_t b, __half) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
 }
 
 }  // namespace xsep::cuda

@@ -286,11 +286,12 @@ class SumPartials(ctypes.Structure):
 class SeparablePlan(ctypes.Structure):
     _fields_ = [
         ("fused", ctypes.c_bool), ("keeps_w_pw", ctypes.c_bool),
-        *_ints("chunk_bytes chunk_log2 row_warps channel_warps warps pixels tile_rows tile_columns group_rows"),
+        *_ints("chunk_bytes chunk_log2 pixel_bytes row_warps channel_warps warps pixels tile_rows tile_columns"),
+        *_ints("group_rows"),
         *_ints("tiles_of_group tiles_across tiles workers halo_rows halo_columns halo_pitch halos maps"),
-        *_ints("z_rows w_pw_rows w_pw_chunks table_channels chunks"),
-        *((name, ctypes.c_int) for name in ("at_halo", "at_w_pw", "at_z", "at_taps", "at_source", "at_slot")),
-        *_ints("at_tile at_place at_affine shared_bytes"), ("clocks", ctypes.c_double),
+        *_ints("z_rows w_pw_rows w_pw_chunks table_channels tap_words chunks"),
+        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_group at_tile at_place at_affine"),
+        *_ints("shared_bytes"), ("clocks", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -300,7 +301,7 @@ class SeparableFprop(ctypes.Structure):
         ("allow_tf32", ctypes.c_int), *((name, ctypes.c_void_p) for name in
         ("x", "addend", "x_pre", "w_dw", "w_pw", "residual", "y", "statistics", "counts")), ("bias", ChannelVector),
         ("prologue", ChannelAffine), ("middle", ChannelAffine), ("epilogue", ChannelAffine),
-        *_ints("has_prologue has_middle"),
+        *_ints("has_prologue has_middle has_epilogue"),
     ]  # fmt: skip
 
 

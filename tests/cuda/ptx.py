@@ -52,7 +52,7 @@ KINDS = {
     "shared": ("ldmatrix", "stmatrix", "cp"),
     "tensor core": ("mma",),
     "branch": ("bra", "ret"),
-    "warp, block": ("shfl", "bar", "redux"),
+    "warp, block": ("shfl", "bar", "redux", "vote"),
     "none": ("mov", "cvta"),
 }
 
@@ -440,6 +440,11 @@ class Translator:
             code += self.put(targets[1], "pred", "inside")
         return f"{{ {code} }}"
 
+    def op_vote(self, rest: list[str], o: list[str]) -> str:
+        if rest != ["any", "pred"]:
+            raise ValueError(rest)
+        return self.put(o[0], "pred", f"__any_sync({self.value(o[2], 'b32')}, {self.value(o[1], 'pred')})")
+
     def op_redux(self, rest: list[str], o: list[str]) -> str:
         how, kind = rest
         mine, mask = self.value(o[1], kind), self.value(o[2], "b32")
@@ -469,6 +474,8 @@ class Translator:
             ("m16n8k16", "bf16"): "mma_m16n8k16(d, a, b, __nv_bfloat16())",
             ("m16n8k16", "f16"): "mma_m16n8k16(d, a, b, __half())",
             ("m16n8k8", "tf32"): "mma_m16n8k8_tf32(d, a, b)",
+            ("m16n8k8", "bf16"): "mma_m16n8k8(d, a[0], a[1], b[0], __nv_bfloat16())",
+            ("m16n8k8", "f16"): "mma_m16n8k8(d, a[0], a[1], b[0], __half())",
         }[shape, kinds[1]]
         start = ", ".join(self.value(x, "f32") for x in c)
         operands = "".join(

@@ -141,7 +141,7 @@ __device__ __forceinline__ void finish_tile(const SeparableFpropParams& p, const
   constexpr int kVec = 16 / static_cast<int>(sizeof(T));
   const FusedTile tile = memory.tile[step.map];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; p.has_epilogue != 0 && half < 2; ++half) {
     const float* affine = memory.affine.get() + first_of_run(block.channel, half);
 #pragma unroll
     for (int first = 0; first < 8; first += 4) {

@@ -11,8 +11,9 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "diagonal.cuh"
 #include "epilogue.cuh"
-#include "window.cuh"
+#include "strips.cuh"
 
 namespace xsep::cuda {
 
@@ -44,18 +45,24 @@ struct Halo {
   // therefore needs no barrier between.
   template <class Function>
   __device__ __forceinline__ void for_each_piece(Function f) const {
-    const SeparablePlan& plan = p.plan;
-    const int log2_units = plan.chunk_log2 - 4, tid = static_cast<int>(threadIdx.x);
-    const int stride = static_cast<int>(blockDim.x) >> log2_units;
-    const int c = first_channel(), pixels = plan.halo_rows * plan.halo_pitch;
-    const int* source = memory.source.get() + step.map * pixels;
+    const int* source = memory.source.get() + step.map * (p.plan.halo_rows * p.plan.halo_pitch);
     // Past the last channel nothing is there, at an address that could be read.
-    const int flags = c < p.shape.c_in ? kIsPixel | kIsOwned : 0, first = flags != 0 ? c : 0;
-    for (int i = tid >> log2_units; i < pixels; i += stride) {
-      const int of_x = source[i];
-      f(buffer + (i << plan.chunk_log2) + unit() * 16, (of_x & ~(kIsPixel | kIsOwned)) + first,
-        (of_x & flags & kIsPixel) != 0, (of_x & kIsOwned) != 0);
-    }
+    const int c = first_channel(), flags = c < p.shape.c_in ? kIsPixel | kIsOwned : 0, first = flags != 0 ? c : 0;
+    for_each_place([&](unsigned char* piece, int pixel) {
+      const int of_x = source[pixel];
+      f(piece, (of_x & ~(kIsPixel | kIsOwned)) + first, (of_x & flags & kIsPixel) != 0, (of_x & kIsOwned) != 0);
+    });
+  }
+
+  // Calls f(piece, its pixel in the buffer), whether there is a pixel or padding.
+  template <class Function>
+  __device__ __forceinline__ void for_each_place(Function f) const {
+    const SeparablePlan& plan = p.plan;
+    const int log2_units = plan.chunk_log2 - 4, pixels = plan.halo_rows * plan.halo_pitch;
+    const int step = static_cast<int>(blockDim.x) >> log2_units, bytes = step * plan.pixel_bytes;
+    int i = static_cast<int>(threadIdx.x) >> log2_units;
+    int place = static_cast<int>(buffer - shared_base()) + i * plan.pixel_bytes + unit() * 16;
+    for (; i < pixels; i += step, place += bytes) f(shared_base() + place, i);
   }
 
   __device__ __forceinline__ void copy() const {
@@ -65,10 +72,21 @@ struct Halo {
 
   // Applies the prologue where there is a pixel; padding stays zero.
   __device__ __forceinline__ void transform() const {
-    // Of the thread's channels, which are the same for all its pieces; the table reaches past the last channel.
     const bool with_affine = p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr;
+    // Two values at a time, and those that have been rounded already: the larger of a value and 0 rounds alike before
+    // and after.
+    const bool by_pairs = sizeof(T) == 2 && p.prologue.activation == Activation::kRelu;
+    if (by_pairs && !with_affine && p.addend == nullptr) {
+      for_each_place([](unsigned char* place, int) {  // padding's zeros among them
+        auto piece = Pack<T, kVec>::load(reinterpret_cast<T*>(place));
+        relu(piece);
+        piece.store(reinterpret_cast<T*>(place));
+      });
+      return;
+    }
+    // Of the thread's channels, which are the same for all its pieces; the table reaches past the last channel.
     float scale[kVec], shift[kVec];
-    const float* table = memory.taps.get() + p.shape.r * p.shape.s * p.plan.table_channels + first_channel();
+    const float* table = memory.vectors.get() + first_channel();
 #pragma unroll
     for (int half = 0; half < kVec; half += 4) {
       const auto a = Pack<float, 4>::load(table + half);
@@ -86,19 +104,33 @@ struct Halo {
 #pragma unroll
         for (int v = 0; v < kVec; ++v) u[v] = fmaf(scale[v], u[v], shift[v]);
       }
+      auto rounded = Pack<T, kVec>::round(u);
       if (p.addend != nullptr) {
         float other[kVec];
         Pack<T, kVec>::load(static_cast<const T*>(p.addend) + first + at).widen(other);
 #pragma unroll
         for (int v = 0; v < kVec; ++v) u[v] += other[v];
         // The activation sees the sum as it is stored, so that a backward that reads it finds the same signs.
-        const auto sum = Pack<T, kVec>::round(u);
-        if (owned) sum.store(static_cast<T*>(p.x_pre) + first + at);
-        sum.widen(u);
+        rounded = Pack<T, kVec>::round(u);
+        if (owned) rounded.store(static_cast<T*>(p.x_pre) + first + at);
+        rounded.widen(u);
       }
-      activate(u, {p.prologue.activation, p.prologue.alpha});
-      Pack<T, kVec>::round(u).store(piece);
+      if (by_pairs) {
+        relu(rounded);
+      } else {
+        activate(u, {p.prologue.activation, p.prologue.alpha});
+        rounded = Pack<T, kVec>::round(u);
+      }
+      rounded.store(piece);
     });
+  }
+
+ private:
+  static __device__ __forceinline__ void relu(Pack<T, kVec>& piece) {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) piece.pair[i] = max_nan_pairs(piece.pair[i], 0, T());
+    }
   }
 };
 
@@ -118,41 +150,12 @@ __device__ __forceinline__ void copy_w_pw(const SeparableFpropParams& p, unsigne
 
 // z of one step, of chunks of CHUNK bytes.
 template <class T, int K, int STRIDE, int CHUNK>
-__device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, const FusedMemory& memory,
-                                                const FusedStep& step, const unsigned char* halo, unsigned char* z) {
-  constexpr int kBytes = kFusedVectorBytes, kVec = kBytes / static_cast<int>(sizeof(T)), kVectors = CHUNK / kBytes;
-  static_assert(kBytes == 8, "a vector lies in one unit");
-  const SeparablePlan& plan = p.plan;
-  const int table = plan.table_channels, vector = static_cast<int>(threadIdx.x) % kVectors;
-  const int strips_across = (plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
-  const int strips = memory.tile[step.map].rows * strips_across;
-  const float* taps = memory.taps.get() + (step.chunk * kVectors + vector) * kVec;
-#pragma unroll 1
-  for (int strip = static_cast<int>(threadIdx.x) / kVectors; strip < strips;
-       strip += static_cast<int>(blockDim.x) / kVectors) {
-    const int row = strip / strips_across, column = strip % strips_across * kFusedStripWidth;
-    const int corner = memory.slot[step.map * plan.tile_rows + row] * plan.halo_pitch + column * STRIDE;
-    float sum[kFusedStripWidth][kVec] = {};
-    slide_window<T, K, STRIDE>(sum, halo + corner * CHUNK + vector * kBytes, CHUNK, plan.halo_pitch * CHUNK, taps,
-                               table);
-    if (p.has_middle != 0) {
-      const auto scale = Pack<float, kVec>::load(taps + (K * K + 2) * table);
-      const auto shift = Pack<float, kVec>::load(taps + (K * K + 3) * table);
-#pragma unroll
-      for (int j = 0; j < kFusedStripWidth; ++j) {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) sum[j][v] = fmaf(scale.v[v], sum[j][v], shift.v[v]);
-      }
-      activate_groups(sum, {p.middle.activation, p.middle.alpha});
-    }
-    const int first = row * plan.tile_columns + column;
-    unsigned char* out = z + vector * kBytes % 16;
-#pragma unroll
-    for (int j = 0; j < kFusedStripWidth; ++j) {
-      if (column + j >= plan.tile_columns) break;
-      Pack<T, kVec>::round(sum[j]).store(
-          reinterpret_cast<T*>(out + swizzled_offset(first + j, vector * kBytes / 16, CHUNK)));
-    }
+__device__ __forceinline__ void make_z(const SeparableFpropParams& p, const FusedMemory& memory, const FusedStep& step,
+                                       const unsigned char* halo, unsigned char* z) {
+  if constexpr (sizeof(T) == 2) {
+    DiagonalDepthwise<T, K, STRIDE, CHUNK>(p, memory, step, halo, z).run();
+  } else {
+    depthwise_chunk<T, K, STRIDE, CHUNK>(p, memory, step, halo, z);
   }
 }
 
@@ -212,9 +215,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       if ((turn == 0) == (thread_index_again() < kFusedThreads / 2)) {
         if (!windowed.exists(plan)) continue;
         if (plan.chunk_log2 == 7) {
-          depthwise_chunk<T, K, STRIDE, 128>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
+          make_z<T, K, STRIDE, 128>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
         } else {
-          depthwise_chunk<T, K, STRIDE, 64>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
+          make_z<T, K, STRIDE, 64>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);
         }
       } else {
         const WarpBlock block(p);
@@ -258,6 +261,7 @@ void launch_separable_fprop(const SeparableFpropParams& p, cudaStream_t stream) 
   SeparableFpropParams completed = p;
   completed.has_prologue = p.prologue.is_identity() && p.addend == nullptr ? 0 : 1;
   completed.has_middle = p.middle.is_identity() ? 0 : 1;
+  completed.has_epilogue = p.epilogue.is_identity() && p.bias.data == nullptr ? 0 : 1;
   launch(kernel, "separable_fprop_kernel", shape, stream, completed);
 }
 

@@ -22,10 +22,10 @@ struct SeparableFpropParams {
   float* statistics;     // [tiles, 3, C_out]: of each tile of y, its mean K, sum of y - K and of (y - K)^2; may be null
   int* counts;           // [tiles], pixels of each tile; null without statistics
   ChannelVector bias;    // [C_out], may be null
-  ChannelAffine prologue;        // over C_in
-  ChannelAffine middle;          // over C_in
-  ChannelAffine epilogue;        // over C_out
-  int has_prologue, has_middle;  // whether they do anything; set by the launcher
+  ChannelAffine prologue;                      // over C_in
+  ChannelAffine middle;                        // over C_in
+  ChannelAffine epilogue;                      // over C_out
+  int has_prologue, has_middle, has_epilogue;  // whether they do anything; set by the launcher
 };
 
 inline std::string describe(const SeparableFpropParams& p) {

@@ -18,6 +18,7 @@ struct FusedTile {
   int first_row, rows;
   int first_column, columns;
   int first_x_row;  // of x, through all pictures likewise: no tap of the tile lies in one above it
+  int groups;       // of rows
 
   __device__ int64_t first_pixel(const SeparableFpropParams& p) const {  // in y
     return static_cast<int64_t>(first_row) * p.shape.q + first_column;
@@ -31,9 +32,12 @@ __device__ __forceinline__ FusedTile tile_of(const SeparableFpropParams& p, int 
   const int across = index % plan.tiles_across, down = index / plan.tiles_across;
   const int group = down / plan.tiles_of_group, in_group = down % plan.tiles_of_group * plan.tile_rows;
   const int first_column = across * plan.tile_columns, first_row = group * plan.group_rows + in_group;
-  return {first_row, min(plan.tile_rows, plan.group_rows - in_group), first_column,
+  return {first_row,
+          min(plan.tile_rows, plan.group_rows - in_group),
+          first_column,
           min(plan.tile_columns, s.q - first_column),
-          first_row / s.p * s.h + min(max(first_row % s.p * s.stride_h - s.pad_top, 0), s.h - 1)};
+          first_row / s.p * s.h + min(max(first_row % s.p * s.stride_h - s.pad_top, 0), s.h - 1),
+          0};
 }
 
 // What a CTA does from one barrier to the next is about steps: each is one chunk of one tile.
@@ -55,14 +59,17 @@ inline constexpr int kIsOwned = 1;  // it is in the middle of one of the tile's 
 inline constexpr int kIsPixel = 2;  // of x, not padding
 
 struct FusedMemory {
-  BufferRing halo;           // [halo_rows, halo_pitch] pixels of one chunk
-  BufferRing w_pw;           // [w_pw_rows] rows of one chunk, in the order of mma's columns, swizzled
-  BufferRing z;              // [z_rows] rows of one chunk, swizzled
-  SharedBuffer<float> taps;  // [R S, table_channels], then 4 rows: prologue's and middle's scale and shift
+  BufferRing halo;              // [halo_rows, halo_pitch] pixels of one chunk
+  BufferRing w_pw;              // [w_pw_rows] rows of one chunk, in the order of mma's columns, swizzled
+  BufferRing z;                 // [z_rows] rows of one chunk, swizzled
+  SharedBuffer<uint32_t> taps;  // depthwise weights: float32 [R S, table_channels], or diagonal_word [table_channels +
+                                // kFusedZeroChannels, S, R up to whole 16 bytes]
+  SharedBuffer<float> vectors;  // [4, table_channels] the prologue's scale and shift, and the middle's
   // [maps, halo_rows * halo_pitch] where a pixel of the halo is in x, in elements from the start of first_x_row, with
   // kIsPixel and kIsOwned added; 0 where it is padding
   SharedBuffer<int> source;
   SharedBuffer<int> slot;        // [maps, tile_rows] the halo row of a tile row's first tap
+  SharedBuffer<int> group;       // [maps, tile_rows] a group's first row in the tile, and 65536 times its rows
   SharedBuffer<FusedTile> tile;  // [maps]
   SharedBuffer<int> place;       // [pixels] a pixel's row in the tile times 65536, and its column
   SharedBuffer<float> affine;    // [2, output channels] the epilogue's scale, and its shift with the bias in it
@@ -72,12 +79,14 @@ struct FusedMemory {
     const FusedLayout& layout = plan.layout;
     const int channels = plan.channel_warps * kWarpChannels;
     SharedArena arena;
-    halo = arena.take_ring(layout.halo, plan.halos, plan.halo_rows * plan.halo_pitch * plan.chunk_bytes);
+    halo = arena.take_ring(layout.halo, plan.halos, plan.halo_rows * plan.halo_pitch * plan.pixel_bytes);
     w_pw = arena.take_ring(layout.w_pw, plan.w_pw_chunks, plan.w_pw_rows * plan.chunk_bytes);
     z = arena.take_ring(layout.z, 2, plan.z_rows * plan.chunk_bytes);
-    taps = arena.take_at<float>(layout.taps, (p.shape.r * p.shape.s + 4) * plan.table_channels);
+    taps = arena.take_at<uint32_t>(layout.taps, plan.tap_words);
+    vectors = arena.take_at<float>(layout.vectors, 4 * plan.table_channels);
     source = arena.take_at<int>(layout.source, plan.maps * plan.halo_rows * plan.halo_pitch);
     slot = arena.take_at<int>(layout.slot, plan.maps * plan.tile_rows);
+    group = arena.take_at<int>(layout.group, plan.maps * plan.tile_rows);
     tile = arena.take_at<FusedTile>(layout.tile, plan.maps);
     place = arena.take_at<int>(layout.place, plan.pixels);
     affine = arena.take_at<float>(layout.affine, 2 * channels);
@@ -114,24 +123,53 @@ __device__ __forceinline__ void map_tile(const SeparableFpropParams& p, const Fu
     const bool own = down >= 0 && down < rows && across >= 0 && across < tile.columns;
     memory.source[step.map * pixels + i] = inside ? (x_row * s.w + w) * s.c_in + kIsPixel + (own ? kIsOwned : 0) : 0;
   }
+  const int groups_in_first = (in_first - 1) / kFusedGroupRows + 1, of_picture = (s.p - 1) / kFusedGroupRows + 1;
   for (int i = tid; i < tile.rows; i += threads) {
     memory.slot[step.map * p.plan.tile_rows + i] = i * STRIDE + (first + i) / s.p * (K - STRIDE);
+    const bool later = i >= in_first;
+    const int pictures = later ? (i - in_first) / s.p : 0;  // whole ones before, but for the first
+    const int within = later ? i - in_first - pictures * s.p : i;
+    const int rows = min(tile.rows - (i - within), later ? s.p : in_first);  // of the tile in this picture
+    const int number = (later ? groups_in_first + pictures * of_picture : 0) + within / kFusedGroupRows;
+    if (within % kFusedGroupRows == 0) {
+      memory.group[step.map * p.plan.tile_rows + number] = i | min(rows - within, kFusedGroupRows) << 16;
+    }
+    if (i == tile.rows - 1) {
+      memory.tile[step.map] = tile;
+      memory.tile[step.map].groups = number + 1;
+    }
   }
-  if (tid == 0) memory.tile[step.map] = tile;
 }
 
-// What holds for all tiles. The taps and the per-channel vectors in float32; past the last channel all zeros.
+// A depthwise weight as a lane has it of the 8 x 8 diagonal matrix that multiplies 8 channels: of its two neighbouring
+// rows, one meets the diagonal.
+template <class T>
+__device__ __forceinline__ uint32_t diagonal_word(T weight, int channel) {
+  uint16_t bits;
+  memcpy(&bits, &weight, sizeof(bits));
+  return static_cast<uint32_t>(bits) << channel % 2 * 16;
+}
+
+// What holds for all tiles. The taps and the per-channel vectors; past the last channel all zeros.
 template <class T>
 __device__ void load_tables(const SeparableFpropParams& p, const FusedMemory& memory) {
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int taps = p.shape.r * p.shape.s, channels = p.plan.table_channels;
+  const int channels = p.plan.table_channels;
   const T* w_dw = static_cast<const T*>(p.w_dw);
-  float* table = memory.taps.get();
-  for (int i = tid; i < channels * taps; i += threads) {
-    const int c = i / taps, tap = i % taps;
-    table[tap * channels + c] = c < p.shape.c_in ? to_float(w_dw[i]) : 0.0f;
+  const int r_size = p.shape.r, s_size = p.shape.s;
+  if constexpr (sizeof(T) == 2) {
+    const int column = (r_size + 3) / 4 * 4;  // as detail::diagonal_taps
+    for (int i = tid; i < p.plan.tap_words; i += threads) {
+      const int r = i % column, s = i / column % s_size, c = i / column / s_size;
+      memory.taps[i] = r < r_size && c < p.shape.c_in ? diagonal_word(w_dw[(c * r_size + r) * s_size + s], c) : 0;
+    }
+  } else {
+    for (int i = tid; i < p.plan.tap_words; i += threads) {
+      const int c = i % channels, tap = i / channels;
+      reinterpret_cast<float*>(memory.taps.get())[i] = c < p.shape.c_in ? to_float(w_dw[c * r_size * s_size + tap]) : 0;
+    }
   }
-  table += taps * channels;
+  float* table = memory.vectors.get();
   for (int c = tid; c < channels; c += threads) {
     const bool inside = c < p.shape.c_in;
     table[c] = inside ? channel_value<T>(p.prologue.scale, c, 1.0f) : 0.0f;

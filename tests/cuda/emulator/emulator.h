@@ -140,6 +140,13 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline bool __any_sync(unsigned mask, bool mine) {
+  if (mask != 0xffffffffu) emulator::fail("__any_sync with a partial mask");
+  bool any = false;
+  for (const bool one : emulator::gather("__any_sync", mine)) any = any || one;
+  return any;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   if (mask != 0xffffffffu) emulator::fail("__shfl_xor_sync with a partial mask");

@@ -75,6 +75,31 @@ void mma_16816(const char* name, float (&d)[4], const uint32_t (&a)[4], const ui
   }
 }
 
+template <class T>
+void mma_1688(const char* name, float (&d)[4], uint32_t above, uint32_t below, uint32_t b) {
+  const auto all = emulator::gather(name, Operands{{above, below}, {b}});
+  const int group = emulator::lane() / 4, quad = emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = quad * 2 + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 8; ++k) {
+      sum += element<T>(all[group * 4 + k / 2].a[i / 2], k % 2) * element<T>(all[column * 4 + k / 2].b[0], k % 2);
+    }
+    d[i] = sum;
+  }
+}
+
+template <class T>
+uint32_t max_nan_pairs(uint32_t a, uint32_t b) {
+  uint32_t larger = 0;
+  for (int i = 0; i < 2; ++i) {
+    const float left = element<T>(a, i), right = element<T>(b, i);
+    const uint32_t taken = std::isnan(left) || (!std::isnan(right) && left >= right) ? a : b;
+    larger |= taken & 0xffffu << (16 * i);
+  }
+  return larger;
+}
+
 inline float round_to_tf32(uint32_t bits) {
   bits &= 0xffffe000u;  // the tensor core ignores the low 13 bits
   float value;
@@ -90,6 +115,18 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   host::mma_16816<__half>("mma.m16n8k16.f16", d, a, b);
 }
+
+inline void mma_m16n8k8(float (&d)[4], uint32_t above, uint32_t below, uint32_t b, __nv_bfloat16) {
+  host::mma_1688<__nv_bfloat16>("mma.m16n8k8.bf16", d, above, below, b);
+}
+inline void mma_m16n8k8(float (&d)[4], uint32_t above, uint32_t below, uint32_t b, __half) {
+  host::mma_1688<__half>("mma.m16n8k8.f16", d, above, below, b);
+}
+
+inline uint32_t max_nan_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return host::max_nan_pairs<__nv_bfloat16>(a, b);
+}
+inline uint32_t max_nan_pairs(uint32_t a, uint32_t b, __half) { return host::max_nan_pairs<__half>(a, b); }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   host::Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
