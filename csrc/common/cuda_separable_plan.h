@@ -157,35 +157,73 @@ inline int resident_ctas(const SeparablePlan& plan, const DeviceProperties& devi
   return std::max(1, std::min(kMostFusedWarps / plan.warps, by_memory));
 }
 
-// What a plan should cost, in clocks of the busiest multiprocessor: instructions as counted in the compiled kernel, a
-// multiprocessor's share of L2, and the latency of memory. Plans of one problem are compared by it, and xsep/plans.py
-// holds the fused kernel against other ways; no card has confirmed it.
+// What a step of a plan takes of a multiprocessor.
+struct StepWork {
+  double instructions;   // of threads
+  double shared_bytes;   // read and written, of shared memory
+  double multiply_adds;  // of tensor cores, zeros too
+};
+
+// Of z, by threads in float32.
+inline StepWork strips_work(const SeparablePlan& plan, const ConvShape& c, int element_bytes) {
+  const int threads = 32 * plan.warps;
+  const int strips = plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth);
+  const int turns = ceil_div(strips * plan.chunk_bytes / kFusedVectorBytes, threads);
+  // A strip: for each row of taps its weights, then each pixel of x loaded and multiplied.
+  const int vec = kFusedVectorBytes / element_bytes, loads = (kFusedStripWidth - 1) * c.stride_w + c.s;
+  const double strip = c.r * (c.s + loads + kFusedStripWidth * c.s * vec + 11) + 140;
+  const double read = strips * static_cast<double>(plan.chunk_bytes) * c.r * (loads + c.s);
+  return {threads * turns * strip, read, 0.0};
+}
+
+// Of z, by warps on tensor cores.
+inline StepWork diagonal_work(const SeparablePlan& plan, const ConvShape& c) {
+  const int pictures = plan.group_rows == c.p ? 1 : ceil_div(plan.tile_rows, c.p);
+  const int groups = pictures * ceil_div(ceil_div(plan.tile_rows, pictures), kFusedGroupRows);
+  const int items = ceil_div(groups * ceil_div(plan.tile_columns, kFusedStripWidth), 2);  // two blocks each
+  const int turns = ceil_div(items, plan.warps), units = plan.chunk_bytes / 32;
+  const int row_pairs = ((kFusedGroupRows - 1) * c.stride_h + c.r + 1) / 2;
+  const double mma = 2.0 * kFusedGroupRows * units * c.r * c.s, ldmatrix = 2.0 * units * c.s * row_pairs;
+  const double weights = 2.0 * units * c.s * diagonal_taps(c.r) / 4;
+  const double item = mma + ldmatrix + weights + 90 * units + 150;
+  return {32.0 * plan.warps * turns * item, items * (512 * ldmatrix + 256 * weights + 2048.0 * units),
+          items * mma * 1024};
+}
+
+// What a plan should cost, in clocks of the busiest multiprocessor: instructions as counted in the compiled kernel,
+// what shared memory and tensor cores do in a clock, a multiprocessor's share of L2, and the latency of memory. Plans
+// of one problem are compared by it, and xsep/plans.py holds the fused kernel against other ways; no card has confirmed
+// it.
 inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes,
                            const DeviceProperties& device) {
   constexpr double kLanes = 128.0, kBytesAClock = 32.0, kLatency = 1000.0, kBarrier = 60.0;
-  const int threads = 32 * plan.warps, units = plan.chunk_bytes / 16;
-  const int strips = plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth);
-  const int turns = ceil_div(strips * plan.chunk_bytes / kFusedVectorBytes, threads);
-  // A strip: for each row of taps its weights, then each pixel of x loaded, widened and multiplied.
-  const int vec = kFusedVectorBytes / element_bytes, loads = (kFusedStripWidth - 1) * c.stride_w + c.s;
-  const double strip =
-      c.r * (c.s + loads * (1.0 + (element_bytes == 2 ? vec : 0)) + kFusedStripWidth * c.s * vec + 11) + 140;
+  constexpr double kSharedBytesAClock = 128.0, kMultiplyAddsAClock = 1024.0;  // of 16-bit values, from sm_80 on
+  const int units = plan.chunk_bytes / 16;
+  const StepWork z = element_bytes == 2 ? diagonal_work(plan, c) : strips_work(plan, c, element_bytes);
   // Two steps of mma, 32 bytes of the chunk; and from accumulators to y.
-  const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 56 : 32), finish = 500;
-  const int multiplying = 32 * plan.channel_warps * (plan.z_rows / kWarpPixels);
+  const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 56 : 32), finish = 400;
+  const int blocks = plan.channel_warps * (plan.z_rows / kWarpPixels);
   const double x_pieces = units * plan.halo_rows * plan.halo_pitch;
   const double w_pieces = plan.keeps_w_pw ? 0.0 : units * plan.w_pw_rows;
   const double mapped = plan.halo_rows * plan.halo_pitch * 100.0;
-  const double step =
-      (threads * turns * strip + multiplying * multiply + x_pieces * 18 + w_pieces * 42) / kLanes + kBarrier;
-  const double last = (multiplying * finish + mapped) / kLanes;
+  const double instructions = z.instructions + 32 * blocks * multiply + x_pieces * 11 + w_pieces * 20;
+  const double of_blocks = blocks * static_cast<double>(kWarpPixels + kWarpChannels) * plan.chunk_bytes;
+  const double shared_bytes = z.shared_bytes + of_blocks + 16 * (x_pieces + w_pieces);
+  const double multiply_adds = z.multiply_adds + static_cast<double>(plan.z_rows) * plan.w_pw_rows * plan.chunk_bytes /
+                                                     element_bytes * (element_bytes == 4 ? 2 : 1);
+  const double step = instructions / kLanes + kBarrier;
+  const double last = (32 * blocks * finish + mapped) / kLanes;
   // A scheduler that has but one warp is idle about every second clock.
   const int rounds = ceil_div(plan.tiles, device.multiprocessors);
   const int together = std::min(rounds, resident_ctas(plan, device));
   const double alone = std::max(1.0, static_cast<double>(kMostFusedWarps) / (plan.warps * together));
-  const double bytes = 16 * (x_pieces + w_pieces);
   const double waits = kLatency / ((plan.halos - 1) * together);
-  const double a_step = std::max({step * alone, bytes / kBytesAClock, waits});
+  const double issuing = step * alone, sharing = shared_bytes / kSharedBytesAClock;
+  const double multiplying = multiply_adds / kMultiplyAddsAClock, loading = 16 * (x_pieces + w_pieces) / kBytesAClock;
+  // Nothing runs beside all the rest all the time.
+  constexpr double kAlongside = 0.1;
+  const double a_step = std::max({issuing, sharing, multiplying, loading, waits}) +
+                        kAlongside * (issuing + sharing + multiplying + loading);
   return rounds * (plan.chunks * a_step + last * alone);
 }
 

@@ -62,6 +62,7 @@ struct Halo {
     const int step = static_cast<int>(blockDim.x) >> log2_units, bytes = step * plan.pixel_bytes;
     int i = static_cast<int>(threadIdx.x) >> log2_units;
     int place = static_cast<int>(buffer - shared_base()) + i * plan.pixel_bytes + unit() * 16;
+#pragma unroll 4
     for (; i < pixels; i += step, place += bytes) f(shared_base() + place, i);
   }
 
@@ -140,8 +141,10 @@ __device__ __forceinline__ void copy_w_pw(const SeparableFpropParams& p, unsigne
   const int log2_units = p.plan.chunk_log2 - 4, tid = static_cast<int>(threadIdx.x);
   const int unit = tid & ((1 << log2_units) - 1), stride = static_cast<int>(blockDim.x) >> log2_units;
   const int c = ((chunk << log2_units) + unit) * kVec;
-  for (int row = tid >> log2_units; row < p.plan.w_pw_rows; row += stride) {
-    const int n = channel_of_column(row);
+  // The order of the columns repeats every 32, so that the next row's channel often is as many further on.
+  int n = channel_of_column(tid >> log2_units);
+  for (int row = tid >> log2_units; row < p.plan.w_pw_rows;
+       row += stride, n = stride % kRunsBlock == 0 ? n + stride : channel_of_column(row)) {
     const bool valid = n < p.c_out && c < p.shape.c_in;
     const T* source = static_cast<const T*>(p.w_pw) + (valid ? static_cast<int64_t>(n) * p.shape.c_in + c : 0);
     cp_async_16(buffer + swizzled_offset(row, unit, p.plan.chunk_bytes), source, valid);
