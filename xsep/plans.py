@@ -41,7 +41,7 @@ CUDNN_DEPTHWISE = 0.33
 NATIVE_DEPTHWISE = {2: 0.25, 4: 0.5}
 WGRAD_SHARE = 0.33
 #: Microseconds that the host needs to enqueue a forward in eager mode, and twice that for a backward; a CUDA graph has
-#: none of it. Measured on a CPU: about 10 for each convolution of PyTorch's; 3 for a repeated call of the cuda backend's
+#: none of it. Measured on a CPU: about 10 for each convolution of PyTorch's; 3 for a repeated call of the cuda backend
 #: up to its operator, which allocates and launches; of float32, which Python makes, 40. A Triton launch is Python.
 HOST_US = {"aten": 20.0, "cuda": 20.0, "triton": 70.0}
 HOST_US_BY_PYTHON = 50.0

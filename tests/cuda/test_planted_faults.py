@@ -18,7 +18,7 @@ from . import emulated, emulated_ops, test_emulated_fused_backward
 from . import test_backend_python as backend
 from . import test_emulated_chain as chain
 from .emulated_ops import SMALL, EmulatedOps
-from .test_emulated_separable import WALKS, check, draw
+from .test_emulated_separable import WALKS, check, check_not_finite, draw
 from .test_emulated_statistics import check_far_from_zero
 
 pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
@@ -57,7 +57,7 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(emulated.CUDA_SOURCES, folder / "cuda"))
 
 
-FORWARD = "separable/fprop.cuh"
+FORWARD, DIAGONAL = "separable/fprop.cuh", "separable/diagonal.cuh"
 FAULTS_OF_THE_FORWARD = [
     Fault(
         "missing-barrier",
@@ -71,7 +71,7 @@ FAULTS_OF_THE_FORWARD = [
         "    if (!FAULT) wait_for_copies(halos - 2);\n",
         FORWARD,
     ),
-    Fault("one-past-the-halo", "i < pixels; i += stride", "i < pixels + FAULT; i += stride", FORWARD),
+    Fault("one-past-the-halo", "i < pixels; i += step", "i < pixels + FAULT; i += step", FORWARD),
     Fault(
         "maps-one-step-late",
         "copied.advance(plan);\n    if (copied.chunk == 0",
@@ -89,6 +89,14 @@ FAULTS_OF_THE_FORWARD = [
         "plan.keeps_w_pw ? multiplied.chunk : even",
         "plan.keeps_w_pw ? multiplied.chunk : even ^ FAULT",
         FORWARD,
+    ),
+    Fault("a-row-of-taps-too-high", "+ i - out * STRIDE;", "+ i - out * STRIDE - FAULT;", DIAGONAL),
+    Fault(
+        "one-block-twice", "first + lane() / 8 % 2, blocks", "first + (FAULT ? 0 : lane() / 8 % 2), blocks", DIAGONAL
+    ),
+    Fault("beside-the-diagonal", "lane() / 8 == lane() % 4", "FAULT || lane() / 8 == lane() % 4", DIAGONAL),
+    Fault(
+        "zeros-times-infinity", "__any_sync(0xffffffffu, is_nan", "!FAULT && __any_sync(0xffffffffu, is_nan", DIAGONAL
     ),
 ]
 
@@ -171,7 +179,7 @@ SWITCHES = [
     ),
     Switch(
         "scale-and-shift-swapped",
-        "torch_library.cu",
+        "depthwise/operator.h",
         's.r * s.s);\n  p.prologue = channel_affine(scale_p, shift_p, activations[0]',
         's.r * s.s);\n  p.prologue = channel_affine(FAULT ? shift_p : scale_p, '
         "FAULT ? scale_p : shift_p, activations[0]",
@@ -179,35 +187,35 @@ SWITCHES = [
     ),
     Switch(
         "activation-of-the-prologue",
-        "torch_library.cu",
+        "depthwise/operator.h",
         'activations[1], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid',
         'activations[!FAULT], alphas[1], x, {"scale_e", "shift_e"}, s.c_mid',
         forward(fused=False),
     ),
     Switch(
         "middle-without-its-shift",
-        "torch_library.cu",
+        "torch_library_separable.cu",
         "channel_affine(scale_m, shift_m, activations[1]",
         "channel_affine(scale_m, FAULT ? std::nullopt : shift_m, activations[1]",
         forward(fused=True),
     ),
     Switch(
         "tf32-that-nobody-allowed",
-        "torch_library.cu",
-        "p.allow_tf32 = allow_tf32 ? 1 : 0;",
-        "p.allow_tf32 = allow_tf32 || FAULT ? 1 : 0;",
+        "torch_library_separable.cu",
+        "p.allow_tf32 = allow_tf32 ? 1 : 0;\n  if (residual",
+        "p.allow_tf32 = allow_tf32 || FAULT ? 1 : 0;\n  if (residual",
         forward(fused=True),
     ),
     Switch(
         "dshift-where-dscale-belongs",
-        "torch_library.cu",
+        "depthwise/operator.h",
         "p.dscale = wanted[2] ? static_cast<float*>(dscale.mutable_data_ptr())",
         "p.dscale = wanted[2] ? static_cast<float*>((FAULT ? dshift : dscale).mutable_data_ptr())",
         backward,
     ),
     Switch(
         "room-for-too-few-partials",
-        "torch_library.cu",
+        "depthwise/operator.h",
         "{p.plan.workers, bprop_partial_rows(s), s.c_mid}",
         "{p.plan.workers, bprop_partial_rows(s) - FAULT, s.c_mid}",
         backward,
@@ -348,13 +356,14 @@ def test_fault_of_the_fused_forward_is_caught(forward_library: emulated.Library,
     """In CTAs that go through several chunks of several tiles, so that the pipeline turns over."""
     forward_library.lib.emulate_fault(number + 1 if planted else 0)
     expected: Any = (
-        pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared")
+        pytest.raises((AssertionError, RuntimeError), match=r"error|past the end|cp\.async|shared|equal")
         if planted
         else contextlib.nullcontext()
     )
     with expected:
         for case in (WALKS[0], WALKS[1]):  # w_pw loaded again, and kept
             check(forward_library, case, "bf16", draw(case, "bf16"))
+        check_not_finite(forward_library, WALKS[1], "bf16", float("inf"))
 
 
 @pytest.fixture(scope="module")
