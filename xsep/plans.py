@@ -52,7 +52,8 @@ MARGIN = 1.1
 #: kernel's instructions are counted (fused_clocks in csrc/common/cuda_separable_plan.h).
 ISSUE_SHARE = 0.8
 #: Float32 lanes of a multiprocessor, 128 unless it stands here (CUDA programming guide, arithmetic throughput). With
-#: 64 a multiply-add takes its scheduler two clocks; three in five of the kernel's instructions use those lanes.
+#: 64 a multiply-add takes its scheduler two clocks; three in five of the float32 kernel's instructions use those lanes,
+#: of the 16-bit one's, whose multiply-adds are the tensor cores', hardly any.
 LANES = {(8, 0): 64}
 LANES_SHARE = 0.6
 
@@ -212,10 +213,13 @@ def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
     """The forward in one CUDA kernel: the longest of bytes, tensor cores and instructions."""
     device, (p, q) = clock.device, clock.problem.output_size
     waste = plan.tiles * plan.tile_rows * plan.tile_columns / max(clock.problem.n * p * q, 1)
-    matrix = waste * clock.work.pointwise / (clock.product * MMA_SYNC_SHARE.get(device.capability, 1.0))
+    # In 16 bits the depthwise is a product too, by matrices of which one value in eight is not zero.
+    zeros = 0.0 if clock.problem.dtype is torch.float32 else 8 * clock.work.depthwise
+    matrix = waste * (clock.work.pointwise + zeros) / (clock.product * MMA_SYNC_SHARE.get(device.capability, 1.0))
     lanes = LANES.get(device.capability, 128)
     megahertz = device.float32_flops / (device.multiprocessors * 2 * lanes) / 1e6
-    issued = plan.clocks * (1 + LANES_SHARE * (128 / lanes - 1)) / megahertz / ISSUE_SHARE
+    slower = LANES_SHARE * (128 / lanes - 1) if clock.problem.dtype is torch.float32 else 0.0
+    issued = plan.clocks * (1 + slower) / megahertz / ISSUE_SHARE
     memory = clock.move(clock.work.bytes)
     limit = "memory" if memory >= max(matrix, issued) else "instructions" if issued >= matrix else "tensor cores"
     return max(memory, matrix, issued) + clock.launches(1), f"z never leaves the chip; the limit: {limit}"

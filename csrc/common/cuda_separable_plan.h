@@ -162,6 +162,7 @@ struct StepWork {
   double instructions;   // of threads
   double shared_bytes;   // read and written, of shared memory
   double multiply_adds;  // of tensor cores, zeros too
+  double alone;          // clocks that the warp with the most to do needs if nobody is in its way
 };
 
 // Of z, by threads in float32.
@@ -173,21 +174,24 @@ inline StepWork strips_work(const SeparablePlan& plan, const ConvShape& c, int e
   const int vec = kFusedVectorBytes / element_bytes, loads = (kFusedStripWidth - 1) * c.stride_w + c.s;
   const double strip = c.r * (c.s + loads + kFusedStripWidth * c.s * vec + 11) + 140;
   const double read = strips * static_cast<double>(plan.chunk_bytes) * c.r * (loads + c.s);
-  return {threads * turns * strip, read, 0.0};
+  return {threads * turns * strip, read, 0.0, 0.0};
 }
 
 // Of z, by warps on tensor cores.
 inline StepWork diagonal_work(const SeparablePlan& plan, const ConvShape& c) {
   const int pictures = plan.group_rows == c.p ? 1 : ceil_div(plan.tile_rows, c.p);
   const int groups = pictures * ceil_div(ceil_div(plan.tile_rows, pictures), kFusedGroupRows);
-  const int items = ceil_div(groups * ceil_div(plan.tile_columns, kFusedStripWidth), 2);  // two blocks each
-  const int turns = ceil_div(items, plan.warps), units = plan.chunk_bytes / 32;
+  const int pairs = ceil_div(groups * ceil_div(plan.tile_columns, kFusedStripWidth), 2);  // of blocks
+  const int units = pairs * plan.chunk_bytes / 32, share = ceil_div(units, plan.warps);
   const int row_pairs = ((kFusedGroupRows - 1) * c.stride_h + c.r + 1) / 2;
-  const double mma = 2.0 * kFusedGroupRows * units * c.r * c.s, ldmatrix = 2.0 * units * c.s * row_pairs;
-  const double weights = 2.0 * units * c.s * diagonal_taps(c.r) / 4;
-  const double item = mma + ldmatrix + weights + 90 * units + 150;
-  return {32.0 * plan.warps * turns * item, items * (512 * ldmatrix + 256 * weights + 2048.0 * units),
-          items * mma * 1024};
+  const double mma = 2.0 * kFusedGroupRows * c.r * c.s, ldmatrix = 2.0 * c.s * row_pairs;
+  const double weights = 2.0 * c.s * diagonal_taps(c.r) / 4;
+  // Beside a unit's own, what a warp finds out of its pair. Of mma, four run beside each other, each some 33 clocks
+  // long.
+  const double unit = mma + ldmatrix + weights + 90, pair = 150;
+  const double runs = std::max(pairs, ceil_div(units, share));
+  return {32.0 * (units * unit + runs * pair), units * (512 * ldmatrix + 256 * weights + 2048.0), units * mma * 1024,
+          share * (mma / 4 * 33 + 100.0)};
 }
 
 // What a plan should cost, in clocks of the busiest multiprocessor: instructions as counted in the compiled kernel,
@@ -197,7 +201,7 @@ inline StepWork diagonal_work(const SeparablePlan& plan, const ConvShape& c) {
 inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes,
                            const DeviceProperties& device) {
   constexpr double kLanes = 128.0, kBytesAClock = 32.0, kLatency = 1000.0, kBarrier = 60.0;
-  constexpr double kSharedBytesAClock = 128.0, kMultiplyAddsAClock = 1024.0;  // of 16-bit values, from sm_80 on
+  constexpr double kSharedBytesAClock = 128.0, kMultiplyAddsAClock = 1340.0;  // of 16-bit values, mma.sync on an H100
   const int units = plan.chunk_bytes / 16;
   const StepWork z = element_bytes == 2 ? diagonal_work(plan, c) : strips_work(plan, c, element_bytes);
   // Two steps of mma, 32 bytes of the chunk; and from accumulators to y.
@@ -220,9 +224,8 @@ inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_
   const double waits = kLatency / ((plan.halos - 1) * together);
   const double issuing = step * alone, sharing = shared_bytes / kSharedBytesAClock;
   const double multiplying = multiply_adds / kMultiplyAddsAClock, loading = 16 * (x_pieces + w_pieces) / kBytesAClock;
-  // Nothing runs beside all the rest all the time.
-  constexpr double kAlongside = 0.1;
-  const double a_step = std::max({issuing, sharing, multiplying, loading, waits}) +
+  constexpr double kAlongside = 0.02;  // of what is not the longest, so that less of it is better
+  const double a_step = std::max({issuing, sharing, multiplying, loading, waits, z.alone + multiply * 4}) +
                         kAlongside * (issuing + sharing + multiplying + loading);
   return rounds * (plan.chunks * a_step + last * alone);
 }

@@ -65,6 +65,15 @@ IN_GLOBAL = (
     "st.global.b32 [ %rd3 + 0 ], { %r5 }; bar.warp.sync -1;"
 )
 ARRIVED = "cp.async.commit_group; cp.async.wait_group 0; bar.warp.sync -1; ld.shared.b32 %r0, [%r3];"
+#: %r2 and %r3 are this lane's parts of a 16 x 8 matrix of bfloat16 (or float16), the lane and 0.5, and the lane and 64;
+#: %r4 of the unit matrix.
+BY_ONES = (
+    "cvt.rn.f32.u32 %f1, %r1; add.f32 %f2, %f1, {half}; add.f32 %f3, %f1, {more}; cvt.rn.{kind}x2.f32 %r2, %f2, %f1; "
+    "cvt.rn.{kind}x2.f32 %r3, %f3, %f1; shr.u32 %r5, %r1, 3; and.b32 %r6, %r1, 3; setp.eq.u32 %p0, %r5, %r6; "
+    "shl.b32 %r7, %r1, 2; and.b32 %r7, %r7, 16; mov.b32 %r8, {one}; shl.b32 %r8, %r8, %r7; selp.b32 %r4, %r8, 0, %p0; "
+    "mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{%f4, %f5, %f6, %f7}}, {{%r2, %r3}}, {{%r4}}, "
+    "{{%f2, %f2, %f2, %f2}};"
+)
 #: Statements that leave a word in %r0, and that word as thread ``lane`` of a warp finds it.
 CASES: dict[str, tuple[str, Callable[[int], int]]] = {
     "add-wraps": ("add.s32 %r0, 2147483647, %r1;", lambda lane: (2147483647 + lane) & 0xFFFFFFFF),
@@ -120,6 +129,17 @@ CASES: dict[str, tuple[str, Callable[[int], int]]] = {
     "guards": ("mov.u32 %r0, 1; setp.gt.u32 %p0, %r1, 3; @!%p0 mov.u32 %r0, 2;", lambda lane: 1 if lane > 3 else 2),
     "branches": ("setp.gt.u32 %p0, %r1, 3; mov.u32 %r0, 7; @%p0 bra $L; mov.u32 %r0, 8; $L:",
                  lambda lane: 7 if lane > 3 else 8),
+    "mma-m16n8k8-bf16": (
+        BY_ONES.format(kind="bf16", one=0x3F80, half=word(0.5), more=word(64)) + "mov.b32 %r0, %f5;",
+        lambda lane: of_float(2 * (lane + 0.5)),
+    ),
+    "mma-m16n8k8-f16": (
+        BY_ONES.format(kind="f16", one=0x3C00, half=word(0.5), more=word(64)) + "mov.b32 %r0, %f7;",
+        lambda lane: of_float(lane + 64 + lane + 0.5),
+    ),
+    "vote-any": ("setp.eq.u32 %p1, %r1, 5; vote.sync.any.pred %p0, %p1, -1; selp.b32 %r0, 1, 2, %p0;", lambda lane: 1),
+    "vote-none": ("setp.eq.u32 %p1, %r1, 50; vote.sync.any.pred %p0, %p1, -1; selp.b32 %r0, 1, 2, %p0;",
+                  lambda lane: 2),
     "shuffles-between-lanes": ("shfl.sync.bfly.b32 %r0|%p0, %r1, 3, 31, -1;", lambda lane: lane ^ 3),
     "shared-memory": ("mov.u32 %r2, memory; shl.b32 %r3, %r1, 2; add.s32 %r2, %r2, %r3; st.shared.u32 [%r2], %r1; "
                       "bar.sync 0; mov.u32 %r4, memory; sub.s32 %r4, %r4, %r3; ld.shared.u32 %r0, [%r4+124];",
@@ -222,7 +242,7 @@ def kernel(name: str, statements: str) -> str:
     return f"""
 .visible .entry {name}(.param .u64 {name}_param_0)
 {{
-  .reg .pred %p<4>; .reg .b16 %rs<2>; .reg .b32 %r<12>; .reg .f32 %f<2>; .reg .b64 %rd<4>;
+  .reg .pred %p<4>; .reg .b16 %rs<2>; .reg .b32 %r<12>; .reg .f32 %f<8>; .reg .b64 %rd<4>;
   mov.u32 %r1, %tid.x;
   {statements.replace("PARAMETER", f"{name}_param_0")}
   ld.param.u64 %rd1, [{name}_param_0];

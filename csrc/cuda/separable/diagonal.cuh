@@ -34,12 +34,17 @@ class DiagonalDepthwise {
                                                const FusedStep& step, const unsigned char* halo, const unsigned char* z)
       : p_(p), memory_(memory), step_(step), halo_(halo), z_(z) {}
 
+  // The units of all pairs of blocks, shared out among the warps in runs, so that a warp seldom changes its pair.
   __device__ __forceinline__ void run() const {
-    const int strips_across = (p_.plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
-    const int blocks = memory_.tile[step_.map].groups * strips_across;
+    const int units = (blocks() + 1) / 2 * kUnits;
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+    const int share = (units + warps - 1) / warps, end = min((warp + 1) * share, units);
 #pragma unroll 1
-    for (int first = 2 * warp; first < blocks; first += 2 * warps) make(first, blocks, strips_across);
+    for (int i = warp * share; i < end;) {
+      const int first = i / kUnits, stop = min((first + 1) * kUnits, end);
+      make(2 * first, i % kUnits, i % kUnits + stop - i);
+      i = stop;
+    }
   }
 
  private:
@@ -52,9 +57,14 @@ class DiagonalDepthwise {
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-  __device__ __forceinline__ Block block_of(int number, int strips_across) const {
-    const int group = memory_.group[step_.map * p_.plan.tile_rows + number / strips_across];
-    return {group & 0xffff, group >> 16, number % strips_across * kFusedStripWidth};
+  __device__ __forceinline__ int strips_across() const {
+    return (p_.plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
+  }
+  __device__ __forceinline__ int blocks() const { return memory_.tile[step_.map].groups * strips_across(); }
+
+  __device__ __forceinline__ Block block_of(int number) const {
+    const int group = memory_.group[step_.map * p_.plan.tile_rows + number / strips_across()];
+    return {group & 0xffff, group >> 16, number % strips_across() * kFusedStripWidth};
   }
 
   // Where in shared memory a pixel of x under a block is: `across` from the block's first, in its first row.
@@ -65,30 +75,30 @@ class DiagonalDepthwise {
            (row * plan.halo_pitch + (block.column + across) * STRIDE) * kPixel;
   }
 
-  // Two blocks, or one where there is no other.
-  __device__ __forceinline__ void make(int first, int blocks, int strips_across) const {
+  // Some units of two blocks, or of one where there is no other.
+  __device__ __forceinline__ void make(int first, int unit, int stop) const {
     const int row_bytes = p_.plan.halo_pitch * kPixel;
     // ldmatrix reads two rows: lanes 0 to 7 have the first block's pixels, the next 8 the other's, and so on. Rows of
     // which no tap is wanted are the last one that is.
-    const Block read = block_of(min(first + lane() / 8 % 2, blocks - 1), strips_across);
-    const int corner = place_of(read, lane() % 8), last = (read.rows - 1) * STRIDE + K - 1;
+    const Block read = block_of(min(first + lane() / 8 % 2, blocks() - 1));
+    const int corner = place_of(read, lane() % 8) + unit * 32, last = (read.rows - 1) * STRIDE + K - 1;
     int source[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) source[i] = corner + min(2 * i + lane() / 16, last) * row_bytes;
     // A lane has two rows, 2 (lane % 4) and the next, of column lane / 4 of the diagonal matrix.
     const bool on_diagonal = lane() / 8 == lane() % 4;
     const int channel = on_diagonal ? step_.chunk * kUnits * 16 + lane() / 4 : p_.plan.table_channels;
-    const uint32_t* weights = memory_.taps.get() + channel * kChannel;
+    const uint32_t* weights = memory_.taps.get() + (channel + (on_diagonal ? unit * 16 : 0)) * kChannel;
     int places[2][kFusedGroupRows];
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      const bool exists = first + block < blocks;
-      const Block written = block_of(exists ? first + block : first, strips_across);
+      const bool exists = first + block < blocks();
+      const Block written = block_of(exists ? first + block : first);
 #pragma unroll
       for (int row = 0; row < kFusedGroupRows; ++row) places[block][row] = exists ? place_in_z(written, row) : -1;
     }
 #pragma unroll 1
-    for (int unit = 0; unit < kUnits; ++unit) {
+    for (; unit < stop; ++unit) {
       uint32_t largest = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -103,7 +113,7 @@ class DiagonalDepthwise {
           store(places[block][row], unit * 2 + half, pair);
         }
       }
-      if (__any_sync(0xffffffffu, is_nan(largest))) make_again(first, blocks, strips_across, unit);
+      if (__any_sync(0xffffffffu, is_nan(largest))) make_again(first, unit);
       weights += on_diagonal ? 16 * kChannel : 0;
 #pragma unroll
       for (int& row : source) row += 32;
@@ -177,13 +187,13 @@ class DiagonalDepthwise {
   }
 
   // The same values one by one.
-  __device__ __forceinline__ void make_again(int first, int blocks, int strips_across, int unit) const {
+  __device__ __forceinline__ void make_again(int first, int unit) const {
     const int row_bytes = p_.plan.halo_pitch * kPixel;
 #pragma unroll 1
     for (int i = 0; i < 4 * kFusedGroupRows; ++i) {
       const int half = i % 2, row = i / 2 % kFusedGroupRows, number = first + i / (2 * kFusedGroupRows);
-      if (number >= blocks) break;
-      const Block block = block_of(number, strips_across);
+      if (number >= blocks()) break;
+      const Block block = block_of(number);
       const int place = place_in_z(block, row);
       if (place < 0) continue;
       const unsigned char* corner = shared_base() + place_of(block, lane() / 4) + row * STRIDE * row_bytes + unit * 32 +

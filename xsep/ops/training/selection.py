@@ -13,7 +13,7 @@ from ...problem import Geometry, Problem
 
 #: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what a card of its
 #: architecture has verified.
-AUTO = {"cpu": ("cpu", "aten"), "cuda": ("triton", "cuda", "aten")}
+AUTO = {"cpu": ("cpu", "aten"), "cuda": ("cuda", "triton", "aten")}
 NAMES = ("cuda", "triton", "cpu", "aten")
 POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
 
