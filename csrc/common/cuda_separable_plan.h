@@ -17,6 +17,7 @@ inline constexpr int kMostChannelWarps = 4;
 inline constexpr int kMostFusedWarps = 8;
 inline constexpr int kFusedThreads = 32 * kMostFusedWarps;
 static_assert(kMostFusedWarps >= kMostChannelWarps, "one CTA holds all of C_out");
+static_assert(kMostFusedWarps * kWarpPixels < 1 << 12, "a row of a tile has 12 bits in a block's word");
 
 // z is made in strips of neighbouring pixels: in float32 by threads, each for kFusedVectorBytes of channels; in 16 bits
 // by warps on tensor cores, for as many rows of one picture, which are a group.
@@ -39,7 +40,7 @@ static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "an
 // finds them in its parameters and need not keep them in registers.
 struct FusedLayout {
   int halo, w_pw, z;  // several buffers each
-  int taps, vectors, source, slot, group, tile, place, affine;
+  int taps, vectors, source, slot, block, tile, place, affine;
 };
 
 struct SeparablePlan {
@@ -98,7 +99,7 @@ inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int h
   plan.layout.vectors = take(4 * plan.table_channels * 4);
   plan.layout.source = take(plan.maps * plan.halo_rows * plan.halo_pitch * 4);
   plan.layout.slot = take(plan.maps * plan.tile_rows * 4);
-  plan.layout.group = take(plan.maps * plan.tile_rows * 4);
+  plan.layout.block = take(plan.maps * plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth) * 4);
   plan.layout.tile = take(plan.maps * kFusedTileBytes);
   plan.layout.place = take(plan.pixels * 4);
   plan.layout.affine = take(2 * channels * 4);

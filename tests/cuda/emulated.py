@@ -290,7 +290,7 @@ class SeparablePlan(ctypes.Structure):
         *_ints("group_rows"),
         *_ints("tiles_of_group tiles_across tiles workers halo_rows halo_columns halo_pitch halos maps"),
         *_ints("z_rows w_pw_rows w_pw_chunks table_channels tap_words chunks"),
-        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_group at_tile at_place at_affine"),
+        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_block at_tile at_place at_affine"),
         *_ints("shared_bytes"), ("clocks", ctypes.c_double),
     ]  # fmt: skip
 

@@ -50,25 +50,17 @@ class DiagonalDepthwise {
  private:
   using Sums = float[kFusedGroupRows][4];  // of 8 channels: a row of both blocks is a fragment of mma
 
-  struct Block {
-    int first_row, rows;  // in the tile
-    int column;           // the first
-  };
-
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-  __device__ __forceinline__ int strips_across() const {
-    return (p_.plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
-  }
-  __device__ __forceinline__ int blocks() const { return memory_.tile[step_.map].groups * strips_across(); }
+  __device__ __forceinline__ int blocks() const { return memory_.tile[step_.map].blocks; }
 
-  __device__ __forceinline__ Block block_of(int number) const {
-    const int group = memory_.group[step_.map * p_.plan.tile_rows + number / strips_across()];
-    return {group & 0xffff, group >> 16, number % strips_across() * kFusedStripWidth};
+  __device__ __forceinline__ FusedBlock block_of(int number) const {
+    const int tables = step_.map * p_.plan.tile_rows * strips_of(p_.plan);
+    return FusedBlock::unpacked(memory_.block[tables + number]);
   }
 
   // Where in shared memory a pixel of x under a block is: `across` from the block's first, in its first row.
-  __device__ __forceinline__ int place_of(const Block& block, int across) const {
+  __device__ __forceinline__ int place_of(const FusedBlock& block, int across) const {
     const SeparablePlan& plan = p_.plan;
     const int row = memory_.slot[step_.map * plan.tile_rows + block.first_row];
     return static_cast<int>(halo_ - shared_base()) +
@@ -80,7 +72,7 @@ class DiagonalDepthwise {
     const int row_bytes = p_.plan.halo_pitch * kPixel;
     // ldmatrix reads two rows: lanes 0 to 7 have the first block's pixels, the next 8 the other's, and so on. Rows of
     // which no tap is wanted are the last one that is.
-    const Block read = block_of(min(first + lane() / 8 % 2, blocks() - 1));
+    const FusedBlock read = block_of(min(first + lane() / 8 % 2, blocks() - 1));
     const int corner = place_of(read, lane() % 8) + unit * 32, last = (read.rows - 1) * STRIDE + K - 1;
     int source[kPairs];
 #pragma unroll
@@ -93,7 +85,7 @@ class DiagonalDepthwise {
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       const bool exists = first + block < blocks();
-      const Block written = block_of(exists ? first + block : first);
+      const FusedBlock written = block_of(exists ? first + block : first);
 #pragma unroll
       for (int row = 0; row < kFusedGroupRows; ++row) places[block][row] = exists ? place_in_z(written, row) : -1;
     }
@@ -174,7 +166,7 @@ class DiagonalDepthwise {
 
   // Where in shared memory this lane's first two channels of its pixel in a row of the block are in z; -1 where that is
   // none of the tile's. The places of other channels differ in single bits: z begins at a multiple of 128 bytes.
-  __device__ __forceinline__ int place_in_z(const Block& block, int row) const {
+  __device__ __forceinline__ int place_in_z(const FusedBlock& block, int row) const {
     static_assert(kSharedAlignment % 128 == 0, "as do all buffers");
     const int columns = p_.plan.tile_columns, column = block.column + lane() / 4;
     const int pixel = (block.first_row + row) * columns + column;
@@ -193,7 +185,7 @@ class DiagonalDepthwise {
     for (int i = 0; i < 4 * kFusedGroupRows; ++i) {
       const int half = i % 2, row = i / 2 % kFusedGroupRows, number = first + i / (2 * kFusedGroupRows);
       if (number >= blocks()) break;
-      const Block block = block_of(number);
+      const FusedBlock block = block_of(number);
       const int place = place_in_z(block, row);
       if (place < 0) continue;
       const unsigned char* corner = shared_base() + place_of(block, lane() / 4) + row * STRIDE * row_bytes + unit * 32 +

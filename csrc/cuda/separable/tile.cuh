@@ -18,7 +18,7 @@ struct FusedTile {
   int first_row, rows;
   int first_column, columns;
   int first_x_row;  // of x, through all pictures likewise: no tap of the tile lies in one above it
-  int groups;       // of rows
+  int blocks;       // of kFusedStripWidth pixels and up to kFusedGroupRows rows of one picture
 
   __device__ int64_t first_pixel(const SeparableFpropParams& p) const {  // in y
     return static_cast<int64_t>(first_row) * p.shape.q + first_column;
@@ -54,6 +54,21 @@ struct FusedStep {
   }
 };
 
+// Pixels of a tile that a warp makes z of together.
+struct FusedBlock {
+  int first_row, rows;
+  int column;  // the first
+
+  __device__ __forceinline__ int packed() const { return first_row | rows << 12 | column << 16; }
+  static __device__ __forceinline__ FusedBlock unpacked(int word) {
+    return {word & 0xfff, word >> 12 & 0xf, word >> 16};
+  }
+};
+
+__device__ __forceinline__ int strips_of(const SeparablePlan& plan) {
+  return (plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
+}
+
 // What a map says of a pixel beside its place, which is a multiple of 4.
 inline constexpr int kIsOwned = 1;  // it is in the middle of one of the tile's own windows
 inline constexpr int kIsPixel = 2;  // of x, not padding
@@ -69,7 +84,7 @@ struct FusedMemory {
   // kIsPixel and kIsOwned added; 0 where it is padding
   SharedBuffer<int> source;
   SharedBuffer<int> slot;        // [maps, tile_rows] the halo row of a tile row's first tap
-  SharedBuffer<int> group;       // [maps, tile_rows] a group's first row in the tile, and 65536 times its rows
+  SharedBuffer<int> block;       // [maps, tile_rows * strips] FusedBlock::packed
   SharedBuffer<FusedTile> tile;  // [maps]
   SharedBuffer<int> place;       // [pixels] a pixel's row in the tile times 65536, and its column
   SharedBuffer<float> affine;    // [2, output channels] the epilogue's scale, and its shift with the bias in it
@@ -86,7 +101,7 @@ struct FusedMemory {
     vectors = arena.take_at<float>(layout.vectors, 4 * plan.table_channels);
     source = arena.take_at<int>(layout.source, plan.maps * plan.halo_rows * plan.halo_pitch);
     slot = arena.take_at<int>(layout.slot, plan.maps * plan.tile_rows);
-    group = arena.take_at<int>(layout.group, plan.maps * plan.tile_rows);
+    block = arena.take_at<int>(layout.block, plan.maps * plan.tile_rows * strips_of(plan));
     tile = arena.take_at<FusedTile>(layout.tile, plan.maps);
     place = arena.take_at<int>(layout.place, plan.pixels);
     affine = arena.take_at<float>(layout.affine, 2 * channels);
@@ -123,20 +138,24 @@ __device__ __forceinline__ void map_tile(const SeparableFpropParams& p, const Fu
     const bool own = down >= 0 && down < rows && across >= 0 && across < tile.columns;
     memory.source[step.map * pixels + i] = inside ? (x_row * s.w + w) * s.c_in + kIsPixel + (own ? kIsOwned : 0) : 0;
   }
-  const int groups_in_first = (in_first - 1) / kFusedGroupRows + 1, of_picture = (s.p - 1) / kFusedGroupRows + 1;
   for (int i = tid; i < tile.rows; i += threads) {
     memory.slot[step.map * p.plan.tile_rows + i] = i * STRIDE + (first + i) / s.p * (K - STRIDE);
-    const bool later = i >= in_first;
-    const int pictures = later ? (i - in_first) / s.p : 0;  // whole ones before, but for the first
-    const int within = later ? i - in_first - pictures * s.p : i;
-    const int rows = min(tile.rows - (i - within), later ? s.p : in_first);  // of the tile in this picture
-    const int number = (later ? groups_in_first + pictures * of_picture : 0) + within / kFusedGroupRows;
-    if (within % kFusedGroupRows == 0) {
-      memory.group[step.map * p.plan.tile_rows + number] = i | min(rows - within, kFusedGroupRows) << 16;
-    }
-    if (i == tile.rows - 1) {
+  }
+  const int strips = strips_of(p.plan), groups_in_first = (in_first - 1) / kFusedGroupRows + 1;
+  const int groups_of_picture = (s.p - 1) / kFusedGroupRows + 1;
+  int* const blocks = memory.block.get() + step.map * p.plan.tile_rows * strips;
+  for (int i = tid; i < tile.rows * strips; i += threads) {
+    const int row = i / strips, strip = i % strips;
+    const bool later = row >= in_first;
+    const int pictures = later ? (row - in_first) / s.p : 0;  // whole ones before, but for the first
+    const int within = later ? row - in_first - pictures * s.p : row;
+    const int rows = min(tile.rows - (row - within), later ? s.p : in_first);  // of the tile in this picture
+    const int group = (later ? groups_in_first + pictures * groups_of_picture : 0) + within / kFusedGroupRows;
+    const FusedBlock block{row, min(rows - within, kFusedGroupRows), strip * kFusedStripWidth};
+    if (within % kFusedGroupRows == 0) blocks[group * strips + strip] = block.packed();
+    if (i == tile.rows * strips - 1) {
       memory.tile[step.map] = tile;
-      memory.tile[step.map].groups = number + 1;
+      memory.tile[step.map].blocks = (group + 1) * strips;
     }
   }
 }
