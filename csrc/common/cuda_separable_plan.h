@@ -20,14 +20,14 @@ static_assert(kMostFusedWarps >= kMostChannelWarps, "one CTA holds all of C_out"
 static_assert(kMostFusedWarps * kWarpPixels < 1 << 12, "a row of a tile has 12 bits in a block's word");
 
 // z is made in strips of neighbouring pixels: in float32 by threads, each for kFusedVectorBytes of channels; in 16 bits
-// by warps on tensor cores, for as many rows of one picture, which are a group.
+// by warps on tensor cores, for up to as many rows of one picture as a group has.
 inline constexpr int kFusedStripWidth = 8;
 inline constexpr int kFusedVectorBytes = 8;
 inline constexpr int kFusedGroupRows = 4;
 // ldmatrix reads 16 bytes of 8 neighbouring pixels of x: with so much behind each they lie in different banks.
 inline constexpr int kFusedPixelMargin = 16;
 // Weights of this many channels follow the last one's, all zeros: what a tensor core's lanes beside the diagonal read.
-inline constexpr int kFusedZeroChannels = 32;
+inline constexpr int kFusedZeroChannels = 16;
 
 // Buffers for x: while one is read, the others are on their way.
 inline constexpr int kMostHalos = 4;

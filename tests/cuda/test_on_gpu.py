@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.chain.support import double, hold, image, last, vector
 from tests.gpu import PLACE, float32_products, needs_card
+from xsep import ChannelAffine, separable_conv2d
 from xsep.activations import activate, scale_and_shift
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
@@ -118,6 +119,29 @@ def test_separable_forward(size: tuple[int, ...], kind: str, everything: bool, l
         ours, theirs = CUDA.separable_forward(a), ATEN.separable_forward(a)
         other = max(off(by_matrix_product(a, rounded), truth) for rounded in (False, True)) if tf32 else 0.0
     assert_close("y", ours, theirs, truth, tf32=other)
+
+
+@needs_card("stream of its own")
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_calls_made_again_by_cpp(size: tuple[int, ...], kind: str) -> None:
+    """The same bits as the first time, forward and backward, on whatever stream is the current one."""
+    a = draw(size, DTYPES[kind])
+    x, w_dw, w_pw = (t.requires_grad_() for t in (a.x, a.w_dw, a.w_pw))
+    options: dict[str, Any] = {"stride": a.geometry[0], "padding": a.w_dw.shape[2] // 2, "backend": "cuda"}
+
+    def step() -> list[Tensor]:
+        y = separable_conv2d(x, w_dw, w_pw, prologue=ChannelAffine(activation="relu"), **options)
+        return [y.detach(), *torch.autograd.grad(y, (x, w_dw, w_pw), torch.ones_like(y))]
+
+    first, again = step(), step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        elsewhere = step()
+    stream.synchronize()
+    for one, two, three in zip(first, again, elsewhere):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=ids)

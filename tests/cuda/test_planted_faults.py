@@ -92,7 +92,10 @@ FAULTS_OF_THE_FORWARD = [
     ),
     Fault("a-row-of-taps-too-high", "+ i - out * STRIDE;", "+ i - out * STRIDE - FAULT;", DIAGONAL),
     Fault(
-        "one-block-twice", "first + lane() / 8 % 2, blocks()", "first + (FAULT ? 0 : lane() / 8 % 2), blocks()", DIAGONAL
+        "one-block-twice",
+        "first + lane() / 8 % 2, blocks()",
+        "first + (FAULT ? 0 : lane() / 8 % 2), blocks()",
+        DIAGONAL,
     ),
     Fault("beside-the-diagonal", "lane() / 8 == lane() % 4", "FAULT || lane() / 8 == lane() % 4", DIAGONAL),
     Fault(
