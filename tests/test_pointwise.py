@@ -115,6 +115,9 @@ def test_products(
         }  # fmt: skip
         pointwise.product_into(rows, z, w)
     found["rows"] = pointwise.images_of(rows, z)
+    wide = pointwise.wide_wgrad(dv, z)
+    assert wide.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(wide[:, :, None, None].to(dtype), found["dw"], rtol=0.02, atol=0.02)
     assert (made.matrices == 0) == differ and (made.convolutions == 0) != differ
 
     def all_of(z: Tensor, dv: Tensor, w: Tensor, bias: Tensor) -> dict[str, Tensor]:

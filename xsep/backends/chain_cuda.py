@@ -18,7 +18,7 @@ from . import chain_cuda_launch as launch
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
 from .chain_kernels import KernelChain, affine_of
 from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, vectors_of
-from .pointwise import dgrad, product, product_into, tf32_allowed
+from .pointwise import dgrad, product, product_into, tf32_allowed, wide_wgrad
 
 
 def _problem(x: Tensor, w_dw: Tensor, w_pw: Tensor, geometry: Geometry, activation: int) -> Problem:
@@ -162,7 +162,7 @@ class CudaChain(KernelChain):
         for part in plan.slices:
             formed = launch.form(launch.part_of(dr, part))
             if dw_pw is not None:
-                dw_pw += launch.weight_gradient(formed, self.depthwise(x[part], load, w_dw, geometry))
+                dw_pw += wide_wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
             if last is not None:
                 # z is gone: what PyTorch allocates for dz is its memory, which L2 has.
                 last.add(self.pointwise_dgrad(formed, w_pw), part)
@@ -174,7 +174,7 @@ class CudaChain(KernelChain):
     def pw_backward(self, dr: RawGradient, w: Tensor, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
         formed = launch.raw_gradient(dr)
         act = self.activated(x, load)
-        return launch.weight_gradient(formed, act)[:, :, None, None], self.pointwise_dgrad(formed, w)
+        return wide_wgrad(formed, act)[:, :, None, None], self.pointwise_dgrad(formed, w)
 
     def bn_pool_add(
         self, r: Tensor, vec: Tensor, s: Tensor, vec_s: Tensor, pads: tuple[int, int]

@@ -16,7 +16,7 @@ from .. import extension
 from ..problem import Geometry, Problem
 from .chain import TILE, Load, RawGradient, Shortcut, tiles_of
 from .cuda import DeviceFacts, is_aligned, nhwc, shape_of
-from .pointwise import rows_of, wgrad
+from .pointwise import rows_of
 
 #: Sums that the depthwise backward's kernel can leave beside those of dw_dw.
 MOST_SUMS = 3
@@ -274,13 +274,3 @@ def bn_relu_gap_backward(
         total.contiguous(),
     )  # fmt: skip
     return du, sums
-
-
-def weight_gradient(dr: Tensor, z: Tensor) -> Tensor:
-    """dr^T z over the pixels, [C_out, C_in] in float32."""
-    if dr.dtype == torch.float32:
-        return wgrad(dr, z).view(dr.shape[1], z.shape[1])
-    a, b = rows_of(dr).t(), rows_of(z)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # PyTorch's own has a wider result on a GPU only

@@ -99,3 +99,13 @@ def wgrad(dv: Tensor, z: Tensor) -> Tensor:
     g = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
     g = g + torch.mm(dv_rows[whole:].t(), z_rows[whole:])
     return g.to(dv.dtype).view(size)
+
+
+def wide_wgrad(dv: Tensor, z: Tensor) -> Tensor:
+    """The same, [C_out, C_mid], accumulated and left in float32 at least."""
+    if dv.dtype not in (torch.float16, torch.bfloat16):
+        return wgrad(dv, z).view(dv.shape[1], z.shape[1])
+    a, b = rows_of(dv).t(), rows_of(z)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())  # PyTorch's own has a wider result on a GPU only
