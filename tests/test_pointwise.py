@@ -117,7 +117,6 @@ def test_products(
     found["rows"] = pointwise.images_of(rows, z)
     wide = pointwise.wide_wgrad(dv, z)
     assert wide.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(wide[:, :, None, None].to(dtype), found["dw"], rtol=0.02, atol=0.02)
     assert (made.matrices == 0) == differ and (made.convolutions == 0) != differ
 
     def all_of(z: Tensor, dv: Tensor, w: Tensor, bias: Tensor) -> dict[str, Tensor]:
@@ -134,6 +133,9 @@ def test_products(
     }  # fmt: skip
     truth = testing.Truth(exact, {name: float(t.abs().max()) for name, t in exact.items()})
     assert not testing.violations(found, truth, plain, dtype)
+    # Not rounded on the way: as close as a float32 of some hundred terms is.
+    off = (wide.double() - exact["dw"][..., 0, 0]).abs().max()
+    assert float(off) <= 64 * torch.finfo(wide.dtype).eps * float(exact["dw"].abs().max())
 
 
 @WAYS

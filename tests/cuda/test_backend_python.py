@@ -110,11 +110,12 @@ WANTED = {
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("multiplier", [1, 2], ids=["m1", "m2"])
-@pytest.mark.parametrize("what", WANTED)
+@pytest.mark.parametrize("what", [*WANTED, "all, of a float32 bias"])
 def test_backward_in_one_call(
     operators: EmulatedOps, what: str, multiplier: int, kind: torch.dtype, layout: torch.memory_format
 ) -> None:
-    a = bare(5, 7, kind, multiplier)._replace(bias=torch.randn(7).to(kind))
+    what, _, wide = what.partition(", ")
+    a = bare(5, 7, kind, multiplier)._replace(bias=torch.randn(7).to(torch.float32 if wide else kind))
     vec = vector(5, kind)
     a = a._replace(x=image(2, 5, 9, 7, vec, kind).contiguous(memory_format=layout), scale_p=vec[0], shift_p=vec[1])
     dy = torch.randn_like(ATEN.separable_forward(a)).contiguous(memory_format=layout)

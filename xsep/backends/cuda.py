@@ -217,9 +217,9 @@ class CudaBackend(Backend):
         return is_fused(problem, device_facts(a.x.get_device()), is_aligned(a.x, a.w_pw, a.residual))
 
     def is_one_backward(self, a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
-        if not only_bias_follows(a) or not self.is_one_call(a):
+        if not only_bias_follows(a) or a.x.numel() == 0 or a.w_dw.numel() == 0:
             return False
-        return isinstance(a, DepthwiseArgs) or not settings_differ(a.x)
+        return isinstance(a, DepthwiseArgs) or (a.w_pw.numel() > 0 and not settings_differ(a.x))
 
     def separable_forward(self, a: SeparableArgs) -> Tensor:
         a = _laid_out(a)

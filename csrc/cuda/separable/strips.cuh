@@ -14,7 +14,7 @@ __device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, c
   static_assert(kBytes == 8, "a vector lies in one unit");
   const SeparablePlan& plan = p.plan;
   const int table = plan.table_channels, vector = static_cast<int>(threadIdx.x) % kVectors;
-  const int strips_across = (plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
+  const int strips_across = strips_of(plan);
   const int strips = memory.tile[step.map].rows * strips_across;
   const int first_channel = (step.chunk * kVectors + vector) * kVec;
   const float* taps = reinterpret_cast<const float*>(memory.taps.get()) + first_channel;
