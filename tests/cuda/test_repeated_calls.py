@@ -206,5 +206,6 @@ def test_float32_of_a_gpu_is_pythons(dtype: torch.dtype) -> None:
     call = draw(8, 16, torch.channels_last, False, dtype=dtype)
     given = in_order(call)
     args, problem = checked_separable_args(*given)
+    assert made_again(call) is NotImplemented  # which is when it is asked
     made = repeated.first((*given, "cuda"), args, problem._replace(device="cuda"), "cuda")
     assert (made is None) == (dtype is torch.float32)
