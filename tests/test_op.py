@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,8 +47,6 @@ def test_channel_counts_and_layouts(c_in: int, c_out: int, layout: str, backend:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
-    from dataclasses import replace
-
     testing.check(replace(case, dtype=dtype), backend)
 
 
@@ -71,6 +71,19 @@ def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
 )  # fmt: skip
 def test_what_fuzzing_found(case: Case, backend: str) -> None:
     testing.check(case, backend)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("middle", [None, "relu"], ids=str)
+@pytest.mark.parametrize("last", [None, "relu", "gelu"], ids=str)
+def test_sums_over_many_pixels(last: str, middle: str, multiplier: int, backend: str) -> None:
+    """Sums that add up one pixel after another are several times PyTorch's error off, each in a few of these."""
+    case = Case(
+        n=3, c_in=4, h=24, w=24, c_out=64, multiplier=multiplier, activations=(None, middle, last),
+        vectors=("scale_m", "scale_e"),
+    )  # fmt: skip
+    for seed in range(12):
+        testing.check(replace(case, seed=seed), backend)
 
 
 def test_float64_runs_on_the_plain_backend() -> None:

@@ -148,7 +148,8 @@ class Backend(ABC):
         """Gradients of the separable op for its tensors in the schema's order, None where not wanted.
 
         With v = pw(z), u = scale_e * (v + bias) + shift_e + residual, y = act_e(u) and G = du^T z:
-        dw_pw = scale_e G, dscale_e = rowsum(w_pw G) + bias sum(du), dz = (scale_e du) w_pw.
+        dw_pw = scale_e G, dscale_e = rowsum(w_pw G) + bias sum(du), dz = (scale_e du) w_pw;
+        where v is made anyway, dscale_e = sum(du v) + bias sum(du), which rounds less.
         ``y`` is there where act_e is no identity and y determines its gradient; else u is recomputed.
         """
         w_x, w_dw, w_pw, w_bias, w_residual, w_scale_p, w_shift_p, w_scale_m, w_shift_m, w_scale, w_shift = wanted
@@ -158,31 +159,36 @@ class Backend(ABC):
         recompute = needs_recompute(y, a.epilogue)
         if recompute or ((w_pw or w_scale) and not a.middle.is_identity()):
             z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, geometry)
-        u = None
+        v = u = None
         if recompute:
             assert z is not None
-            u = scale_and_shift(self.pointwise(z, a.w_pw), with_bias(a.epilogue, a.bias))
+            v = self.pointwise(z, a.w_pw)
+            u = scale_and_shift(v, with_bias(a.epilogue, a.bias))
             u = u if a.residual is None else u + a.residual
         du = _activation_gradient(dy, y, u, a.epilogue)
+        u = None
 
         sum_du = channel_sum(du) if (w_bias or w_shift or (w_scale and a.bias is not None)) else None
         g = None
-        if w_pw or w_scale:
+        if w_pw or (w_scale and v is None):
             g = self.separable_wgrad(du, a) if z is None else self.pointwise_wgrad(du, z, a.w_pw)
         dw_pw = dbias = dscale = None
         if w_pw and g is not None:
             dw_pw = g if a.scale_e is None else g * a.scale_e.view(-1, 1, 1, 1)
         if w_bias and sum_du is not None:
             dbias = sum_du if a.scale_e is None else sum_du * a.scale_e
-        if w_scale and g is not None:
-            wide = torch.promote_types(g.dtype, torch.float32)
-            dscale = (g.to(wide) * a.w_pw).sum((1, 2, 3))
+        if w_scale:
+            if v is not None:
+                dscale = channel_sum(du * v)
+            else:
+                assert g is not None
+                dscale = (g.to(torch.promote_types(g.dtype, torch.float32)) * a.w_pw).sum((1, 2, 3))
             if a.bias is not None and sum_du is not None:
                 dscale = dscale + a.bias * sum_du
 
+        v = None
         if a.middle.is_identity():
             z = None  # before dz is made: the two never stand in memory together
-        u = None
         dscale_m = dshift_m = None
         kernel = DepthwiseGradients(None, None, None, None)
         if below:

@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-#: Rows of a block where a matrix product's rows are added up in blocks.
-SUM_ROWS = 4096
-
 
 def rows_of(t: Tensor) -> Tensor:
     """[N, C, H, W] -> [N * H * W, C], a view of NHWC images."""
@@ -88,17 +85,7 @@ def wgrad(dv: Tensor, z: Tensor) -> Tensor:
     size = (dv.shape[1], z.shape[1], 1, 1)
     if settings_differ(z):
         return conv2d_weight(z, size, dv)
-    dv_rows, z_rows = rows_of(dv), rows_of(z)
-    blocks = dv_rows.shape[0] // SUM_ROWS
-    if blocks < 2 or size[0] * size[1] > SUM_ROWS or dv.device.type != "cpu":
-        return torch.mm(dv_rows.t(), z_rows).view(size)
-    # A CPU's matrix product with few columns adds up all its rows one after another: in float32 eight times
-    # PyTorch's error at 5 -> 7 channels on 147x147. Sums of blocks are exact enough, and as small as one column.
-    whole = blocks * SUM_ROWS
-    g = torch.bmm(dv_rows[:whole].view(blocks, SUM_ROWS, size[0]).mT, z_rows[:whole].view(blocks, SUM_ROWS, size[1]))
-    g = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-    g = g + torch.mm(dv_rows[whole:].t(), z_rows[whole:])
-    return g.to(dv.dtype).view(size)
+    return torch.mm(rows_of(dv).t(), rows_of(z)).view(size)
 
 
 def wide_wgrad(dv: Tensor, z: Tensor) -> Tensor:
