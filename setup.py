@@ -108,7 +108,7 @@ def torch_options() -> list[str]:
 
 
 def repeated_calls() -> Extension:
-    """``xsep._repeated``: a Python module that makes calls on the CPU without Python's checks."""
+    """``xsep._repeated``: a Python module that makes calls without Python's checks."""
     return Extension(
         "xsep._repeated",
         files("csrc/eager/*.cpp"),
@@ -202,7 +202,7 @@ class Build(BuildExtension):
 setup(
     ext_modules=[
         binding_module(),
-        *([repeated_calls()] if BUILD_CPU else []),
+        repeated_calls(),
         *(cpu_library(level, flags) for level, flags in cpu_levels().items() if BUILD_CPU),
         *cuda_library(),
     ],

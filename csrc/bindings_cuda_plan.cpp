@@ -76,7 +76,9 @@ void bind_cuda_plan(py::module_& m) {
       .def_readonly("tiles", &ChainBackwardPlan::tiles)
       .def_readonly("workers", &ChainBackwardPlan::workers)
       .def_readonly("shares", &ChainBackwardPlan::shares)
-      .def_readonly("shared_bytes", &ChainBackwardPlan::shared_bytes);
+      .def_readonly("shared_bytes", &ChainBackwardPlan::shared_bytes)
+      .def_readonly("clocks", &ChainBackwardPlan::clocks)
+      .def_readonly("staged_clocks", &ChainBackwardPlan::staged_clocks);
   define_depthwise(m, "plan_cuda_depthwise_fprop", &plan_depthwise_fprop,
                    "How the CUDA depthwise forward is cut into CTAs. shape: N, H, W, C_in, P, Q, C_mid, R, S, stride h "
                    "and w, padding top and left, dilation h and w.");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 import xsep
-from xsep import testing
+from xsep import ChannelAffine, dispatch, separable_conv2d, testing
+from xsep.backends.aten import ATEN
+from xsep.backends.cpu import CpuBackend
+from xsep.backends.pointwise import images_of, rows_of
 from xsep.testing import NAMES, VECTORS, Case
 
 SMALL = Case(
@@ -142,6 +146,43 @@ def test_residual_may_be_the_input_itself(backend: str) -> None:
     (dx,) = torch.autograd.grad(y.sum(), x)
     expected = torch.autograd.grad((torch.conv2d(torch.conv2d(x, w_dw, padding=1, groups=8), w_pw) + x).sum(), x)[0]
     torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+
+
+class Staged(CpuBackend):
+    """y as a GPU's backends have it from a product of matrices: rows, seen as images."""
+
+    def separable_forward(self, a: Any) -> Tensor:
+        y = super().separable_forward(a)
+        return images_of(rows_of(y).clone(), y)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 5)], ids=["one_pixel", "map"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_grad"])
+def test_y_may_be_changed_in_place(
+    size: tuple[int, int], layout: torch.memory_format, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it came to its strides: y is nobody's view. As in ``x += block(y)`` and ``nn.ReLU(inplace=True)``."""
+    staged = Staged()
+    monkeypatch.setattr(dispatch, "backend", lambda name: staged if name == "cpu" else ATEN)
+    dispatch.forget_choices()
+    x = torch.randn(2, 6, *size).contiguous(memory_format=layout)
+    w_dw, w_pw = torch.randn(6, 1, 3, 3, requires_grad=True), torch.randn(5, 6, 1, 1, requires_grad=True)
+
+    def first(y: Callable[..., Tensor], **options: Any) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            return y(x, w_dw, w_pw, padding=1, **options)
+
+    epilogue = ChannelAffine(activation="silu")  # C++ leaves the gradient of such calls to Python
+    ys = [first(separable_conv2d, epilogue=epilogue, backend=name) for name in ("cpu", "aten")]
+    scale = torch.ones(5, 1, 1, requires_grad=True)
+    for y in ys:
+        y.mul_(scale).relu_()
+    wanted = [scale, *([w_dw, w_pw] if gradients else [])]
+    found, expected = (torch.autograd.grad(y.sum(), wanted) for y in ys)
+    for one, two in zip(found, expected):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    dispatch.forget_choices()
 
 
 def test_in_place_change_of_a_saved_tensor_is_noticed(backend: str) -> None:

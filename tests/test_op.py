@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import NIGHTLY
 from xsep import testing
+from xsep.ops.inside import inside_op
 from xsep.testing import NAMES, VECTORS, Case
 
 CASES = list(testing.generate(3000 if NIGHTLY else 400, seed=20161007))
@@ -84,6 +85,13 @@ def test_sums_over_many_pixels(last: str, middle: str, multiplier: int, backend:
     )  # fmt: skip
     for seed in range(12):
         testing.check(replace(case, seed=seed), backend)
+
+
+def test_out_of_memory_is_pytorchs_error_inside_an_op() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried"), inside_op():
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+    with pytest.raises(ValueError, match="out of memory"), inside_op():
+        raise ValueError("not out of memory")
 
 
 def test_float64_runs_on_the_plain_backend() -> None:

@@ -112,6 +112,23 @@ def test_a_small_problem_is_the_hosts_and_stays_with_pytorch() -> None:
     assert "the host's 50 us" in by_python.note and by_python.forward == 50 and by_python.backward == 100
 
 
+def test_each_launch_that_python_makes_costs_the_host() -> None:
+    """Of a small problem nothing else counts: the op's own, and that of so many launches."""
+    found, op = by_way(problem(64, 64, 7, n=1), H200), plans.HOST_US["triton"]
+    assert found["triton, fused"].forward == op + plans.HOST_LAUNCH_US
+    assert found["triton, staged"].forward == op + 2 * plans.HOST_LAUNCH_US
+    assert found["triton, fused"].backward == 2 * op + 3 * plans.HOST_LAUNCH_US
+    exact, rounded = (
+        {q.way: q for q in plans.predictions(problem(64, 64, 7, n=1, dtype=torch.float32), H200, tf32)}
+        for tf32 in (False, True)
+    )
+    for way in ("triton, fused", "triton, staged"):
+        assert rounded[way].forward == exact[way].forward + plans.HOST_LAUNCH_US, "the weights' rounding"
+    sliced = by_way(problem(728, 728, 37, n=1024), RTX_4090)["triton, staged"]
+    assert sliced.launches[0] > 20 and "L2" in sliced.note
+    assert sliced.forward >= op + sliced.launches[0] * plans.HOST_LAUNCH_US
+
+
 def test_a_small_gain_is_not_believed() -> None:
     p = problem(1536, 2048, 10, dtype=torch.float32)
     best = min(q.forward for q in plans.predictions(p, A100))

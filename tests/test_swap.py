@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xsep.swap import swap_separable_convs, unswap
+from xsep.swap import folding, swap_separable_convs, unswap
+from xsep.swap.folding import FoldedNorm
 
 from .swap_patterns import (
     PATTERNS,
@@ -428,6 +429,18 @@ def test_kept_vectors_follow_every_change(change: str) -> None:
     with torch.no_grad():
         assert not torch.allclose(model(x), before, rtol=1e-2)
         torch.testing.assert_close(model(x), truth(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cuda_graph_makes_its_own_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on reading the memory that it was captured with, which kept vectors give back when the norm changes."""
+    folded = FoldedNorm(nn.BatchNorm2d(5).eval())
+    with torch.no_grad():
+        kept = folded.vectors()
+        assert folded.vectors() is kept
+        monkeypatch.setattr(folding, "_are_captured", lambda tensors: True)
+        made = folded.vectors()
+        assert made is not kept and folded.kept is not None and folded.kept[1] is kept
+        assert all(torch.equal(a, b) for a, b in zip(made, kept))
 
 
 def test_vectors_kept_in_inference_mode_serve_a_backward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -229,13 +230,20 @@ def test_a_verified_backend_whose_sources_changed_is_not_taken(h200: None) -> No
     assert dispatch.select(gpu_problem(), "auto") is ATEN
 
 
+def test_a_shipped_time_of_what_was_not_verified_counts_for_nothing(h200: None) -> None:
+    ship(["triton"], entry(gpu_problem(), aten=9.0, triton=2.0, cuda=1.0))
+    assert dispatch.select(gpu_problem(), "auto").name == "triton"
+    ship([], entry(gpu_problem(), aten=9.0, triton=2.0, cuda=1.0))
+    assert dispatch.select(gpu_problem(), "auto") is ATEN
+
+
 def test_a_table_speaks_for_its_card_only(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    ship([], entry(gpu_problem(), aten=9.0, triton=1.0))
+    ship(["triton"], entry(gpu_problem(), aten=9.0, triton=1.0))
     assert dispatch.select(gpu_problem(), "auto").name == "triton"
     other = H200.__class__(**{**H200.__dict__, "name": "NVIDIA H100"})
     monkeypatch.setattr(dispatch, "running", lambda index: other)
     forget()
-    assert dispatch.select(gpu_problem(), "auto") is ATEN
+    assert "the cost model" in dispatch.choice(gpu_problem(), "auto").why
 
 
 def test_a_table_where_pytorch_is_faster_keeps_pytorch(h200: None) -> None:
@@ -391,3 +399,26 @@ def test_shipped_tables_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         for table in findings.tables():
             assert table.entries and table.architecture.startswith(("sm_", "gfx"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_a_backends_digest_has_all_that_it_is_made_of(name: str) -> None:
+    """What its modules import of the backends' and kernels' own, and what that imports; PyTorch's own way aside."""
+    patterns = (*digest._SHARED, *digest.PARTS[name][0])
+    covered = {file for pattern in patterns for file in digest.PACKAGE.glob(pattern)}
+    reached: set[Path] = set()
+    left = [digest.PACKAGE / "backends" / f"{name}.py"]
+    while left:
+        file = left.pop()
+        reached.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found = [folder.with_suffix(".py"), *(folder / f"{imported.name}.py" for imported in node.names)]
+            left += [
+                f for f in found
+                if f.is_file() and f not in reached and f.parent.name in ("backends", "kernels") and f.stem != "aten"
+            ]  # fmt: skip
+    assert reached <= covered, sorted(f.name for f in reached - covered)
+    assert all(any(digest.PACKAGE.glob(pattern)) for pattern in patterns), "of a file that is no more"

@@ -48,9 +48,6 @@ def binding() -> Optional[ModuleType]:
 
 @cache
 def _repeated() -> tuple[Optional[ModuleType], Optional[str]]:
-    missing = load_cpu().reason
-    if missing is not None:
-        return None, missing
     try:
         return importlib.import_module("xsep._repeated"), None
     except ImportError as error:
@@ -58,12 +55,12 @@ def _repeated() -> tuple[Optional[ModuleType], Optional[str]]:
 
 
 def repeated() -> Optional[ModuleType]:
-    """The module ``xsep._repeated`` beside the CPU operators, or None where one of the two is missing."""
+    """The module ``xsep._repeated``, or None where it was not built or does not load."""
     return _repeated()[0]
 
 
 def why_not_repeated() -> str:
-    """Why Python makes every call on a CPU; "" where C++ makes those it knows."""
+    """Why Python makes every call; "" where C++ makes those it knows."""
     return _repeated()[1] or ""
 
 

@@ -42,9 +42,12 @@ NATIVE_DEPTHWISE = {2: 0.25, 4: 0.5}
 WGRAD_SHARE = 0.33
 #: Microseconds that the host needs to enqueue a forward in eager mode, and twice that for a backward; a CUDA graph has
 #: none of it. Measured on a CPU: about 10 for each convolution of PyTorch's; 3 for a repeated call of the cuda backend
-#: up to its operator, which allocates and launches; of float32, which Python makes, 40. A Triton launch is Python.
-HOST_US = {"aten": 20.0, "cuda": 20.0, "triton": 70.0}
+#: up to its operator, which allocates and launches; of float32, which Python makes, 40. The triton backend's needs 45,
+#: and ``HOST_LAUNCH_US`` more for each launch, which is Python; a product that PyTorch makes of a slice counts as one,
+#: since the slice is made in Python too.
+HOST_US = {"aten": 20.0, "cuda": 20.0, "triton": 50.0}
 HOST_US_BY_PYTHON = 50.0
+HOST_LAUNCH_US = triton_plans.HOST_LAUNCH_US
 #: What must be gained before the model, whose constants are guesses, prefers a kernel to PyTorch's.
 MARGIN = 1.1
 
@@ -68,6 +71,7 @@ class Prediction(NamedTuple):
     chosen_way: bool  # whether this is how the backend would run it
     note: str
     refused: str = ""
+    launches: tuple[int, int] = (0, 0)  # forward and backward, of those that Python makes
 
     def time(self, direction: str) -> float:
         return self.forward if direction == "forward" else self.backward
@@ -189,10 +193,13 @@ def _aten(clock: _Clock, channels_last: bool) -> Prediction:
     return Prediction(f"aten, {layout}", "aten", forward, backward, mine, note)
 
 
+def _slices(problem: Problem, slice_n: Optional[int]) -> int:
+    return 1 if slice_n is None else math.ceil(problem.n / max(slice_n, 1))
+
+
 def _staged(clock: _Clock, slice_n: Optional[int]) -> tuple[float, str]:
     """The forward in two kernels, z in L2 where a slice of the batch keeps it there."""
-    w, problem = clock.work, clock.problem
-    slices = 1 if slice_n is None else math.ceil(problem.n / max(slice_n, 1))
+    w, slices = clock.work, _slices(clock.problem, slice_n)
     kept = 2 * w.z / slices <= clock.device.l2_bytes
     z_memory, z_cached = (0.0, w.z) if kept else (w.z, 0.0)
     time = clock.depthwise(w.x + z_memory, cached=z_cached) + clock.gemm(w.y + w.weights + z_memory, cached=z_cached)
@@ -243,10 +250,14 @@ def _conversions(clock: _Clock, time: float) -> float:
     return time + clock.move(2 * (clock.work.x + clock.work.y)) + clock.launches(2)
 
 
-def _separable(clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, fast: bool) -> Prediction:
+def _separable(
+    clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, fast: bool, launches: tuple[int, int] = (0, 0)
+) -> Prediction:
     time, note = forward
     backward = _conversions(clock, _own_backward(clock, fast))
-    return Prediction(way, way.partition(",")[0], _conversions(clock, time), backward, chosen, note)
+    return Prediction(
+        way, way.partition(",")[0], _conversions(clock, time), backward, chosen, note, launches=launches
+    )  # fmt: skip
 
 
 def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
@@ -254,21 +265,29 @@ def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
     fast = triton_plans.unrolled(problem)
     if problem.op == "depthwise":
         time = clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1)
-        return [_depthwise(clock, "triton", time, fast)]
+        return [_depthwise(clock, "triton", time, fast, (1, 2 if fast else 3))]
     plan = triton_plans.separable_plan(problem._replace(channels_last=True), device, tf32)
-    staged = _staged(clock, plan.slice_n)
+    time, note = _staged(clock, plan.slice_n)
+    # For TF32 a launch rounds the weights. Backward: z again, then one pass and its sums, or the general kernels' two
+    # passes and their sums.
+    rounding = int(problem.dtype is torch.float32 and tf32 and clock.device.vendor == "nvidia")
+    backward = 3 if fast else 4
+    staged = time + clock.launches(rounding), note
     found = []
     if fast:
         again = math.ceil(problem.c_out / plan.tile.outputs)
-        fused = _fused(clock, again)
-        found.append(_separable(clock, "triton, fused", fused, plan.fused, fast))
-    return [*found, _separable(clock, "triton, staged", staged, not plan.fused, fast)]
+        time, note = _fused(clock, again)
+        fused = time + clock.launches(rounding), note
+        found.append(_separable(clock, "triton, fused", fused, plan.fused, fast, (1 + rounding, backward)))
+    launches = 2 * _slices(problem, plan.slice_n) + rounding
+    return [*found, _separable(clock, "triton, staged", staged, not plan.fused, fast, (launches, backward))]
 
 
-def _depthwise(clock: _Clock, backend: str, time: float, fast: bool) -> Prediction:
+def _depthwise(clock: _Clock, backend: str, time: float, fast: bool, launches: tuple[int, int] = (0, 0)) -> Prediction:
     note = "memory-speed kernel" if fast else "the general kernel, a quarter of memory speed at most"
     forward = _conversions(clock, time if fast else 4 * time)
-    return Prediction(backend, backend, forward, _conversions(clock, _own_backward(clock, fast)), True, note)
+    backward = _conversions(clock, _own_backward(clock, fast))
+    return Prediction(backend, backend, forward, backward, True, note, launches=launches)
 
 
 def _sliding_window(problem: Problem, facts: cuda_backend.DeviceFacts) -> bool:
@@ -300,7 +319,8 @@ def _cuda(clock: _Clock) -> list[Prediction]:
 def predictions(problem: Problem, device: DeviceProperties, tf32: bool = False) -> tuple[Prediction, ...]:
     """Every way of running the problem on the device, PyTorch's two layouts first; refused ones at infinite times.
 
-    A time is the larger of what the device needs and of what the host needs to enqueue it (``HOST_US``).
+    A time is the larger of what the device needs and of what the host needs to enqueue it (``HOST_US``, and
+    ``HOST_LAUNCH_US`` for each launch that Python makes).
     """
     clock = _Clock(problem, device, tf32)
     found = [_aten(clock, True), _aten(clock, False)]
@@ -313,9 +333,10 @@ def predictions(problem: Problem, device: DeviceProperties, tf32: bool = False) 
 
     def no_faster_than_the_host(p: Prediction) -> Prediction:
         by_python = p.backend == "cuda" and problem.dtype is torch.float32
-        host = HOST_US_BY_PYTHON if by_python else HOST_US[p.backend]
+        op = HOST_US_BY_PYTHON if by_python else HOST_US[p.backend]
+        host, back = op + p.launches[0] * HOST_LAUNCH_US, 2 * op + p.launches[1] * HOST_LAUNCH_US
         note = p.note if p.forward >= host else f"the host's {host:.0f} us to enqueue it outlast the kernels"
-        return p._replace(forward=max(p.forward, host), backward=max(p.backward, 2 * host), note=note)
+        return p._replace(forward=max(p.forward, host), backward=max(p.backward, back), note=note)
 
     return tuple(p if p.refused else no_faster_than_the_host(p) for p in found)
 

@@ -71,29 +71,67 @@ inline int64_t most_pixels_of_a_worker(const DepthwisePlan& plan, const ConvShap
          kStripWidth;
 }
 
-// CTAs along the tiles that merge statistics: enough to read them at speed, few enough for one thread a channel to add
-// them up.
+// CTAs along the tiles that merge statistics: so many that each thread has its few tiles' on their way at once, few
+// enough for one CTA to add them up.
 inline int merge_groups(int64_t tiles) {
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(64, (tiles + 31) / 32)));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(128, (tiles + 31) / 32)));
 }
 
-// Bytes of one picture's r or dr, and z or dz.
-inline int64_t intermediate_bytes(const ConvShape& c, int c_out, int element_bytes) {
+// What ways of a layer's backward are weighed by, in clocks of an H200 (1.755 GHz, 132 multiprocessors).
+inline constexpr double kMemoryBytesAClock = 18.6;  // a multiprocessor's share of a copy's 4.3 TB/s
+inline constexpr double kL2BytesAClock = 32.0;      // and of what L2 delivers
+inline constexpr int kStagedKernels = 6;            // dr, z, dw_pw, its sum over the slices, dz, dx
+inline constexpr double kLaunchClocks = 4400.0;  // 2.5 us between two kernels: the tail of one, the start of the next
+inline constexpr double kHostClocks = 17500.0;   // 10 us in which Python enqueues one, at best
+
+// A staged layer's backward, kernel by kernel; its forward has half as many kernels, and half as much to save.
+struct StagedBackward {
+  double fresh_bytes;   // a picture: du, r, x twice, dx
+  double reused_bytes;  // dr written once and read twice, z and dz written and read
+
+  StagedBackward(const ConvShape& c, int c_out, int element_bytes) {
+    const double of_outputs = static_cast<double>(c.p) * c.q * element_bytes;
+    const double of_x = static_cast<double>(c.h) * c.w * c.c_in * element_bytes;
+    fresh_bytes = of_outputs * 2 * c_out + 3 * of_x;
+    reused_bytes = of_outputs * (3.0 * c_out + 4.0 * c.c_mid);
+  }
+
+  // For all kernels of so many pictures, a slice of them or all.
+  double clocks(int pictures, bool in_l2, const DeviceProperties& device) const {
+    const double reused = reused_bytes / (in_l2 ? kL2BytesAClock : kMemoryBytesAClock);
+    return pictures * (fresh_bytes / kMemoryBytesAClock + reused) / device.multiprocessors;
+  }
+};
+
+// How a staged layer goes over the batch, and what that should cost its backward.
+struct ChainSlice {
+  int pictures;  // at a time
+  double clocks;
+};
+
+// Slices whose r or dr, and z or dz, stay in half of L2 between the kernels that write and read them; or all pictures
+// at once, where slices cost more in launches than they save, or where the host would take longer to enqueue a slice's
+// kernels than the card to run them. With the constants above no card of less than about 110 MB of L2 has slices.
+inline ChainSlice weigh_chain_slice(const ConvShape& c, int c_out, int element_bytes, const DeviceProperties& device) {
+  const StagedBackward backward(c, c_out, element_bytes);
+  const int n = std::max(1, c.n);
   const int64_t pixels = static_cast<int64_t>(c.p) * c.q;
-  return std::max<int64_t>(1, pixels * (static_cast<int64_t>(c_out) + c.c_mid) * element_bytes);
+  const int64_t bytes = std::max<int64_t>(1, pixels * (static_cast<int64_t>(c_out) + c.c_mid) * element_bytes);
+  const int64_t fitting = std::min<int64_t>(n, device.l2_bytes / 2 / bytes);
+  const ChainSlice whole{n, backward.clocks(n, fitting == n, device) + kStagedKernels * kLaunchClocks};
+  if (fitting < 1 || fitting == n) return whole;
+  const int slices = ceil_div(n, static_cast<int>(fitting));
+  const ChainSlice sliced{ceil_div(n, slices),  // none more than one picture smaller than another
+                          backward.clocks(n, true, device) + slices * kStagedKernels * kLaunchClocks};
+  // Two tiles of a GEMM for each multiprocessor, and the host's time.
+  const int64_t tiles = (pixels + 127) / 128 * ((c.c_mid + 127) / 128) * sliced.pictures;
+  const bool busy = tiles >= 2 * static_cast<int64_t>(device.multiprocessors) &&
+                    backward.clocks(sliced.pictures, true, device) >= kStagedKernels * kHostClocks;
+  return busy && sliced.clocks < whole.clocks ? sliced : whole;
 }
 
-// Pictures of a slice of a layer's forward or backward: r or dr, and z or dz, of so many stay in half of L2 between the
-// kernels that write and read them; but enough pictures to fill the card with tiles of a GEMM.
 inline int plan_chain_slice(const ConvShape& c, int c_out, int element_bytes, const DeviceProperties& device) {
-  const int64_t pixels = static_cast<int64_t>(c.p) * c.q;
-  const int64_t tiles = std::max<int64_t>(1, (pixels + 127) / 128 * ((c.c_mid + 127) / 128));
-  const int64_t fitting = device.l2_bytes / 2 / intermediate_bytes(c, c_out, element_bytes);
-  const int64_t filling = (2 * static_cast<int64_t>(device.multiprocessors) + tiles - 1) / tiles;
-  const int64_t most = std::max(fitting, filling);
-  // None more than one picture smaller than another.
-  const int64_t slices = (c.n + most - 1) / std::max<int64_t>(1, most);
-  return static_cast<int>(std::max<int64_t>(1, (c.n + slices - 1) / std::max<int64_t>(1, slices)));
+  return weigh_chain_slice(c, c_out, element_bytes, device).pictures;
 }
 
 // A layer's backward in one pass: a CTA forms dr, z, dz and dx of one tile of pixels after the other in shared memory.
@@ -119,7 +157,7 @@ struct ChainBackwardLayout {
 };
 
 struct ChainBackwardPlan {
-  bool fused;                    // else slice by slice through memory, a kernel after the other
+  bool fused;                    // the kernel is made for it; whether it pays is told by the clocks
   int tile_rows;                 // of kChainTileColumns pixels
   int halo_pixels;               // of a tile and its border of one pixel
   int tiles_down, tiles_across;  // a picture
@@ -131,6 +169,7 @@ struct ChainBackwardPlan {
   int dr_bytes;                  // of the buffer that holds dr, and in the end the sums
   ChainBackwardLayout layout;
   int shared_bytes;
+  double clocks, staged_clocks;  // that one pass should take, and a kernel after the other, through memory
 };
 
 namespace detail {
@@ -155,10 +194,33 @@ inline void lay_out_shared_memory(ChainBackwardPlan& plan, int c_in, int c_out) 
   plan.layout.coef = take(3 * c_out * 4);
 }
 
+// Instructions of threads, for each pixel of a tile's halo or its own and each channel, or each product of two: fitted
+// to what tests/cuda/counted.py counts in the compiled kernel for four layers, to 1 %.
+inline constexpr double kHaloPerOutput = 8.1, kHaloPerInput = 12.0, kOwnPerInput = 83.2, kPerProduct = 0.063;
+
+// What one pass should cost, in clocks of the busiest multiprocessor: its instructions and the latency of the loads
+// that a tile begins with, or memory. No card has measured it.
+inline double chain_backward_clocks(const ChainBackwardPlan& plan, const ConvShape& c, int c_out, int element_bytes) {
+  constexpr double kLanes = 128.0, kLatency = 1000.0, kBarriers = 3 * 60.0;
+  const double halo = plan.halo_pixels, own = plan.tile_rows * kChainTileColumns;
+  const double products = static_cast<double>(c.c_in) * c_out;
+  const double instructions = halo * (kHaloPerOutput * c_out + kHaloPerInput * c.c_in + kPerProduct * products) +
+                              own * (kOwnPerInput * c.c_in + kPerProduct * products);
+  const auto turns = [&](int blocks) {  // of a thread over the halo, a unit of 8 channels each
+    return ceil_div(plan.halo_pixels, kChainThreads / (blocks * (kChainBlock / 8)));
+  };
+  const double latency = kLatency * (turns(plan.blocks_out) + turns(plan.blocks_in));
+  // du, r and x with halo, x again and dx.
+  const double bytes = element_bytes * (halo * (2.0 * c_out + c.c_in) + own * 2.0 * c.c_in);
+  const double tile = std::max(instructions / kLanes + latency + kBarriers, bytes / kMemoryBytesAClock);
+  constexpr int kKernels = 3;  // it, and the second stage of two kinds of sums
+  return ceil_div(plan.tiles, plan.workers) * tile + kKernels * kLaunchClocks;
+}
+
 }  // namespace detail
 
-// In one pass where the channels allow it and no slice is small enough: where all that a layer's kernels touch of one
-// picture (du, r, dr; x, z or dz, dx) is more than half of L2. That is counted in bytes; no card has measured it yet.
+// In one pass where the channels allow it; whether that is expected to be faster than kernel by kernel is for the
+// caller to see, who may have other reasons.
 inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int element_bytes, bool aligned,
                                              const DeviceProperties& device) {
   const ChainBackwardPlan staged{};
@@ -167,7 +229,6 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
   const bool channels =
       c.c_mid == c.c_in && c.c_in % 8 == 0 && c_out % 8 == 0 && std::max(c.c_in, c_out) <= kMostChainChannels;
   if (!aligned || element_bytes != 2 || !filter || !channels || c.n < 1) return staged;
-  if (3 * intermediate_bytes(c, c_out, element_bytes) <= device.l2_bytes / 2) return staged;
   ChainBackwardPlan best = staged;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (int rows = kFewestChainRows; rows <= kMostChainRows; ++rows) {
@@ -191,6 +252,10 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
     // What all tiles multiply, and about what they read.
     const int64_t work = tiles * ceil_div(plan.halo_pixels, kChainBlock);
     if (work < fewest) best = plan, fewest = work;
+  }
+  if (best.fused) {
+    best.clocks = detail::chain_backward_clocks(best, c, c_out, element_bytes);
+    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks;
   }
   return best;
 }

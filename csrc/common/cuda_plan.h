@@ -62,7 +62,8 @@ struct DepthwisePlan {
   int strip_rows;       // rows of a strip
   int strips_down, strips_across;  // threads of a CTA over the picture
   int tiles_down, tiles_across;    // CTA tiles a picture
-  int workers;                     // CTAs that share the tiles of a slice
+  int workers;                     // CTAs that share the tiles of a slice; backward also rows of the partial sums
+  int dgrad_workers;               // CTAs of the general dgrad where no sums tie it to those rows
   int shared_bytes;
 };
 
@@ -131,7 +132,7 @@ inline DepthwisePlan general_plan(const DeviceProperties& device) {
 
 }  // namespace detail
 
-// element_bytes: 2 or 4. aligned: every tensor starts on a 16-byte boundary.
+// element_bytes: 2 or 4. aligned: every image starts where one of a thread's vectors of channels may.
 inline DepthwisePlan plan_depthwise_fprop(const ConvShape& c, int element_bytes, bool aligned,
                                           const DeviceProperties& device) {
   DepthwisePlan plan{};
@@ -158,18 +159,35 @@ inline int fprop_statistics_bytes(const DepthwisePlan& plan) {
 inline constexpr int kMostGradientSums = 3;
 inline int bprop_partial_rows(const ConvShape& c) { return c.r * c.s + kMostGradientSums; }
 
+namespace detail {
+
+// The general wgrad has a CTA for each tap, share of the pixels and kGeneralChannels channels; the general dgrad for no
+// tap, so that it wants more shares. Where it leaves sums, a row of the partials each, both have as many as it wants,
+// if only rows of so many bytes are written and read again.
+inline DepthwisePlan general_bprop_plan(const ConvShape& c, const DeviceProperties& device) {
+  constexpr int kGeneralChannels = 32;
+  constexpr int64_t kLeastPixels = 256, kMostPartialBytes = 8 << 20;
+  DepthwisePlan plan = general_plan(device);
+  const int64_t ctas = plan.workers, taps = static_cast<int64_t>(c.r) * c.s;
+  const auto shares = [](int64_t wanted, int64_t pixels) {
+    return static_cast<int>(std::max<int64_t>(1, std::min(wanted, pixels / kLeastPixels)));
+  };
+  plan.dgrad_workers = shares(ctas / ceil_div(c.c_in, kGeneralChannels), static_cast<int64_t>(c.n) * c.h * c.w);
+  const int64_t row_bytes = (taps + kMostGradientSums) * c.c_mid * 4;
+  const int64_t of_dgrad = std::min<int64_t>(plan.dgrad_workers, kMostPartialBytes / row_bytes);
+  const int64_t of_wgrad = ctas / (ceil_div(c.c_mid, kGeneralChannels) * taps);
+  plan.workers = shares(std::max(of_dgrad, of_wgrad), static_cast<int64_t>(c.n) * c.p * c.q);
+  return plan;
+}
+
+}  // namespace detail
+
 inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes, bool aligned,
                                           const DeviceProperties& device) {
   DepthwisePlan plan{};
   plan.vec = bprop_vec(c.r);
   if (!aligned || !detail::has_sliding_window(c) || c.c_in % plan.vec != 0) {
-    plan = detail::general_plan(device);
-    // The general wgrad adds up its pixels in this many shares; one partial each.
-    const int64_t pixels = static_cast<int64_t>(c.n) * c.p * c.q;
-    const int64_t columns = static_cast<int64_t>(ceil_div(c.c_mid, 32)) * c.r * c.s;
-    const int64_t wanted = std::max<int64_t>(1, device.multiprocessors * 8 / std::max<int64_t>(1, columns));
-    plan.workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, pixels / 256)));
-    return plan;
+    return detail::general_bprop_plan(c, device);
   }
   plan.sliding_window = true;
   const int ctas = device.multiprocessors * kBpropCtasPerSm;
@@ -185,9 +203,7 @@ inline DepthwisePlan plan_depthwise_bprop(const ConvShape& c, int element_bytes,
   const int table_row = kBpropVectors * plan.vec * 4;
   plan.shared_bytes = shared_bytes_of(c.r * c.s * table_row) + shared_bytes_of(4 * table_row) +
                       shared_bytes_of(c.r * plan.strips_down * plan.strips_across * plan.vectors * plan.vec * 4);
-  DepthwisePlan general = detail::general_plan(device);
-  general.workers = 1;
-  return detail::share_out(plan, c, ctas) ? plan : general;
+  return detail::share_out(plan, c, ctas) ? plan : detail::general_bprop_plan(c, device);
 }
 
 }  // namespace xsep::cuda

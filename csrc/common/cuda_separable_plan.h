@@ -240,7 +240,9 @@ inline SeparablePlan plan_separable_fprop(const ConvShape& c, int c_out, int ele
   SeparablePlan best{};
   const bool filter = c.r == c.s && (c.r == 3 || c.r == 5) && detail::has_sliding_window(c);
   const int64_t rows = static_cast<int64_t>(c.n) * c.p;
-  if (!aligned || !filter || rows > detail::kMost || static_cast<int64_t>(c.n) * c.h > detail::kMost ||
+  // So many channels' weights do not fit, and their bytes would pass what an int holds.
+  const bool tables = c.c_in <= device.shared_bytes_per_cta;
+  if (!aligned || !filter || !tables || rows > detail::kMost || static_cast<int64_t>(c.n) * c.h > detail::kMost ||
       c.c_in % (16 / element_bytes) != 0 || c_out % (16 / element_bytes) != 0 ||
       c_out > kWarpChannels * kMostChannelWarps) {
     return best;

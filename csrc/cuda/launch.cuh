@@ -1,8 +1,11 @@
 // The one way kernels are launched.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "device.cuh"
 #include "params.h"
@@ -14,6 +17,7 @@ namespace xsep::cuda {
 template <class Problem>
 void check(cudaError_t code, const char* what, const Problem& problem) {
   if (code == cudaSuccess) return;
+  cudaGetLastError();  // else PyTorch's next check of a kernel would report it
   throw std::runtime_error(std::string(what) + " for " + describe(problem) + ": " + cudaGetErrorString(code));
 }
 
@@ -22,6 +26,26 @@ struct LaunchShape {
   int threads;
   int shared_bytes;
 };
+
+#ifndef XSEP_EMULATOR
+// Has CTAs of a kernel take so much shared memory on the current device. CUDA keeps one limit for each, whoever
+// launches: it is never lowered, as another thread may be about to launch with more.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  constexpr int kWithoutOptIn = 48 * 1024;
+  if (bytes <= kWithoutOptIn) return cudaSuccess;
+  static std::mutex guard;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
+  if (code != cudaSuccess) return code;
+  const std::lock_guard<std::mutex> lock(guard);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (refused == cudaSuccess) most = bytes;
+  return refused;
+}
+#endif
 
 // Runs kernel(params) on the stream; errors as in check.
 template <class Params>
@@ -37,10 +61,7 @@ void launch(void (*kernel)(Params), const char* name, const LaunchShape& shape, 
   }
 #else
   const void* entry = reinterpret_cast<const void*>(kernel);
-  constexpr int kWithoutOptIn = 48 * 1024;
-  if (shape.shared_bytes > kWithoutOptIn) {
-    check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name, params);
-  }
+  check(allow_shared_memory(entry, shape.shared_bytes), name, params);
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernel(entry, shape.grid, threads, arguments, shared_bytes, stream), name, params);
 #endif

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
@@ -11,13 +10,10 @@
 #include <vector>
 
 #include "params.h"
+#include "pytorch.h"
 #include "torch_device.h"
 
 namespace xsep::cuda {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline int narrow(int64_t size, const char* what) {
   STD_TORCH_CHECK(size >= 0 && size <= std::numeric_limits<int>::max(), what, " is ", size,
@@ -118,12 +114,11 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& w_dw, const std::vect
 inline bool is_aligned(const void* p, int bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 inline Tensor new_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
+  return new_tensor(like, {n, c, h, w}, like.scalar_type(), MemoryFormat::ChannelsLast);
 }
 
-inline Tensor new_flat(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+inline Tensor new_flat(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return new_tensor(like, sizes, type);
 }
 
 }  // namespace xsep::cuda

@@ -163,9 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_chain_bn_pool_add(Tensor r, Tensor vec, 
   p.pooled_h = windows.shape.h, p.pooled_w = windows.shape.w;
   p.pad_top = windows.pad_top, p.pad_left = windows.pad_left;
   Tensor t = new_image(r, windows.shape), chosen = new_image(r, windows.shape);
-  Tensor taps =
-      torch::stable::empty({windows.shape.n, windows.shape.c, windows.shape.h, windows.shape.w}, ScalarType::Byte,
-                           std::nullopt, r.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor taps = new_tensor(r, {windows.shape.n, windows.shape.c, windows.shape.h, windows.shape.w}, ScalarType::Byte,
+                           MemoryFormat::ChannelsLast);
   p.t = t.mutable_data_ptr(), p.chosen = chosen.mutable_data_ptr();
   p.taps = static_cast<uint8_t*>(taps.mutable_data_ptr());
   const DeviceScope device(r, p);

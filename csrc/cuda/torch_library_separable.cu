@@ -94,7 +94,8 @@ Tensor cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor b
 }
 
 // Of dy [N, C_out, P, Q], where nothing stands between the convolutions or behind them but a bias: dx, dw_dw, dw_pw,
-// dscale_p, dshift_p; what is not wanted comes back empty. z is made again, and gone before dz is made.
+// dscale_p, dshift_p, all but dx and dw_dw in float32; what is not wanted comes back empty. z is made again, and gone
+// before dz is made.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_separable_bprop(Tensor dy, Tensor x, Tensor w_dw, Tensor w_pw,
                                                                         OptionalTensor scale_p, OptionalTensor shift_p,
                                                                         Ints geometry, int64_t activation, double alpha,
@@ -106,10 +107,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_separable_bprop(Tensor d
   nhwc(dy, x, "dy", s.n, p.c_out, s.p, s.q);
   const int64_t pixels = static_cast<int64_t>(s.n) * s.p * s.q;
   const auto nothing = [&](ScalarType type) { return new_flat(x, {0}, type); };
-  Tensor dw_pw = nothing(x.scalar_type());
+  Tensor dw_pw = nothing(ScalarType::Float);
   if (wanted[2] != 0) {
     const Tensor z = depthwise_stage(p, x, w_dw, scale_p, shift_p, std::nullopt, std::nullopt);
-    const Tensor product = mm(transposed_matrix(dy, pixels, p.c_out), matrix(z, pixels, s.c_mid));
+    const Tensor product = wide_mm(transposed_matrix(dy, pixels, p.c_out), matrix(z, pixels, s.c_mid));
     dw_pw = seen_as(product, {p.c_out, s.c_mid, 1, 1}, {s.c_mid, 1, 1, 1});
   }
   if ((wanted[0] | wanted[1] | wanted[3] | wanted[4]) == 0) {

@@ -7,6 +7,8 @@
 #include <ATen/ops/mul.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "call.h"
@@ -50,6 +52,18 @@ inline OptionalTensor shift_of_all(const Tensors& t) {
 inline Tensor nhwc(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 inline OptionalTensor nhwc(O t) { return t ? OptionalTensor(nhwc(*t)) : std::nullopt; }
 inline OptionalTensor dense(O t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
+
+/// run(), whose running out of memory is told in PyTorch's way: operators on its stable ABI cannot.
+template <class F>
+auto told_as_pytorch(F&& run) {
+  try {
+    return run();
+  } catch (const std::runtime_error& error) {
+    const std::string words = error.what();
+    TORCH_CHECK_WITH(OutOfMemoryError, words.find("out of memory") == std::string::npos, words);
+    throw;
+  }
+}
 
 // ------------------------------------------------------------------------------------------------------- forwards
 
@@ -107,7 +121,8 @@ inline Tensor convolutions(const Tensors& t, const Checked& checked) {
 
 /// By operators: maker is neither Python nor PyTorch's convolutions.
 inline Tensor fprop(Maker maker, const Tensors& t, const Checked& checked, O packed) {
-  return maker == Maker::kCpu ? cpu_fprop(t, checked, packed) : cuda_fprop(t, checked);
+  if (maker == Maker::kCpu) return cpu_fprop(t, checked, packed);
+  return told_as_pytorch([&] { return cuda_fprop(t, checked); });
 }
 
 // ------------------------------------------------------------------------------------------------------ backwards
@@ -174,7 +189,8 @@ inline Gradients cuda_bprop(const Tensor& dy, const Saved& s, const Wanted& want
 }
 
 inline Gradients bprop(Maker maker, const Tensor& dy, const Saved& saved, const Wanted& wanted) {
-  return maker == Maker::kCpu ? cpu_bprop(dy, saved, wanted) : cuda_bprop(dy, saved, wanted);
+  if (maker == Maker::kCpu) return cpu_bprop(dy, saved, wanted);
+  return told_as_pytorch([&] { return cuda_bprop(dy, saved, wanted); });
 }
 
 }  // namespace xsep::eager

@@ -97,7 +97,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
                               {wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]});
     if (wanted[0]) out[0] = conform(g.x, static_cast<at::MemoryFormat>(data["images"].toInt()));
     if (wanted[1]) out[1] = g.w_dw;
-    if (wanted[2]) out[2] = g.w_pw;
+    if (wanted[2]) out[2] = g.w_pw.to(saved[2].scalar_type());
     if (wanted[3]) out[3] = at::sum(dy, {0, 2, 3}, false, at::kFloat).to(saved[3].scalar_type());
     if (wanted[4]) out[4] = g.scale_p.to(saved[4].scalar_type());
     if (wanted[5]) out[5] = g.shift_p.to(saved[5].scalar_type());

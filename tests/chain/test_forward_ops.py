@@ -212,6 +212,17 @@ def test_runs_are_the_same_bit_for_bit() -> None:
         assert a is not None and b is not None and torch.equal(a, b)
 
 
+def test_running_statistics_count_as_changed(backend: str) -> None:
+    """As PyTorch's do: who saved them for a backward must not go on with other values."""
+    mean, var = torch.zeros(5), torch.ones(5)
+    scale = torch.rand(5, requires_grad=True)
+    y = (scale * mean + scale * var).sum()
+    bn_finalize(*calls.statistics(last(2, 5, 4, 4, dtype=torch.float32)), None, None, mean, var, backend=backend)
+    assert float(var[0]) != 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_empty_batch_has_no_tiles() -> None:
     w_dw, w_pw = torch.randn(8, 1, 3, 3), torch.randn(4, 8, 1, 1)
     f = sep_fprop(torch.zeros(0, 8, 5, 5), None, None, RELU, 0.0, w_dw, w_pw, same())

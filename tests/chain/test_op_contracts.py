@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from tests.chain.support import last, same
 from tests.chain.test_backward_ops import CASES, Case
-from xsep.backends.chain import Load, RawGradient, Shortcut
-from xsep.ops.training import bn_finalize, bn_pool_add, calls, selection, sep_backward, sep_fprop
+from xsep.backends import chain_cuda
+from xsep.backends.chain import ChainBackend, Load, RawGradient, Shortcut
+from xsep.backends.chain_cuda import CUDA_CHAIN
+from xsep.backends.chain_triton import TRITON_CHAIN
+from xsep.backends.cuda import DeviceFacts
+from xsep.ops.training import bn_finalize, bn_pool_add, calls, forward, selection, sep_backward, sep_fprop
 from xsep.problem import RELU, Geometry
 
 OPS: Any = torch.ops.xsep
@@ -169,3 +175,25 @@ def test_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
         selection.chain_backend("metal")
     monkeypatch.setenv("XSEP_BACKEND", "aten")
     assert chosen(torch.float32) == "aten"
+
+
+@pytest.mark.parametrize("backend", [CUDA_CHAIN, TRITON_CHAIN], ids=lambda b: b.name)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_batch_that_is_a_symbol(dynamic: bool, backend: ChainBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's plans are no functions of a symbol: how many tiles there are is then known when the kernel has run."""
+    monkeypatch.setattr(forward, "select", lambda problem, name: backend)
+    monkeypatch.setattr(chain_cuda, "device_facts", lambda index: DeviceFacts(132, 227 * 1024, 60 << 20))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    sizes = [DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC, *[DimDynamic.STATIC] * 3]
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x = mode.from_tensor(
+        torch.randn(4, 64, 30, 30).to(memory_format=torch.channels_last),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+    )
+    with mode:
+        w_dw, w_pw = torch.randn(64, 1, 3, 3), torch.randn(128, 64, 1, 1)
+        r, partials, counts, _ = torch.ops.xsep.chain_sep_fprop(
+            x, None, 0, 0.0, None, w_dw, w_pw, [1] * 8, True, backend.name
+        )
+    assert isinstance(r.shape[0], torch.SymInt) == dynamic and isinstance(partials.shape[0], torch.SymInt) == dynamic
+    assert r.shape[1:] == (128, 30, 30) and partials.shape[1:] == (3, 128) and counts.dim() == 1

@@ -1,4 +1,6 @@
-"""``python -m tests.cuda.counted``: the instructions that kernels run for a value of y, dx or z, by kind.
+"""``python -m tests.cuda.counted [kernels]``: the instructions that kernels run for a value of y, dx or z, by kind.
+
+Of the kernels named, or of all: depthwise, separable, chain.
 
 Counted in the PTX that nvcc makes for sm_90a, on the emulator, in steady state (few CTAs, so that what each does once
 weighs little). A multiprocessor begins four warps' instructions a clock at most: what is printed as "issue" is how many
@@ -10,17 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 #: Read by emulated.py when it is imported.
 os.environ.setdefault("XSEP_EMULATED_PTX", "90a")
-os.environ["XSEP_EMULATED_PTX_FILES"] = r"(depthwise/[fb]prop|separable/fprop)(_bf16)?\.cu"
+os.environ["XSEP_EMULATED_PTX_FILES"] = r"(depthwise/[fb]prop|separable/fprop|chain/fused_backward)(_bf16)?\.cu"
 os.environ["XSEP_EMULATED_PTX_COUNTED"] = "1"
 
 import torch
 
-from . import emulated, ptx
+from . import emulated, emulated_ops, ptx
 from . import test_emulated_depthwise as depthwise
 from . import test_emulated_separable as separable
 
@@ -29,6 +32,8 @@ BYTES_A_CLOCK = 4.3e12 / 132 / 1.755e9
 #: Channels, size, filter, stride; and channels, outputs, size, filter.
 DEPTHWISE = [(128, 147, 3, 1), (256, 74, 3, 1), (728, 37, 3, 1), (728, 19, 3, 1), (64, 74, 5, 1), (128, 74, 3, 2)]
 SEPARABLE = [(128, 128, 147, 3), (128, 256, 74, 3), (256, 256, 37, 3), (64, 64, 56, 5)]
+#: Channels, outputs, size; from them come the planner's constants (csrc/common/cuda_chain_plan.h).
+CHAIN = [(64, 64, 147), (64, 128, 147), (128, 64, 147), (128, 128, 147)]
 RELU = emulated.Affine(activation=1)
 KINDS = [kind for kind in ptx.KINDS if kind != "none"]
 
@@ -67,10 +72,37 @@ def separable_runs(library: emulated.Library) -> Iterator[Run]:
             yield Run(f"fused {c}->{c_out}@{size} {k}x{k} {name}", pixels * c, pixels * (c + c_out) * 2)
 
 
-def main() -> None:
+def chain_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
+    """Backward in one pass, with ReLU, BatchNorm and the sums of a layer in a chain."""
+    library.on(emulated_ops.SMALL)
+    for c, c_out, size in CHAIN:
+        x, r, du, shortcut = (
+            torch.randn(1, size, size, channels).bfloat16().permute(0, 3, 1, 2) for channels in (c, c_out, c_out, c)
+        )
+        w_pw, w_dw = torch.randn(c_out, c).bfloat16(), torch.randn(c, 1, 3, 3).bfloat16()
+        coef, vec, centres = torch.randn(3, c_out), torch.randn(2, c), torch.randn(2, c)
+        for name, joined in (("", None), ("shortcut", shortcut)):
+            library.ops.cuda_chain_fused_backward(
+                du, None, r, coef, [0, 0], w_pw, w_dw, x, vec, joined, x, None, centres, False, [1] * 8, 1, 0.0
+            )
+            pixels = size * size
+            moved = pixels * (2 * c_out + (2 if joined is None else 3) * c) * 2
+            yield Run(f"backward {c}->{c_out}@{size} {name}", pixels * c, moved)
+
+
+#: Which library of the emulator, and what runs on it.
+KERNELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Iterator[Run]]]] = {
+    "depthwise": (lambda: emulated.Library(emulated.build("depthwise")), depthwise_runs),
+    "separable": (lambda: emulated.Library(emulated.build("separable")), separable_runs),
+    "chain": (emulated_ops.library, chain_runs),
+}
+
+
+def main(names: list[str]) -> None:
     print(f"{'bfloat16':32}{'issue':>7}{'all':>7}  " + "  ".join(KINDS))
-    for name, runs in (("depthwise", depthwise_runs), ("separable", separable_runs)):
-        library = emulated.Library(emulated.build(name))
+    for name in names or KERNELS:
+        build, runs = KERNELS[name]
+        library = build()
         counts = (ctypes.c_uint64 * 16).in_dll(library.lib, "emulate_counts")
         ctypes.memset(counts, 0, ctypes.sizeof(counts))
         for label, values, moved in runs(library):
@@ -85,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -224,7 +224,8 @@ class Device(ctypes.Structure):
 class DepthwisePlan(ctypes.Structure):
     _fields_ = [
         ("sliding_window", ctypes.c_bool),
-        *_ints("vec vectors slices strip_rows strips_down strips_across tiles_down tiles_across workers shared_bytes"),
+        *_ints("vec vectors slices strip_rows strips_down strips_across tiles_down tiles_across workers dgrad_workers"),
+        *_ints("shared_bytes"),
     ]
 
 
@@ -382,6 +383,19 @@ LOADED: list[ctypes.CDLL] = []
 
 def translated_launches() -> int:
     return sum(library.emulate_translated_launches() for library in LOADED)
+
+
+class Launch(NamedTuple):
+    kernel: str
+    x: int  # CTAs
+    y: int
+
+
+def launches(library: ctypes.CDLL) -> list[Launch]:
+    """Those since this was last asked of the library."""
+    library.emulate_launches.restype = ctypes.c_char_p
+    lines = (line.split() for line in library.emulate_launches().decode().splitlines())
+    return [Launch(kernel, int(x), int(y)) for kernel, x, y in lines]
 
 
 class Library:

@@ -16,7 +16,7 @@ from xsep.backends.cuda import CudaBackend
 
 from . import emulated_ops
 
-#: Of which a layer's picture fills the L2 soon: there are slices, and layers whose backward is one pass.
+#: Whose launches take longer than all else of layers as small as the tests', so that one pass is their backward.
 CARD = emulated_ops.H200._replace(l2_bytes=8 << 10)
 
 support.WAYS[:] = [("cuda", kind) for kind in ("fp32", "bf16", "fp16")]

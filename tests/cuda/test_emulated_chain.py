@@ -135,6 +135,28 @@ def test_finalize_is_batch_norm(c: int, momentum: Optional[float]) -> None:
     torch.testing.assert_close(running_var.double(), bn.running_var, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("tiles", [1, 9, 70, 5000])
+def test_finalize_of_many_tiles(tiles: int) -> None:
+    """More than a thread has on their way at a time, and than one CTA merges; some without a picture, holding NaN."""
+    c = 37
+    centres, counts = 50 + torch.randn(tiles, c), torch.randint(1, 129, (tiles,), dtype=torch.int32)
+    sums = 0.1 * torch.randn(tiles, c)
+    squares = torch.rand(tiles, c) + sums.square()
+    partials = torch.stack([centres, sums, squares], 1)
+    if tiles > 1:
+        counts[3::4], partials[3::4] = 0, torch.nan
+    _, mean, invstd, count = CUDA_CHAIN.bn_finalize(partials, counts, None, None, None, None, None, 0.1, 1e-3)
+    there = counts > 0
+    n = counts[there].double()[:, None]
+    k, s, q = (t[there].double() for t in (centres, sums, squares))
+    total = n.sum()
+    exact = (n * k + s).sum(0) / total
+    variance = (q + 2 * (k - exact) * s + n * (k - exact).square()).sum(0) / total
+    assert float(count) == float(total)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-7, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-3).rsqrt(), rtol=1e-6, atol=0)
+
+
 def test_finalize_of_views() -> None:
     """As they come of a gather over ranks, or of a larger tensor."""
     partials, counts = torch.rand(3, 13, 5).transpose(1, 2)[:, :3], torch.tensor([9, 7, 5])
@@ -341,6 +363,39 @@ def test_misaligned_images_take_one_channel_a_thread() -> None:
     assert dr.taps is not None
     other = dr._replace(du=misaligned(dr.du), r=misaligned(dr.r), taps=misaligned(dr.taps))
     assert torch.equal(launch.form(other), launch.raw_gradient(dr))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_taps_need_only_their_own_alignment(operators: EmulatedOps, kind: str) -> None:
+    """Those of a slice start where its first picture does: here not on 16 bytes, where du and r do."""
+    dr = gradient_of(8 if kind == "bf16" else 4, DTYPES[kind], "torch", 9, 9)
+    assert dr.taps is not None
+    part = launch.part_of(launch.dense(dr), slice(1, 2))
+    assert part.taps is not None and part.taps.data_ptr() % 16 and not part.du.data_ptr() % 16
+    operators.on(SMALL._replace(multiprocessors=132))
+    expected = launch.raw_gradient(dr)[1:]
+    emulated.launches(operators.lib)
+    assert torch.equal(launch.form(part), expected)
+    assert emulated.launches(operators.lib) == [("raw_gradient_kernel", 1, 1)], "256 pixels a CTA, of one vector each"
+
+
+@pytest.mark.parametrize("kind, c", [("bf16", 12), ("bf16", 4), ("fp32", 4)])
+def test_slices_take_the_fast_depthwise_forward(operators: EmulatedOps, kind: str, c: int) -> None:
+    """Of channels whose every second picture starts on whole vectors, though not on 16 bytes."""
+    dtype, geometry = DTYPES[kind], Geometry(*[1] * 8)
+    x, w_dw = last(2, c, 5, 5, dtype=dtype), torch.randn(c, 1, 3, 3).to(dtype)
+    emulated.launches(operators.lib)
+    whole = CUDA_CHAIN.depthwise(x, Load(None, RELU), w_dw, geometry)
+    part = CUDA_CHAIN.depthwise(x[1:], Load(None, RELU), w_dw, geometry)
+    assert {found.kernel for found in emulated.launches(operators.lib)} == {"depthwise_fprop_kernel"}
+    assert torch.equal(part, whole[1:])
+    ones = torch.ones_like(x)
+    for pictures in (slice(0, 2), slice(1, 2)):
+        torch.ops.xsep.cuda_depthwise_bprop(
+            ones[pictures], x[pictures], w_dw, None, None, None, list(geometry), RELU, 0.0, [1, 1, 0, 0]
+        )
+    kernels = {found.kernel for found in emulated.launches(operators.lib)}
+    assert kernels == {"depthwise_bprop_kernel", "sum_bprop_partials_kernel"}
 
 
 def test_activation_is_the_one_of_every_kernel() -> None:

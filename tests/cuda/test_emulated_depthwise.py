@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import pytest
@@ -69,6 +70,7 @@ EVERY = FAST + GENERAL
 
 
 PLAIN = emulated.Affine()
+EVERY_GRADIENT = ("dx", "dw_dw", "dscale", "dshift")
 
 
 def ids(case: Case) -> str:
@@ -195,9 +197,9 @@ def test_forward_residual_prologue(library: emulated.Library, case: Case, kind: 
 
 def bprop(
     library: emulated.Library, case: Case, dz: Tensor, x: Tensor, w: Tensor, prologue: emulated.Affine,
-    centre: Optional[Tensor] = None, multiprocessors: int = 1,
+    centre: Optional[Tensor] = None, multiprocessors: int = 1, wanted: Sequence[str] = EVERY_GRADIENT,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """dx (NCHW), dw_dw, dscale, dshift."""
+    """dx (NCHW), dw_dw, dscale, dshift; those that are not wanted stay NaN."""
     shape = shape_of(case)
     plan = plan_of(library, "bprop", case, x.dtype, case.offset == 0, multiprocessors)
     taps = case.filter[0] * case.filter[1]
@@ -211,7 +213,8 @@ def bprop(
     gradient, source, weights = emulated.nhwc(dz), emulated.nhwc(x, case.offset), emulated.Guarded.of(w)
     library.call("emulate_depthwise_bprop", emulated.DepthwiseBprop(
         shape, plan, emulated.TYPES[x.dtype], gradient.tensor.data_ptr(), source.tensor.data_ptr(),
-        weights.tensor.data_ptr(), *(g.tensor.data_ptr() for g in out.values()), emulated.pointer(centre),
+        weights.tensor.data_ptr(), *(g.tensor.data_ptr() if name in wanted else None for name, g in out.items()),
+        emulated.pointer(centre),
         partials.tensor.data_ptr(), prologue.raw(), emulated.Epilogue(),
     ))  # fmt: skip
     partials.check()
@@ -227,8 +230,7 @@ def check_backward(library: emulated.Library, case: Case, dtype: torch.dtype, pr
     theirs = ATEN.depthwise_backward_kernel(dz, x, w, AtenAffine(*prologue), case.geometry, every)
     truth = ATEN.depthwise_backward_kernel(dz.double(), x.double(), w.double(), double(prologue), case.geometry, every)
     ours = bprop(library, case, dz, x, w, prologue)
-    names = ("dx", "dw_dw", "dscale", "dshift")
-    for name, t, exact in zip(names, theirs, truth):
+    for name, t, exact in zip(EVERY_GRADIENT, theirs, truth):
         assert t is not None and exact is not None
         assert_close(name, ours[name], t, exact)
 
@@ -268,6 +270,63 @@ def test_backward_centred_sums(library: emulated.Library, case: Case) -> None:
         return g.dscale_p - centre.to(dtype) * g.dshift_p
 
     assert_close("dscale", ours["dscale"], sums(torch.float32), sums(torch.float64))
+
+
+#: C, filter, and of 132 multiprocessors: rows of the partials, CTAs of dgrad without sums for 32 channels.
+WIDE = {"dilated": (256, 3, 132, 132), "k7": (96, 7, 352, 352), "k31": (96, 31, 22, 352), "narrow": (8, 7, 1056, 1056)}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_general_dgrad_fills_the_card(library: emulated.Library, name: str) -> None:
+    """Its grid has no taps to be multiplied by, as wgrad's has; rows of partials are bounded by 8 MB."""
+    c, k, rows, ctas = WIDE[name]
+    dilation = 2 if k == 3 else 1
+    pad = dilation * (k // 2)
+    geometry = Geometry(1, 1, pad, pad, pad, pad, dilation, dilation)
+    case = Case(name, 128, c, 64, 64, (k, k), geometry)
+    plan = plan_of(library, "bprop", case, torch.bfloat16, k == 3, 132)
+    assert (plan.sliding_window, plan.workers, plan.dgrad_workers) == (False, rows, ctas)
+    assert ctas * -(-c // 32) == 132 * 8 and rows * (k * k + 3) * c * 4 <= 8 << 20
+
+
+@pytest.mark.parametrize("case", [GENERAL[0], GENERAL[2], GENERAL[4]], ids=ids)
+def test_general_dgrad_alone(library: emulated.Library, case: Case) -> None:
+    """More CTAs of it than there are rows of partials, of which it writes none; no bit depends on what is wanted."""
+    case = case._replace(n=20, geometry=case.geometry)
+    x, w = draw(case, torch.float32)
+    shape = shape_of(case)
+    dz = torch.randn(shape.n, shape.c_mid, shape.p, shape.q)
+    every = bprop(library, case, dz, x, w, PLAIN)
+    plan = plan_of(library, "bprop", case, x.dtype, True, 1)
+    emulated.launches(library.lib)
+    alone = bprop(library, case, dz, x, w, PLAIN, wanted=["dx"])
+    assert emulated.launches(library.lib) == [("depthwise_dgrad_general_kernel", plan.dgrad_workers, 1)]
+    assert plan.dgrad_workers > 1 and torch.equal(alone["dx"], every["dx"])
+    assert all(alone[name].isnan().all() for name in EVERY_GRADIENT[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 129, 700])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_sums_of_many_rows(library: emulated.Library, rows: int, kind: str) -> None:
+    """The second stage by itself, of channels that fill no CTA; nothing is read of what nobody wants."""
+    dtype, c, taps = DTYPES[kind], 45, 9
+    torch.manual_seed(rows)
+    shape = emulated.ConvShape(1, 5, 5, c, 5, 5, c, 3, 3, 1, 1, 1, 1, 1, 1)
+    partials = torch.randn(rows, taps + 3, c)
+    exact = partials.double().sum(0)
+    partials[:, taps + 1] = torch.nan
+    given = emulated.Guarded.of(partials)
+    dw_dw = emulated.Guarded((c, taps), dtype)
+    vectors = [emulated.Guarded((c,), torch.float32) for _ in range(3)]
+    places = [None if k == 1 else v.tensor.data_ptr() for k, v in enumerate(vectors)]
+    library.call("emulate_sum_bprop_partials", emulated.SumPartials(
+        shape, emulated.TYPES[dtype], rows, given.tensor.data_ptr(), dw_dw.tensor.data_ptr(), tuple(places),
+    ))  # fmt: skip
+    close = torch.testing.assert_close
+    close(dw_dw.check(), exact[:taps].t().to(dtype))
+    for k, v in enumerate(vectors):
+        assert k == 1 or close(v.check(), exact[taps + k].float(), rtol=1e-6, atol=1e-6) is None
+    assert vectors[1].check().isnan().all()
 
 
 @pytest.mark.parametrize("way", ["fprop", "bprop"])

@@ -19,8 +19,9 @@ from xsep import extension
 from xsep.backends import chain_cuda
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.chain import Backward
-from xsep.backends.cuda import DeviceFacts
-from xsep.problem import IDENTITY, RELU, SILU
+from xsep.backends.chain_cuda_launch import backward_plan
+from xsep.backends.cuda import DeviceFacts, shape_of
+from xsep.problem import IDENTITY, RELU, SILU, Problem
 
 from . import emulated
 from .emulated_ops import EmulatedOps
@@ -71,13 +72,21 @@ LAYERS = {
 
 def run(
     operators: EmulatedOps, case: Case, ctas: int, seed: int = 0, room: int = ROOM,
-    wanted: Sequence[bool] = EVERYTHING, l2_bytes: int = 0,
+    wanted: Sequence[bool] = EVERYTHING, fused: bool = True,
 ) -> Backward:  # fmt: skip
-    """By the backend; on a card without any L2, so that no slice is small enough, where nothing else is asked for."""
-    operators.start(DeviceFacts(ctas, room, l2_bytes), seed)
+    """By the backend, in one pass or kernel by kernel, whichever it would take."""
+
+    def plan(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
+        found = backward_plan(problem, device)
+        assert found is not None
+        return found._replace(fused=fused)
+
+    operators.start(DeviceFacts(ctas, room), seed)
     backend: Any = chain_cuda.CUDA_CHAIN
-    found: Backward = backend.sep_backward(**case.arguments(), wanted=wanted)
-    assert operators.called["chain_fused_backward"] == (0 if l2_bytes else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "backward_plan", plan)
+        found: Backward = backend.sep_backward(**case.arguments(), wanted=wanted)
+    assert operators.called["chain_fused_backward"] == int(fused)
     return found
 
 
@@ -131,11 +140,28 @@ def test_same_bits_for_any_order_of_threads_and_whatever_is_wanted(operators: Em
 
 
 @each_kind
+@pytest.mark.parametrize("edge", ["below", "right"])
+def test_windows_outside_the_picture_count_for_nothing(operators: EmulatedOps, kind: str, edge: str) -> None:
+    """z is zero in the picture; windows of the tile beyond it would overflow, to infinity times no gradient."""
+    layer = LAYERS["nothing-applied"]._replace(short="", size=(17, 9))
+    case = layer.case(kind)
+    large = 4 * torch.finfo(case.dtype).max ** 0.5
+    case.x.zero_()
+    case.w_dw.zero_()
+    if edge == "below":
+        case.x[:, :, -1], case.w_dw[:, :, 0, 1] = large, large
+    else:
+        case.x[..., -1], case.w_dw[:, :, 1, 0] = large, large
+    found = run(operators, case, layer.ctas)
+    assert found.dw_pw is not None and not found.dw_pw.any()
+
+
+@each_kind
 def test_no_worse_than_kernel_by_kernel(operators: EmulatedOps, kind: str) -> None:
     """Everything is rounded where the staged way rounds it, but for act(x), which that one keeps in registers."""
     case = Layer(RELU, "", 1, "", True, (9, 11), (32, 32)).case(kind)
     fused = run(operators, case, 132)
-    staged = run(operators, case, 132, l2_bytes=1 << 30)
+    staged = run(operators, case, 132, fused=False)
     for what, exact in case.by_autograd(torch.float64).items():
         mine, theirs = getattr(fused, what), getattr(staged, what)
         hold(what, mine, exact, theirs, case.dtype, case.sums_size if what == "sums" else 0.0)
@@ -143,13 +169,14 @@ def test_no_worse_than_kernel_by_kernel(operators: EmulatedOps, kind: str) -> No
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": torch.float32}, {"c_in": 60}, {"c_out": 136}, {"r": 5, "s": 5}, {"multiplier": 2}, {"w": 16, "h": 16}],
-    ids=["float32", "c_in-60", "c_out-136", "k5", "multiplier", "small"],
+    [{"dtype": torch.float32}, {"c_in": 60}, {"c_out": 136}, {"r": 5, "s": 5}, {"multiplier": 2}],
+    ids=["float32", "c_in-60", "c_out-136", "k5", "multiplier"],
 )
 def test_other_layers_stay_staged(change: dict[str, Any]) -> None:
-    p = problem(64, 128, 147)
-    facts = DeviceFacts(132, ROOM, 40 << 20)
-    fused = launch.backward_plan(p, facts)
-    assert fused is not None and fused.fused
-    other = launch.backward_plan(p._replace(**change), facts)
-    assert other is not None and not other.fused
+    module, facts = extension.binding(), DeviceFacts(132, ROOM, 40 << 20)._asdict()
+    assert module is not None
+    for p, fused in ((problem(64, 128, 147), True), (problem(64, 128, 147)._replace(**change), False)):
+        plan = module.plan_cuda_chain_backward(
+            shape_of(p), c_out=p.c_out, element_bytes=p.dtype.itemsize, **facts
+        )  # fmt: skip
+        assert plan.fused == fused

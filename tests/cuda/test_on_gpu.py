@@ -20,8 +20,9 @@ from xsep.backends.base import with_bias
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.backends.chain_cuda import CUDA_CHAIN
-from xsep.backends.cuda import CUDA, device_facts
-from xsep.problem import RELU, SILU, Affine, Geometry, SeparableArgs, separable_problem
+from xsep.backends.cuda import CUDA, DeviceFacts, device_facts
+from xsep.ops.inside import inside_op
+from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs, separable_problem
 
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +133,7 @@ def test_calls_made_again_by_cpp(size: tuple[int, ...], kind: str) -> None:
 
     def step() -> list[Tensor]:
         y = separable_conv2d(x, w_dw, w_pw, prologue=ChannelAffine(activation="relu"), **options)
+        assert y.grad_fn is not None and "Convolution" in y.grad_fn.name(), "Python made it"
         return [y.detach(), *torch.autograd.grad(y, (x, w_dw, w_pw), torch.ones_like(y))]
 
     first, again = step(), step()
@@ -142,6 +144,15 @@ def test_calls_made_again_by_cpp(size: tuple[int, ...], kind: str) -> None:
     stream.synchronize()
     for one, two, three in zip(first, again, elsewhere):
         assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_who_runs_out_of_memory_is_told_so() -> None:
+    """By PyTorch's words, and on a card by its class of error: who looks for a batch that fits asks for that."""
+    x, w_dw = draw((1, 8, 8, 4, 4, 3, 1), torch.float32)[:2]
+    far = 2**20  # y would be all that 47 bits of address can reach
+    kind, words = (torch.OutOfMemoryError, "out of memory") if x.is_cuda else (RuntimeError, "can't allocate memory")
+    with pytest.raises(kind, match=words), inside_op():
+        CUDA.depthwise(x, w_dw, Affine(), Affine(), Geometry(1, 1, far, far, far, far, 1, 1))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=ids)
@@ -260,6 +271,21 @@ JOINTS = {
 }
 
 
+def with_plan(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """Has layers' backwards run as planned but for these fields of the plan."""
+    plan = launch.backward_plan
+
+    def changed(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
+        found = plan(problem, device)
+        assert found is not None
+        if "slices" in fields:
+            (rows,) = found.rows
+            return found._replace(rows=(rows,) * len(fields["slices"]), **fields)
+        return found._replace(**fields)
+
+    monkeypatch.setattr(launch, "backward_plan", changed)
+
+
 def check_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
     """A layer's whole backward against float64, and the same bits twice."""
     (short, before, pool), (n, c_in, c_out, h, w, *_), dtype = JOINTS[joint], size, DTYPES[kind]
@@ -305,15 +331,20 @@ def check_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
 @pytest.mark.parametrize("joint", JOINTS)
 @pytest.mark.parametrize("size", SIZES[1:], ids=ids)
 @pytest.mark.parametrize("kind", DTYPES)
-def test_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
-    """In as many slices as the card's L2 asks for."""
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+def test_chain_backward(
+    size: tuple[int, ...], kind: str, joint: str, sliced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pictures at a time, as the planner has it, and in slices, as it would with more L2."""
+    if sliced:
+        with_plan(monkeypatch, slices=launch.slices_of(size[0], 1 + size[0] // 3))
     check_chain_backward(size, kind, joint)
 
 
 @pytest.mark.parametrize("joint", JOINTS)
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, joint: str) -> None:
-    """Pictures so large that the card's L2 is too small for one."""
+    """Where the planner would rather go kernel by kernel, too: pictures so large that L2 is too small for one."""
     c = PLACE.fused_channels
     side = math.isqrt(device_facts(torch.cuda.current_device()).l2_bytes // (2 * 3 * (c + c) * 2)) + 1
     kernel, calls = launch.fused_backward, 0
@@ -323,6 +354,7 @@ def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, 
         calls += 1
         return kernel(*arguments)
 
+    with_plan(monkeypatch, fused=True)
     monkeypatch.setattr(launch, "fused_backward", counted)
     check_chain_backward((2, c, c, side, side + 3, 3, 1), kind, joint)
     assert calls == 2

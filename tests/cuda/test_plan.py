@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from xsep import extension
+from xsep.backends import chain_cuda_launch as launch
 from xsep.backends import cuda
 from xsep.problem import Geometry, Problem
 
@@ -87,8 +88,8 @@ def test_few_pictures_are_spread_over_the_card(planner: Any) -> None:
 @pytest.mark.parametrize(
     "p",
     [problem(64, 512, 14), problem(60, 64, 14), problem(64, 60, 14), problem(64, 64, 14, k=7),
-     problem(64, 64, 14)._replace(multiplier=2), problem(64, 64, 2**20, n=1)],
-    ids=["c_out-512", "c_in-not-of-8", "c_out-not-of-8", "k7", "multiplier", "2^31-tiles"],
+     problem(64, 64, 14)._replace(multiplier=2), problem(64, 64, 2**20, n=1), problem(12_000_000, 64, 1, n=1)],
+    ids=["c_out-512", "c_in-not-of-8", "c_out-not-of-8", "k7", "multiplier", "2^31-tiles", "2^31-bytes-of-weights"],
 )  # fmt: skip
 def test_staged_where_the_fused_kernel_cannot(planner: Any, p: Problem) -> None:
     assert not cuda.is_fused(p, H100)
@@ -111,20 +112,40 @@ def test_depthwise_covers_every_pixel_and_channel(planner: Any, layer: tuple[int
     assert plan.workers * plan.slices <= 132 * (12 if way == "fprop" else 2), "no CTA may be left for a last wave"
 
 
-@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
-@pytest.mark.parametrize("l2", [60, 40, 6], ids=["H200", "A100", "A10"])
-def test_slices_of_a_backward_stay_in_l2(planner: Any, layer: tuple[int, int, int], l2: int) -> None:
-    """dr and z of a slice fill at most half of L2, unless fewer pictures could not fill the card."""
-    p = problem(*layer)
-    pictures = planner.plan_cuda_chain_slice(
-        cuda.shape_of(p), c_out=p.c_out, element_bytes=2, multiprocessors=132, l2_bytes=l2 << 20
+def pictures_of_a_slice(planner: Any, p: Problem, l2: int) -> int:
+    return int(
+        planner.plan_cuda_chain_slice(
+            cuda.shape_of(p), c_out=p.c_out, element_bytes=2, multiprocessors=132, l2_bytes=l2 << 20
+        )
     )
-    pixels = p.h * p.w
-    assert 1 <= pictures <= p.n
-    tiles = (pictures - 1) * -(-pixels // 128) * -(-p.c_in // 128)
-    assert pictures * pixels * (p.c_in + p.c_out) * 2 <= l2 << 19 or tiles < 2 * 132
-    slices = -(-p.n // pictures)
-    assert p.n - (slices - 1) * pictures >= pictures - slices, "the last slice is nearly as large as the others"
+
+
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+@pytest.mark.parametrize("n", [1, 64, 128])
+@pytest.mark.parametrize("l2", [6, 60, 128, 256, 1024])
+def test_slices_of_a_layer_pay(planner: Any, layer: tuple[int, int, int], n: int, l2: int) -> None:
+    """dr and z of a slice fill half of L2 at most, and what they are spared outweighs the launches; else no slices."""
+    p = problem(*layer, n=n)
+    pictures, pixels = pictures_of_a_slice(planner, p, l2), p.h * p.w
+    assert 1 <= pictures <= n
+    if pictures == n:
+        return
+    assert pictures * pixels * (p.c_in + p.c_out) * 2 <= l2 << 19
+    slices = -(-n // pictures)
+    assert n - (slices - 1) * pictures >= pictures - slices, "the last slice is nearly as large as the others"
+    reused, fresh = (pictures * pixels * 2 * c for c in (3 * p.c_out + 4 * p.c_in, 2 * p.c_out + 3 * p.c_in))
+    microseconds = fresh / 4.3e6 + reused / 7.4e6
+    assert microseconds > 6 * 9.9, "the host would not keep up"
+    assert reused / 4.3e6 - reused / 7.4e6 > 6 * 2.5 * (slices - 1) / slices * 0.99, "6 launches of 2.5 us"
+
+
+@pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
+def test_an_h200_has_no_slices_and_a_larger_l2_has(planner: Any, layer: tuple[int, int, int]) -> None:
+    """64 -> 128 channels at 147 pixels in 43 slices were 260 launches of kernels of 4 us."""
+    p = problem(*layer, n=128)
+    assert pictures_of_a_slice(planner, p, 60) == 128
+    in_l2 = p.h * p.w * (p.c_in + p.c_out) * 2 * 128 <= 128 << 20
+    assert in_l2 or pictures_of_a_slice(planner, p, 256) < 128
 
 
 def backward(planner: Any, p: Problem, device: cuda.DeviceFacts, l2: int) -> Any:
@@ -135,12 +156,11 @@ def backward(planner: Any, p: Problem, device: cuda.DeviceFacts, l2: int) -> Any
 
 
 @pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
-def test_backward_in_one_pass_where_one_picture_is_too_much_for_l2(planner: Any, layer: tuple[int, int, int]) -> None:
-    """du, r, dr, x, z or dz, and dx of 64 -> 128 channels are 24.9 MB a picture, of 128 -> 128 33.2."""
+def test_backward_in_one_pass_where_shared_memory_holds_a_tile(planner: Any, layer: tuple[int, int, int]) -> None:
     p = problem(*layer)
-    large = p.h == 147
+    narrow = p.c_out <= 128
     widest = layer == (128, 128, 147)  # more than 99 KB of shared memory hold
-    for device, l2, expected in ((H100, 60, widest), (A100, 40, large), (A10, 6, large and not widest)):
+    for device, l2, expected in ((H100, 60, narrow), (A100, 40, narrow), (A10, 6, narrow and not widest)):
         plan = backward(planner, p, device, l2)
         assert plan.fused == expected
         if plan.fused:
@@ -148,6 +168,20 @@ def test_backward_in_one_pass_where_one_picture_is_too_much_for_l2(planner: Any,
             assert plan.tiles_down * plan.tile_rows >= p.h and plan.tiles_across * 16 >= p.w
             assert plan.tiles == p.n * plan.tiles_down * plan.tiles_across
             assert plan.workers == device.multiprocessors
+
+
+@pytest.mark.parametrize("layer", XCEPTION[:2], ids=lambda c: "-".join(map(str, c)))
+def test_backward_in_one_pass_is_weighed_by_its_instructions(planner: Any, layer: tuple[int, int, int]) -> None:
+    """It moves a third of the bytes, and still would take longer: 10,000 and 18,800 are counted a pixel."""
+    p = problem(*layer)
+    plan = backward(planner, p, H100, 60)
+    pixels, clock = p.n * p.h * p.w, 132 * 1.755e3
+    counted = {64: 10048, 128: 18829}[p.c_in] * pixels / 128 / clock
+    kernel_by_kernel = pixels * 2 * (5 * p.c_out + 7 * p.c_in) / 4.3e6
+    assert counted < plan.clocks / 1755 < 2.5 * counted, "and the latency of what a tile begins with"
+    assert plan.staged_clocks / 1755 == pytest.approx(kernel_by_kernel + 15, rel=0.01)
+    chosen = launch.backward_plan(p, H100._replace(l2_bytes=60 << 20))
+    assert chosen is not None and chosen.fused == (plan.clocks < plan.staged_clocks) == False  # noqa: E712
 
 
 def test_tiles_of_a_fused_backward_grow_with_shared_memory(planner: Any) -> None:

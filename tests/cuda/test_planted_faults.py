@@ -167,11 +167,41 @@ SWITCHES = [
         one_pass,
     ),
     Switch(
-        "missing-row-of-the-reduction",
-        "chain/fused_backward.cu",
-        "for (int row = 0; row < rows; ++row)",
-        "for (int row = FAULT; row < rows; ++row)",
+        "missing-rows-of-the-reduction",
+        "depthwise/row_sums.cuh",
+        "int row = share;",
+        "int row = share + FAULT * kSumShares;",
         one_pass,
+    ),
+    Switch(
+        "missing-share-of-the-reduction",
+        "depthwise/row_sums.cuh",
+        "for (int i = 1; i < kSumShares; ++i)",
+        "for (int i = 1 + FAULT; i < kSumShares; ++i)",
+        one_pass,
+    ),
+    Switch(
+        "z-beside-the-picture",
+        "chain/fused_backward.cuh",
+        "p.depthwise.shape.w}.clear_others(z);",
+        "FAULT ? 1 << 20 : p.depthwise.shape.w}.clear_others(z);",
+        lambda operators, _: test_emulated_fused_backward.test_windows_outside_the_picture_count_for_nothing(
+            operators, "bf16", "right"
+        ),
+    ),
+    Switch(
+        "a-tile-ahead-twice",
+        "chain/finalize.cu",
+        "counts[i] = tile <= last ? p.counts[at] : 0;",
+        "counts[i] = tile <= last || FAULT ? p.counts[at] : 0;",
+        lambda *_: chain.test_finalize_of_many_tiles(9),
+    ),
+    Switch(
+        "a-group-of-tiles-too-few",
+        "chain/finalize.cu",
+        "int group = share;",
+        "int group = share + FAULT;",
+        lambda *_: chain.test_finalize_of_many_tiles(70),
     ),
     Switch(
         "a-share-of-dw_pw-twice",

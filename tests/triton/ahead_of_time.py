@@ -142,6 +142,8 @@ def launch_of(job: Job) -> launch.Launch:
         return launch.dgrad_general(x, z, weight, x, floats(9, 2, c), (k, k), act, geometry)
     if job.kernel == "wgrad_general":
         return launch.wgrad_general(x, z, floats(64, k * k + 2, c), (k, k), act, geometry)
+    if job.kernel == "round_weights":
+        return launch.round_weights(floats(job.outputs, c), floats(job.outputs, c))
     if job.kernel == "sum_partials":
         return launch.sum_partials(floats(64, k * k + 2, c), weight, floats(2, c))
     if job.kernel == "merge_statistics":

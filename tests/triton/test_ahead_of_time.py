@@ -26,7 +26,7 @@ from xsep.problem import ELU, GELU, GELU_TANH, HARDSWISH, IDENTITY, LEAKY_RELU, 
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
-SECOND_STAGES = ("sum_partials", "merge_statistics", "finalize_statistics")
+SMALL_STAGES = ("sum_partials", "merge_statistics", "finalize_statistics", "round_weights")
 GENERAL = ("fprop_general", "dgrad_general", "wgrad_general")
 #: Of the training chain: what multiplies, and what is elementwise or a second stage.
 PRODUCTS = ("chain_wgrad", "chain_wgrad_apart", "chain_wgrad_skip", "chain_dgrad", "chain_fprop")
@@ -44,7 +44,7 @@ def chosen_jobs() -> Iterator[Job]:
             yield Job("backward", target, dtype)
             yield Job("separable", target, dtype, tf32=tf32)
             yield Job("pointwise", target, dtype, k=1, tf32=tf32)
-        for kernel in SECOND_STAGES:
+        for kernel in SMALL_STAGES:
             yield Job(kernel, target, "fp32")
         for kernel in GENERAL:
             yield Job(kernel, target, "bf16", k=9)
@@ -83,6 +83,7 @@ def chosen_chain_jobs() -> Iterator[Job]:
         yield Job(kernel, "sm_90", "fp32")
     for kernel, target in (("chain_wgrad", "sm_80"), ("chain_dgrad", "sm_90"), ("chain_dgrad", "gfx942")):
         yield Job(kernel, target, "bf16", pooled=True)
+    yield Job("chain_wgrad_apart", "sm_80", "fp32", pooled=True, tf32=True)
     yield Job("chain_backward", "sm_80", "fp32", shortcut="full")
     yield Job("chain_backward", "sm_90", "fp16", stride=2)
     yield Job("chain_apply_backward", "sm_90", "bf16", operands=2)
@@ -203,6 +204,26 @@ def test_compiles_within_the_card(job: Job, reports: dict[str, Report]) -> None:
     if job.kernel == "fprop" and job.target != "gfx942":
         taken_once = loads_in_text(job)
         assert report.loads <= taken_once, f"{report.loads} loads where {taken_once} bring every row of x once"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kernel", ["fprop", "backward", "separable", "pointwise", *SMALL_STAGES, *GENERAL, *LAUNCHES])
+def test_no_batch_and_no_map_is_compiled_anew(kernel: str) -> None:
+    """Of a number that it may specialise Triton compiles a kernel for 1, for multiples of 16, and for the others."""
+    k = 1 if kernel == "pointwise" else 9 if kernel in GENERAL else 3
+    found = set()
+    for n, size in ((1, 16), (1, 17), (15, 16), (16, 15), (16, 31), (17, 33), (64, 147)):
+        made = launch_of(Job(kernel, "sm_90", "bf16", k=k, n=n, size=size, channels=13, outputs=17))
+        specialised = [p.name for p in made.function().params if not p.do_not_specialize]
+        numbers = [(name, made.args[name]) for name in specialised if isinstance(made.args.get(name), int)]
+        found.add(tuple((name, value == 1, value % 16 == 0) for name, value in numbers))
+    assert len(found) == 1, found
+
+
+def test_all_taps_of_any_filter_are_on_the_first_axis() -> None:
+    """The other axes of a grid end at 65,535."""
+    made = launch_of(Job("wgrad_general", "sm_90", "bf16", k=301, size=16, n=1, channels=65))
+    assert made.grid == (2 * 64 * 301 * 301,)
 
 
 def all_loads_are_wide(job: Job) -> bool:

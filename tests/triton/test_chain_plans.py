@@ -12,7 +12,7 @@ from xsep.backends import triton_chain_launch as chain
 from xsep.backends import triton_chain_plans as plans
 from xsep.backends.chain import TILE
 from xsep.backends.chain_triton import TRITON_CHAIN
-from xsep.backends.triton_chain_layers import even_slices
+from xsep.backends.triton_plans import CLOCKS_A_US, HOST_LAUNCH_US, even_slices, slice_of
 from xsep.problem import RELU, SILU, Geometry
 
 POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
@@ -25,14 +25,48 @@ def test_z_is_made_on_chip_where_it_is_made_at_most_twice(layer: tuple[int, int,
     assert ("z made on chip" in plan.reason) == plan.wgrad_fused
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("card", DEVICES)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda v: "-".join(map(str, v)))
-def test_what_is_kept_between_two_kernels_stays_in_l2(layer: tuple[int, int, int]) -> None:
-    c_in, _, size = layer
-    plan = plans.backward_plan(problem(*layer, n=256), H200, False)
-    assert plan.dgrad_slice * size * size * c_in * 2 <= H200.l2_bytes
-    assert f"dz of {plan.dgrad_slice} pictures in L2" in plan.reason
-    programs = -(-plan.dgrad_slice * size * size // 128) * -(-c_in // 128)
-    assert programs >= H200.multiprocessors, "a slice leaves multiprocessors idle"
+def test_what_is_kept_between_two_kernels_stays_in_l2_where_the_host_keeps_up(
+    layer: tuple[int, int, int], card: str, dtype: torch.dtype
+) -> None:
+    c_in, c_out, size = layer
+    n, device = 256, DEVICES[card]
+    plan = plans.backward_plan(problem(*layer, n=n, dtype=dtype), device, False)
+    slices = even_slices(n, plan.dgrad_slice)
+    pixels = size * size * (slices[0].stop - slices[0].start)
+    kept = plan.dgrad_slice * size * size * c_in * dtype.itemsize <= device.l2_bytes
+    assert f"dz of {plan.dgrad_slice} pictures in {'L2' if kept else 'memory'}" in plan.reason
+    programs = -(-pixels // 128) * -(-c_in // 128)
+    assert programs >= device.multiprocessors, "a slice leaves multiprocessors idle"
+    # du, r, x and dx once through memory, dz twice, and the product: at least this long, in microseconds.
+    exact = dtype is torch.float32
+    rate = 0.7 * device.lane_rate if exact else device.matrix_rate
+    moved = pixels * (2 * c_in + 2 * c_out) * dtype.itemsize / device.memory_rate
+    most = moved + pixels * c_in * (2 * dtype.itemsize / device.memory_rate + 30 / device.lane_rate + c_out / rate)
+    took = most / device.multiprocessors / CLOCKS_A_US
+    assert len(slices) == 1 or took >= 2 * HOST_LAUNCH_US, f"a slice of {took:.0f} us, which the host is late for"
+    if not kept:
+        halved = moved / 2 / device.multiprocessors / CLOCKS_A_US
+        assert halved < 2 * HOST_LAUNCH_US, "more slices would do, and less memory"
+
+
+@pytest.mark.parametrize("n, in_l2", [(64, 5), (64, 64), (3, 1), (1, 1), (0, 1)])
+def test_slices_are_as_many_as_the_host_keeps_up_with(n: int, in_l2: int) -> None:
+    host = 2 * HOST_LAUNCH_US * CLOCKS_A_US * H200.multiprocessors
+    for times in (0.0, 0.5, 1.0, 4.5, 1000.0):
+        count = len(even_slices(n, slice_of(n, in_l2, times * host, H200)))
+        assert count <= max(times, n > 0) and count <= -(-n // in_l2)
+    assert slice_of(n, in_l2, 1e9 * host, H200) <= in_l2
+    assert slice_of(n, in_l2, 0.0, H200) == max(n, 1)
+
+
+def test_slices_of_thin_layers_are_few() -> None:
+    """128 channels at 147, batch 64, bfloat16: L2 would have 13 slices, whose 26 launches last the host 1.3 ms."""
+    layer = problem(128, 128, 147)
+    assert -(-layer.n // (H200.l2_bytes // (2 * 147 * 147 * 128 * 2))) == 13
+    assert len(even_slices(layer.n, plans.backward_plan(layer, H200, False).dgrad_slice)) == 4
 
 
 def test_a_stride_beside_a_dilation_goes_to_the_general_kernels() -> None:

@@ -29,10 +29,12 @@ RUNS = {
         "(2x7x9x11-o5-m1-k33-s11-p2222 or 2x64x7x5 or k55-s11 or shift_m-scale_e)", 12,
     ),
     "chain": ("test_training.py", "test_forward_and_statistics and bfloat16 and relu and same and 24", 2),
+    # Each kernel that multiplies, in the precision that the tests above switch off.
+    "tf32": ("test_tf32.py", "fused or forward_of_a_chain or input_gradient", 14),
 }  # fmt: skip
 if NIGHTLY:
     RUNS = {"ops": ("test_op.py", "kernel or generated or plans", 200), "fprop": ("test_training.py", "", 50),
-            "bprop": ("test_training_backward.py", "", 50)}  # fmt: skip
+            "bprop": ("test_training_backward.py", "", 50), "tf32": ("test_tf32.py", "", 25)}  # fmt: skip
 ARCHITECTURES = ("90", "80") if NIGHTLY else ("90",)
 
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from tests.triton.ahead_of_time import DEVICES
+from xsep import plans as cost_model
+from xsep import testing
 from xsep.backends import triton as backend
 from xsep.backends import triton_launch as launch
 from xsep.backends import triton_plans as plans
 from xsep.backends.triton import TRITON
-from xsep.problem import GELU, RELU, SILU, Affine, Geometry, Problem
+from xsep.problem import GELU, RELU, SILU, Affine, Geometry, Problem, SeparableArgs, separable_problem
+from xsep.testing import Case
+from xsep.tuning.device import H200 as CARD
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = DEVICES["sm_90"]
@@ -174,6 +178,36 @@ def test_every_tile_of_x_belongs_to_one_program_of_the_backward() -> None:
         split = launch.backward_split(x, geometry, plans.DepthwiseTile(2, 8, 64, 4))
         for share in (1, 3, split.tiles, split.tiles + 5):
             assert split.programs(share) * share >= split.tiles > (split.programs(share) - 1) * share
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("slice_n", [0, 2, 5], ids=["fused", "slices", "staged"])
+def test_the_cost_model_counts_the_launches_that_there_are(
+    slice_n: int, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(n=5, c_in=8, h=6, w=6, c_out=16, bias=True)
+    inputs = testing.make_inputs(case)
+    x, w_dw, w_pw, bias = (inputs.tensors[name].detach() for name in ("x", "w_dw", "w_pw", "bias"))
+    geometry, no = Geometry(1, 1, 1, 1, 1, 1, 1, 1), None
+    a = SeparableArgs(x, w_dw, w_pw, bias, no, no, no, no, no, no, no, list(geometry), [0, 0, 0], [0.0] * 3)
+    planned = plans.separable_plan
+
+    def chosen(*arguments: Any) -> plans.SeparablePlan:
+        return plans.replace(planned(*arguments), fused=slice_n == 0, slice_n=max(slice_n, 1))
+
+    for module in (plans, backend):
+        monkeypatch.setattr(module, "separable_plan", chosen)
+    monkeypatch.setattr(backend, "device_of", lambda *_: H200)
+    monkeypatch.setattr(backend, "tf32_allowed", lambda *_: tf32)
+    made: list[str] = []
+    monkeypatch.setattr(launch.Launch, "run", lambda self, _: made.append(self.kernel))
+    TRITON.separable_forward(a)
+    forward = len(made)
+    z = TRITON.depthwise(x, w_dw, a.prologue, a.middle, geometry)
+    TRITON.depthwise_backward_kernel(z, x, w_dw, a.prologue, geometry, (True, True, False, False))
+    predicted = cost_model._triton(cost_model._Clock(separable_problem(a)._replace(device="cuda"), CARD, tf32), tf32)
+    (counted,) = (way.launches for way in predicted if way.chosen_way)
+    assert counted == (forward, len(made) - forward), made
 
 
 def reasons(**changed: Any) -> str:

@@ -96,8 +96,9 @@ class Backend(ABC):
         return pointwise.dgrad(dv, w_pw)
 
     def pointwise_wgrad(self, du: Tensor, z: Tensor, w_pw: Tensor) -> Tensor:
-        """Gradient of ``pointwise`` for w_pw: du [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
-        return pointwise.wgrad(du, z)
+        """Gradient of ``pointwise`` for w_pw: du [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1], which
+        may be wider than w_pw."""
+        return pointwise.wgrad(du, z).view(w_pw.shape)
 
     def separable_wgrad(self, du: Tensor, a: SeparableArgs) -> Tensor:
         """``pointwise_wgrad`` with z made on the way, for a backend that need not keep all of it."""

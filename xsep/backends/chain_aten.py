@@ -16,7 +16,7 @@ from ..activations import activate, gradient_from_input, per_channel
 from ..problem import IDENTITY, Affine, Geometry, Problem
 from .aten import ATEN
 from .chain import TILE, Backward, ChainBackend, Forward, Load, RawGradient, Shortcut, tiles_of, wide
-from .pointwise import images_of, rows_of, wide_wgrad
+from .pointwise import images_of, rows_of, wgrad
 
 #: Elements of a block that a CPU works on at a time, so that it stays in its cache.
 BLOCK = 2**18
@@ -214,7 +214,7 @@ class AtenChain(ChainBackend):
         return ATEN.pointwise_dgrad(dr, w)
 
     def pointwise_wgrad(self, dr: Tensor, z: Tensor) -> Tensor:
-        return wide_wgrad(dr, z)[:, :, None, None]
+        return wgrad(dr, z)[:, :, None, None]
 
     def weight_gradient(self, dr: Tensor, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
         """dw_pw, z made again."""

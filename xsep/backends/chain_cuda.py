@@ -1,8 +1,9 @@
 """The chain on CUDA: a layer's forward in one kernel with its statistics where C_out fits one CTA, else staged.
 
-Staged forward and backward go over slices of the batch, so small that what one kernel writes for the next is found in
-L2: z and r for its statistics, or dr, formed in one pass, and z or dz between two products and one depthwise pass.
-Where a picture is too much for that, all of a layer's backward is one kernel: by counted bytes, not by measurement.
+Staged forward and backward go over the whole batch, or where L2 is large over slices of it, so small that what one
+kernel writes for the next is found there: z and r for its statistics, or dr, formed in one pass, and z or dz between
+two products and one depthwise pass. All of a layer's backward may also be one kernel. The planner weighs these ways by
+counted bytes, instructions and launches, not by measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from . import chain_cuda_launch as launch
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
 from .chain_kernels import KernelChain, affine_of
 from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, vectors_of
-from .pointwise import dgrad, product, product_into, tf32_allowed, wide_wgrad
+from .pointwise import dgrad, product, product_into, tf32_allowed, wgrad
 
 
 def _problem(x: Tensor, w_dw: Tensor, w_pw: Tensor, geometry: Geometry, activation: int) -> Problem:
@@ -162,7 +163,7 @@ class CudaChain(KernelChain):
         for part in plan.slices:
             formed = launch.form(launch.part_of(dr, part))
             if dw_pw is not None:
-                dw_pw += wide_wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
+                dw_pw += wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
             if last is not None:
                 # z is gone: what PyTorch allocates for dz is its memory, which L2 has.
                 last.add(self.pointwise_dgrad(formed, w_pw), part)
@@ -174,7 +175,7 @@ class CudaChain(KernelChain):
     def pw_backward(self, dr: RawGradient, w: Tensor, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
         formed = launch.raw_gradient(dr)
         act = self.activated(x, load)
-        return wide_wgrad(formed, act)[:, :, None, None], self.pointwise_dgrad(formed, w)
+        return wgrad(formed, act)[:, :, None, None], self.pointwise_dgrad(formed, w)
 
     def bn_pool_add(
         self, r: Tensor, vec: Tensor, s: Tensor, vec_s: Tensor, pads: tuple[int, int]

@@ -65,16 +65,16 @@ def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPla
     if module is None:
         return None
     parts, facts = slices(problem, device), device._asdict()
-    fused = module.plan_cuda_chain_backward(
+    one_pass = module.plan_cuda_chain_backward(
         shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **facts
-    ).fused
+    )
     rows = (
         module.plan_cuda_depthwise_bprop(
             shape_of(problem._replace(n=part.stop - part.start)), element_bytes=problem.dtype.itemsize, **facts
         ).workers
         for part in parts
     )  # fmt: skip
-    return BackwardPlan(parts, tuple(rows), fused)
+    return BackwardPlan(parts, tuple(rows), one_pass.fused and one_pass.clocks < one_pass.staged_clocks)
 
 
 def describe_backward(problem: Problem, device: DeviceFacts) -> str:
@@ -84,6 +84,8 @@ def describe_backward(problem: Problem, device: DeviceFacts) -> str:
         return "by single operators: the planner is not built"
     if plan.fused:
         return "one pass, nothing of it in memory between its steps"
+    if len(plan.slices) == 1:
+        return "kernel by kernel, all pictures at a time"
     return f"kernel by kernel, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
 
 

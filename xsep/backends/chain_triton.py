@@ -94,7 +94,7 @@ class TritonChain(AtenChain):
             return Forward(r, partials, counts, x_pre)
         x = backend.nhwc(x) if residual is None else backend.dense_nhwc(x)
         tensors = launch.SeparableTensors(
-            x, w_pw.reshape(c_out, -1).contiguous(), r, backend.filters_by_tap(w_dw),
+            x, backend.pointwise_weights(w_pw, tf32), r, backend.filters_by_tap(w_dw),
             addend=None if residual is None else backend.dense_nhwc(residual), x_pre=x_pre,
             partials=partials, counts=counts,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class TritonChain(AtenChain):
             counts = torch.empty((tiles,), dtype=torch.int32, device=x.device)
         if n > 0:
             chain_launch.pointwise_fprop(
-                backend.nhwc(x), w.reshape(c_out, -1).contiguous(), y, partials, counts, affine_of(load),
+                backend.nhwc(x), backend.pointwise_weights(w, tf32), y, partials, counts, affine_of(load),
                 product_tile(x.dtype, load.activation, device, tf32), tf32,
             ).run(x.device)  # fmt: skip
         return Forward(y, partials, counts)

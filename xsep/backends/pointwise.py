@@ -7,6 +7,8 @@ differ, PyTorch's convolution makes them, else ``torch.mm``.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -57,6 +59,17 @@ def settings_differ(t: Tensor) -> bool:
     return t.dtype == torch.float32 and t.is_cuda and t.numel() > 0 and tf32_allowed() != _products_take_tf32()
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Has cuDNN make gradients by algorithms that give the same bits each time, as xsep's own kernels do."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
+
+
 def product(z: Tensor, w_pw: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """[N, C_mid, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_out, P, Q]; bias: [C_out], of z's type."""
     if settings_differ(z):
@@ -76,23 +89,21 @@ def product_into(rows: Tensor, z: Tensor, w_pw: Tensor) -> None:
 def dgrad(dv: Tensor, w_pw: Tensor) -> Tensor:
     """Gradient of ``product`` for z: [N, C_out, P, Q] x [C_out, C_mid, 1, 1] -> [N, C_mid, P, Q]."""
     if settings_differ(dv):
-        return F.conv_transpose2d(dv, w_pw)
+        with _deterministic():
+            return F.conv_transpose2d(dv, w_pw)
     return images_of(torch.mm(rows_of(dv), w_pw.reshape(w_pw.shape[:2])), dv)
 
 
 def wgrad(dv: Tensor, z: Tensor) -> Tensor:
-    """Gradient of ``product`` for w_pw: dv [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid, 1, 1]."""
-    size = (dv.shape[1], z.shape[1], 1, 1)
-    if settings_differ(z):
-        return conv2d_weight(z, size, dv)
-    return torch.mm(rows_of(dv).t(), rows_of(z)).view(size)
+    """Gradient of ``product`` for w_pw: dv [N, C_out, P, Q], z [N, C_mid, P, Q] -> [C_out, C_mid], in float32 at least.
 
-
-def wide_wgrad(dv: Tensor, z: Tensor) -> Tensor:
-    """The same, [C_out, C_mid], accumulated and left in float32 at least."""
-    if dv.dtype not in (torch.float16, torch.bfloat16):
-        return wgrad(dv, z).view(dv.shape[1], z.shape[1])
+    A sum over all pixels, of which PyTorch may else add up parts in 16 bits.
+    """
     a, b = rows_of(dv).t(), rows_of(z)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # PyTorch's own has a wider result on a GPU only
+    if dv.dtype in (torch.float16, torch.bfloat16):
+        # PyTorch's own has a wider result on a GPU only.
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    if settings_differ(z):
+        with _deterministic():
+            return conv2d_weight(z, (dv.shape[1], z.shape[1], 1, 1), dv).flatten(1)
+    return torch.mm(a, b)

@@ -23,6 +23,7 @@ from .triton_plans import (
     Device,
     backward_tile,
     device_of,
+    even_slices,
     fprop_tile,
     pointwise_tile,
     separable_plan,
@@ -72,6 +73,16 @@ def new_nhwc(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 def filters_by_tap(w_dw: Tensor) -> Tensor:
     """[C_mid, 1, R, S] -> [R * S, C_mid], so that neighbouring lanes read neighbouring weights."""
     return w_dw.reshape(w_dw.shape[0], -1).t().contiguous()
+
+
+def pointwise_weights(w_pw: Tensor, tf32: bool) -> Tensor:
+    """[C_out, C_mid, 1, 1] -> contiguous [C_out, C_mid]; for products in TF32 rounded to it."""
+    flat = w_pw.reshape(w_pw.shape[0], w_pw.shape[1]).contiguous()
+    if not tf32:
+        return flat
+    rounded = torch.empty_like(flat)
+    launch.round_weights(flat, rounded).run(flat.device)
+    return rounded
 
 
 def tf32_allowed(dtype: torch.dtype, device: Device) -> bool:
@@ -240,7 +251,7 @@ class TritonBackend(Backend):
         )  # fmt: skip
         plan = separable_plan(problem, device, tf32)
         residual = None if a.residual is None else dense_nhwc(a.residual)
-        x, weight, w_pw = nhwc(a.x), filters_by_tap(a.w_dw), a.w_pw.reshape(c_out, c_mid).contiguous()
+        x, weight, w_pw = nhwc(a.x), filters_by_tap(a.w_dw), pointwise_weights(a.w_pw, tf32)
         if plan.fused:
             tensors = launch.SeparableTensors(x, w_pw, y, weight, a.bias, residual)
             launch.separable_fprop(
@@ -248,9 +259,8 @@ class TritonBackend(Backend):
             ).run(x.device)  # fmt: skip
             return y
         z = new_nhwc(x, min(plan.slice_n, n), c_mid, p, q)
-        for start in range(0, n, plan.slice_n):
-            part = slice(start, min(start + plan.slice_n, n))
-            z_part = z[: part.stop - start]
+        for part in even_slices(n, plan.slice_n):
+            z_part = z[: part.stop - part.start]
             self._depthwise_into(z_part, x[part], weight, a.w_dw, a.prologue, a.middle, geometry)
             self._pointwise_into(y[part], z_part, w_pw, a, None if residual is None else residual[part], tf32)
         return y

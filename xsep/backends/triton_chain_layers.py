@@ -15,7 +15,7 @@ from . import triton_launch as launch
 from .chain import Load, RawGradient, Shortcut
 from .chain_kernels import affine_of
 from .triton_chain_plans import BackwardPlan, ProductTile, WgradTile, sum_share, wgrad_groups
-from .triton_plans import Device, device_of, fprop_tile
+from .triton_plans import Device, device_of, even_slices, fprop_tile
 
 PLAIN = Affine()
 
@@ -47,20 +47,13 @@ def operand_images(x: Tensor, found: Sequence[Tensor]) -> tuple[Optional[Tensor]
     return other[0], other[1]
 
 
-def even_slices(n: int, step: int) -> list[slice]:
-    """At most ``step`` pictures each, and none more than one picture smaller than another."""
-    count = -(-n // step)
-    return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
-
-
 def pointwise_gradient(dr: RawGradient, w: Tensor, tile: ProductTile) -> Tensor:
     """dz = w^T dr, [N, C_in, P, Q], of w [C_out, C_in, 1, 1]."""
-    n, c_out, p, q = dr.r.shape
-    c_in = w.shape[1]
-    dz = backend.new_nhwc(dr.r, n, c_in, p, q)
+    n, _, p, q = dr.r.shape
+    dz, tf32 = backend.new_nhwc(dr.r, n, w.shape[1], p, q), card_of(dr.r)[1]
     if n > 0:
         chain_launch.pointwise_dgrad(
-            dense_gradient(dr), w.reshape(c_out, c_in).contiguous(), dz, tile, card_of(dz)[1]
+            dense_gradient(dr), backend.pointwise_weights(w, tf32), dz, tile, tf32
         ).run(dz.device)  # fmt: skip
     return dz
 
@@ -123,7 +116,7 @@ def layer_dgrad(
     shortcut: Optional[Shortcut], operands: Sequence[Tensor], centres: Optional[Tensor], plan: BackwardPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw_dw, sums) by a product that forms dr on load and one depthwise pass, slice by slice."""
-    (n, c, h, w), c_out, size = x.shape, w_pw.shape[0], (w_dw.shape[2], w_dw.shape[3])
+    (n, c, h, w), size = x.shape, (w_dw.shape[2], w_dw.shape[3])
     sums, tile = 1 + len(operands), plan.depthwise_tile
     assert tile is not None
     dw_dw = torch.zeros(w_dw.shape, dtype=torch.float32, device=x.device)
@@ -133,7 +126,7 @@ def layer_dgrad(
         return dx, dw_dw, totals
     device, tf32 = card_of(x)
     others = operand_images(x, operands)
-    gradient, x, weights = dense_gradient(dr), backend.nhwc(x), w_pw.reshape(c_out, c).contiguous()
+    gradient, x, weights = dense_gradient(dr), backend.nhwc(x), backend.pointwise_weights(w_pw, tf32)
     dz = backend.new_nhwc(x, min(plan.dgrad_slice, n), c, *dr.r.shape[2:])
     taps, short = backend.filters_by_tap(w_dw), None if shortcut is None else backend.dense_nhwc(shortcut.g)
     middles = None if centres is None else centres.contiguous()

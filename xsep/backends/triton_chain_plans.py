@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 
 from ..problem import IDENTITY, Problem
-from .triton_plans import COMPARISONS, INT32, DepthwiseTile, Device, backward_tile
+from .triton_plans import COMPARISONS, INT32, DepthwiseTile, Device, backward_tile, slice_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def wgrad_tile(
         return WGRAD_HIP
     if taps == 0 and c_in > 64 and not pooled:
         return WGRAD_PLAIN_TF32 if dtype is torch.float32 else WGRAD_PLAIN
-    if taps > 25:
+    # One row at a time; two of z as it was stored, rounded to TF32 beside an un-pooled dr, spilled 68 bytes on sm_80.
+    if taps > 25 or (taps == 0 and pooled and dtype is torch.float32):
         return WGRAD_LARGE_FILTER
     crowded = taps > FUSED_TAPS or stride > 1 or pooled or dtype is torch.float32
     crowded = crowded or activation not in COMPARISONS or c_in % 8 > 0 or wide
@@ -150,7 +151,7 @@ def elementwise_tile(itemsize: int, channels: int, device: Device) -> DepthwiseT
     return DepthwiseTile(1, max(128 * (16 // itemsize) * 2 // block, 1), block, 128 // device.warp)
 
 
-def _slices(problem: Problem, picture: int, device: Device) -> int:
+def _in_l2(problem: Problem, picture: int, device: Device) -> int:
     """Pictures of which ``picture`` bytes each stay in half of L2, but enough to fill the card."""
     p, q = problem.output_size
     programs = max(ceil(p * q / 128), 1) * ceil(problem.c_in / 128)
@@ -162,10 +163,11 @@ def _slices(problem: Problem, picture: int, device: Device) -> int:
 def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = False) -> BackwardPlan:
     """The weight gradient by the clocks of one multiprocessor that each way would take, as ``separable_plan`` counts.
 
-    Fused, z is made again for every block of output channels; apart, it is written and read once, by L2. The input
-    gradient is always a product and one depthwise pass, dz between them in L2. On chip, the R * S sums of dw_dw leave
-    registers for 64 channels a program: du and r would be read again for every 64 instead of every 256, and the weights
-    for every row of pixels, by count of bytes more than dz costs.
+    Fused, z is made again for every block of output channels; apart, it is written and read once, by L2 where slices of
+    the batch that L2 holds keep the card busy (``slice_of``). The input gradient is always a product and one depthwise
+    pass, dz between them likewise. On chip, the R * S sums of dw_dw leave registers for 64 channels a program: du and r
+    would be read again for every 64 instead of every 256, and the weights for every row of pixels, by count of bytes
+    more than dz costs.
     """
     p, q = problem.output_size
     pixels, size = problem.n * p * q, problem.dtype.itemsize
@@ -182,24 +184,37 @@ def backward_plan(problem: Problem, device: Device, tf32: bool, pooled: bool = F
     again = ceil(problem.c_out / tile.outputs)
     lanes = pixels * problem.c_in * (taps + 2 * problem.s) / device.lane_rate
     fused = max((x_bytes + 2 * r_bytes) / device.memory_rate, matrix + again * lanes)
-    wgrad_slice = _slices(problem, picture, device)
-    z_rate = device.memory_rate * (2 if wgrad_slice * picture <= device.l2_bytes else 1)
-    apart = max(x_bytes / device.memory_rate + z_bytes / z_rate, lanes)
-    apart += max(2 * r_bytes / device.memory_rate + z_bytes / z_rate, matrix)
-    if fused <= apart:
+
+    def kept(slice_n: int) -> bool:
+        return slice_n * picture <= device.l2_bytes
+
+    def apart(slice_n: int, x_passes: int = 1) -> float:
+        """The depthwise kernel, which moves x, or x and dx, and the product with du and r; z or dz between them."""
+        z = z_bytes / (device.memory_rate * (2 if kept(slice_n) else 1))
+        moved = x_passes * x_bytes / device.memory_rate + z
+        return max(moved, x_passes * lanes) + max(2 * r_bytes / device.memory_rate + z, matrix)
+
+    def place(slice_n: int) -> str:
+        return "L2" if kept(slice_n) else "memory, as the host would be late with less,"
+
+    in_l2 = _in_l2(problem, picture, device)
+    wgrad_slice = slice_of(problem.n, in_l2, apart(in_l2), device)
+    dgrad_slice = slice_of(problem.n, in_l2, apart(in_l2, 2), device)
+    on_chip = fused <= apart(wgrad_slice)
+    if on_chip:
         why = f"dw_pw: z made on chip, {again} time{'s' if again > 1 else ''}"
     else:
         tile = wgrad_tile(problem.dtype, problem.c_in, 0, IDENTITY, device, tf32, pooled)
-        why = f"dw_pw: z of {wgrad_slice} pictures in L2, as making it {again} times on chip would take longer"
-    dgrad_slice = wgrad_slice
+        where = f"z of {wgrad_slice} pictures in {place(wgrad_slice)}"
+        why = f"dw_pw: {where} as making it {again} times on chip would take longer"
     depthwise = chain_backward_tile(problem, device)
     if depthwise is None:
         why += "; dx: dz in memory for the general kernels"
         dgrad_slice = max(problem.n, 1)
     else:
-        why += f"; dx: dz of {dgrad_slice} pictures in L2 between a product and one depthwise pass"
+        why += f"; dx: dz of {dgrad_slice} pictures in {place(dgrad_slice)} between a product and one depthwise pass"
     product = gradient_tile(problem.dtype, problem.c_in, device, tf32, pooled)
-    return BackwardPlan(fused <= apart, wgrad_slice, tile, dgrad_slice, product, depthwise, why)
+    return BackwardPlan(on_chip, wgrad_slice, tile, dgrad_slice, product, depthwise, why)
 
 
 def chain_backward_tile(problem: Problem, device: Device) -> Optional[DepthwiseTile]:

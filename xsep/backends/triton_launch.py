@@ -210,6 +210,12 @@ def finalize_statistics(merged: Tensor, vectors: dict[str, Optional[Tensor]], mo
 GENERAL = (16, 64)
 
 
+def _vector_width(x: Tensor, c_mid: int, *images: Tensor) -> int:
+    """Of the general kernels; with a multiplier, neighbouring channels of z are no neighbours in x."""
+    strides = [stride for t in images for stride in pixel_strides(t)]
+    return vector_width(x.element_size(), c_mid, *strides) if c_mid == x.shape[1] else 1
+
+
 def fprop_general(
     x: Tensor, weight: Tensor, y: Tensor, filter_size: tuple[int, int], prologue: Affine, epilogue: Affine,
     geometry: Geometry,
@@ -217,15 +223,17 @@ def fprop_general(
     n, c_in, h, w = x.shape
     c_mid, p, q = y.shape[1:]
     grid = ceil(c_mid / GENERAL[1]) * ceil(n * p * q / GENERAL[0])
+    vec = _vector_width(x, c_mid, x)
     args = {
         "x": x, "weight": weight, "y": y, "scale_p": prologue.scale, "shift_p": prologue.shift,
         "scale_e": epilogue.scale, "shift_e": epilogue.shift, "alpha_p": prologue.alpha, "alpha_e": epilogue.alpha,
-        "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **strides_of("sx", x, 1),
+        "n": n, "h": h, "w": w, "channel_vecs": c_mid // vec, "p": p, "q": q, **strides_of("sx", x, vec),
         "r_size": filter_size[0], "s_size": filter_size[1], **_run_time_geometry(geometry),
         "multiplier": c_mid // c_in,
     }  # fmt: skip
     constants = {
         "ACT_P": prologue.activation, "ACT_E": epilogue.activation, "PIXELS": GENERAL[0], "CHANNELS": GENERAL[1],
+        "VEC": vec,
     }  # fmt: skip
     return Launch("depthwise_general", "fprop_general", (grid,), args, constants, warps=4)
 
@@ -238,14 +246,16 @@ def dgrad_general(
     n, c_in, h, w = x.shape
     c_mid, p, q = dz.shape[1:]
     grid = ceil(c_in / GENERAL[1]) * ceil(n * h * w / GENERAL[0])
+    vec = _vector_width(x, c_mid, x, dz)
     args = {
         "x": x, "dz": dz, "weight": weight, "dx": dx, "partials": partials, "scale_p": prologue.scale,
-        "shift_p": prologue.shift, "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channels": c_in, "p": p, "q": q,
-        **strides_of("sx", x, 1), **strides_of("sd", dz, 1), "r_size": filter_size[0], "s_size": filter_size[1],
-        **_run_time_geometry(geometry), "multiplier": c_mid // c_in,
+        "shift_p": prologue.shift, "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channel_vecs": c_in // vec,
+        "p": p, "q": q, **strides_of("sx", x, vec), **strides_of("sd", dz, vec), "r_size": filter_size[0],
+        "s_size": filter_size[1], **_run_time_geometry(geometry), "multiplier": c_mid // c_in,
     }  # fmt: skip
     constants = {
         "ACT_P": prologue.activation, "WANT_AFFINE": partials is not None, "PIXELS": GENERAL[0], "CHANNELS": GENERAL[1],
+        "VEC": vec,
     }  # fmt: skip
     return Launch("depthwise_general", "dgrad_general", (grid,), args, constants, warps=4)
 
@@ -256,16 +266,23 @@ def wgrad_general(
     """partials [rows, R * S + 2, C_mid]; its rows share the output pixels."""
     n, c_in, h, w = x.shape
     c_mid, p, q = dz.shape[1:]
-    rows = partials.shape[0]
-    grid = (ceil(c_mid / GENERAL[1]) * rows, filter_size[0] * filter_size[1])
+    rows, vec = partials.shape[0], _vector_width(x, c_mid, x, dz)
+    # All on one axis: the others end at 65,535, and a filter may have more taps.
+    grid = (ceil(c_mid / GENERAL[1]) * rows * filter_size[0] * filter_size[1],)
     args = {
         "x": x, "dz": dz, "partials": partials, "scale_p": prologue.scale, "shift_p": prologue.shift,
-        "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channels": c_mid, "p": p, "q": q, **strides_of("sx", x, 1),
-        **strides_of("sd", dz, 1), "s_size": filter_size[1], **_run_time_geometry(geometry),
-        "multiplier": c_mid // c_in, "share": ceil(ceil(n * p * q / GENERAL[0]) / rows),
+        "alpha_p": prologue.alpha, "n": n, "h": h, "w": w, "channel_vecs": c_mid // vec, "p": p, "q": q,
+        **strides_of("sx", x, vec), **strides_of("sd", dz, vec), "r_size": filter_size[0], "s_size": filter_size[1],
+        **_run_time_geometry(geometry), "multiplier": c_mid // c_in, "share": ceil(ceil(n * p * q / GENERAL[0]) / rows),
     }  # fmt: skip
-    constants = {"ACT_P": prologue.activation, "PIXELS": GENERAL[0], "CHANNELS": GENERAL[1]}
+    constants = {"ACT_P": prologue.activation, "PIXELS": GENERAL[0], "CHANNELS": GENERAL[1], "VEC": vec}
     return Launch("depthwise_general", "wgrad_general", grid, args, constants, warps=4)
+
+
+def round_weights(weight: Tensor, rounded: Tensor) -> Launch:
+    """weight -> rounded, to the nearest TF32 numbers; both contiguous float32."""
+    args = {"weight": weight, "rounded": rounded, "elements": weight.numel()}
+    return Launch("tf32", "round_weights", (ceil(weight.numel() / 1024),), args, {"ELEMENTS": 1024}, warps=4)
 
 
 @dataclass(frozen=True)
@@ -273,7 +290,7 @@ class SeparableTensors:
     """What the fused kernel reads and writes besides the affines; images have channels of stride 1."""
 
     x: Tensor  # [N, C_in, H, W]
-    w_pw: Tensor  # [C_out, C_mid]
+    w_pw: Tensor  # [C_out, C_mid]; from round_weights where float32 is multiplied as TF32
     y: Tensor  # [N, C_out, P, Q], dense
     weight: Optional[Tensor] = None  # [R * S, C_mid]; None: no depthwise convolution
     bias: Optional[Tensor] = None  # [C_out]

@@ -84,18 +84,20 @@ def show(result: dict[str, Any]) -> None:
     table.add_column("way", no_wrap=True)
     for heading in ("forward us", "x floor", "backward us", "x floor"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    notes = []
     for way in result["ways"]:
         if "refused" in way:
-            table.add_row(way["way"], "", "", "", "", f"cannot run: {way['refused']}")
+            notes.append(f"{way['way']}: cannot run: {way['refused']}")
             continue
         cells = []
         for direction in DIRECTIONS:
             us = way[f"{direction}_us"]
             cells += [f"{us:.1f}", f"{us / floors[direction]:.2f}" if math.isfinite(us) else ""]
-        planned = "" if way["as_planned"] else "not how it is run here: "
-        table.add_row(way["way"], *cells, planned + way["note"])
+        table.add_row(way["way"], *cells)
+        notes.append(f"{way['way']}: {'' if way['as_planned'] else 'not how it is run here: '}{way['note']}")
     console.print(table)
+    for note in notes:  # a column of the table would be too narrow for them in most terminals
+        console.print(f"  {note}", markup=False, highlight=False)
     for direction in DIRECTIONS:
         model, auto = result["model_takes"][direction], result["auto_takes"][direction]
         console.print(f"{direction}: {model['backend']}: {model['why']}", markup=False, highlight=False)

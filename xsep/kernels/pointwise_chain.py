@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .activations import activate, affine
 from .raw_gradients import raw_gradient
+from .tf32 import operand
 
 
 @triton.jit(
@@ -18,7 +19,7 @@ from .raw_gradients import raw_gradient
 )  # fmt: skip
 def pointwise_fprop(
     x,  # [N, H, W, C_in], strides sx_n, sx_h, sx_w in units of VEC
-    w_pw,  # [C_out, C_in]
+    w_pw,  # [C_out, C_in]; rounded beforehand where PRECISION is "tf32"
     y,  # [N, H, W, C_out], contiguous
     partials,  # [pixel tiles, 3, C_out] float32: K, S, Q of the rounded y; may be None
     counts,  # [pixel tiles] int32: pixels of each; may be None
@@ -64,7 +65,7 @@ def pointwise_fprop(
         v = tl.load(x + (start[:, None] + c[None, :]), mask=m_ok[:, None] & c_ok[None, :], other=0.0)
         v = activate(affine(v.to(tl.float32), scale_p, shift_p, c, c_ok), alpha_p, ACT_P).to(x.dtype.element_ty)
         filters = tl.load(w_pw + (o[:, None] * ins + c[None, :]), mask=o_ok[:, None] & c_ok[None, :], other=0.0)
-        acc = tl.dot(v, tl.trans(filters), acc, input_precision=PRECISION)
+        acc = tl.dot(operand(v, PRECISION), tl.trans(filters), acc, input_precision=PRECISION)
     mask = m_ok[:, None] & o_ok[None, :]
     rounded = acc.to(y.dtype.element_ty)
     tl.store(y + (m[:, None] * outs + o[None, :]), rounded, mask=mask)
@@ -88,7 +89,7 @@ def pointwise_dgrad(
     taps,  # uint8, like du; may be None
     r,  # [N, P, Q, C_out], contiguous
     coef,  # [3, C_out] float32
-    w_pw,  # [C_out, C_in]
+    w_pw,  # [C_out, C_in]; rounded beforehand where PRECISION is "tf32"
     dz,  # [N, P, Q, C_in], contiguous
     pixels,  # N * P * Q
     p,
@@ -126,5 +127,5 @@ def pointwise_dgrad(
         dr = raw_gradient(du, taps, r, coef, m, m_ok, o, o_ok, outs, p, q, pooled_p, pooled_q, top, left)
         rows = o.to(tl.int64) if WIDE else o
         filters = tl.load(w_pw + (rows[:, None] * ins + c[None, :]), mask=o_ok[:, None] & c_ok[None, :], other=0.0)
-        acc = tl.dot(dr, filters, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(dr, PRECISION), filters, acc, input_precision=PRECISION)
     tl.store(dz + (m[:, None] * ins + c[None, :]), acc.to(dz.dtype.element_ty), mask=m_ok[:, None] & c_ok[None, :])

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .activations import activate, affine, scaled, vector
 from .rows import add, stacked
+from .tf32 import operand
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def separable_fprop(
     addend,  # like x, both contiguous; added after scale_p and shift_p; may be None
     x_pre,  # like them: the prologue before its activation; written if there is an addend
     weight,  # [R * S, C_mid], may be None
-    w_pw,  # [C_out, C_mid]
+    w_pw,  # [C_out, C_mid]; rounded beforehand where PRECISION is "tf32"
     residual,  # [N, P, Q, C_out], contiguous, may be None
     y,  # [N, P, Q, C_out], contiguous
     partials,  # [pixel tiles, 3, C_out] float32: K, S, Q of the rounded y; may be None
@@ -261,7 +262,7 @@ def separable_fprop(
         mids = ()
         for i in tl.static_range(ROWS * SIDE):
             z = activate(affine(zs[i], scale_m, shift_m, c, c_ok), alpha_m, ACT_M)
-            mids = mids + (z.to(filters.dtype),)
+            mids = mids + (operand(z.to(filters.dtype), PRECISION),)
         new = ()
         for i in tl.static_range(PARTS):
             z = stacked(mids[i * (PART // COLS) : (i + 1) * (PART // COLS)])

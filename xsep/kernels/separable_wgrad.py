@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .activations import activate, scaled, vector
 from .raw_gradients import raw_gradient
+from .tf32 import operand
 
 
 @triton.jit(
@@ -143,6 +144,7 @@ def separable_wgrad_pw(
             dr = raw_gradient(du, taps, r, coef, pixel, ok, o, o_ok, outs, p, q, pooled_p, pooled_q, top, left)
             # The tile may reach past the picture, where taps still meet pixels of x, which may be no numbers.
             z = tl.where(ok[:, None], zs[i], 0.0).to(x.dtype.element_ty)
+            dr, z = operand(dr, PRECISION), operand(z, PRECISION)
             acc = tl.dot(tl.trans(dr), z, acc, input_precision=PRECISION)
     at = partials + group.to(tl.int64) * outs * ins + (o.to(tl.int64)[:, None] * ins + c[None, :])
     mask = o_ok[:, None] & c_ok[None, :]

@@ -61,9 +61,10 @@ class Differentiable:
 
     def below_autograd(self, args: Args, backend: str, problem: Problem) -> Tensor:
         """y without a gradient: straight to the kernel where nobody can be watching the op, which saves 80 us."""
-        with torch._C._AutoDispatchBelowAutograd():
-            if _unwatched(args[: self.op.tensors]):
+        if _unwatched(args[: self.op.tensors]):
+            with _below_autograd():
                 return self.op.forward(args, backend, problem)
+        with torch._C._AutoDispatchBelowAutograd():
             return self.op.forward_op(*args, backend)
 
     def eager_backward(self, dy: Tensor, y: Optional[Tensor], *inputs: Any) -> Sequence[Optional[Tensor]]:
@@ -71,7 +72,7 @@ class Differentiable:
         *flat, backend, problem, wanted = inputs
         if torch.is_grad_enabled() or not _unwatched((dy, y, *flat[: self.op.tensors])):
             return self.op.backward_op(dy, y, *flat, backend, wanted)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return self.op.backward(dy, y, self.op.args(*flat), backend, problem, wanted)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,6 +115,10 @@ class Differentiable:
         if direct and op.residual is not None:
             gradients[op.residual] = dy
         return (*gradients, *[None] * len(ctx.rest))
+
+
+#: Below autograd, and below what takes note of views: a y that was laid out by one could else not be changed in place.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def _unwatched(tensors: Sequence[Any]) -> bool:

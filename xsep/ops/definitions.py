@@ -24,6 +24,7 @@ from ..problem import (
     depthwise_problem,
     separable_problem,
 )
+from .inside import inside_op
 from .layout import conform, conform_gradients, fake_forward, fake_gradients
 
 Args = Union[SeparableArgs, DepthwiseArgs]
@@ -56,8 +57,8 @@ class ConvOp:
     run_backward: Callable[[Backend, Tensor, Any, Optional[Tensor], list[bool]], Gradients]
 
     def forward(self, args: Args, backend: str, problem: Problem) -> Tensor:
-        """The op itself. Autocast has had its say where it was called; inside, types stay as they are."""
-        with torch._C._DisableAutocast():
+        """The op itself."""
+        with inside_op():
             y = self.run(select(problem, backend), args)
         return conform(y, problem.memory_format)
 
@@ -67,7 +68,7 @@ class ConvOp:
         if not choice(problem, backend, "backward").left:
             return None
         select(problem, backend)  # for who is recording
-        with torch._C._DisableAutocast():
+        with inside_op():
             return conform(self.run(ATEN, args), problem.memory_format)
 
     def backward(
@@ -75,7 +76,7 @@ class ConvOp:
     ) -> list[Optional[Tensor]]:
         """The backward op itself, but None where the op gives an empty tensor."""
         tensors: tuple[Any, ...] = args[: self.tensors]
-        with torch._C._DisableAutocast():
+        with inside_op():
             gradients = self.run_backward(select(problem, backend, "backward"), dy, args, y, wanted)
         return conform_gradients(gradients, tensors, self.weights, wanted, problem.memory_format, dy)
 

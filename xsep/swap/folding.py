@@ -124,7 +124,7 @@ class FoldedNorm:
         norm = self.norm
         bias = None if self.conv is None else self.conv.bias
         tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias, bias)
-        if torch.compiler.is_compiling() or not _may_keep(tensors):
+        if torch.compiler.is_compiling() or not _may_keep(tensors) or _are_captured(tensors):
             return self._compute(*tensors)
         stamp = [(t, t._version, t.data_ptr(), norm.eps) for t in tensors if t is not None]
         if self.kept is not None and _same(self.kept[0], stamp):
@@ -132,7 +132,7 @@ class FoldedNorm:
         # Kept vectors may be saved for a later backward, which inference tensors cannot be.
         with torch.inference_mode(False), torch.no_grad():
             vectors = self._compute(*tensors)
-        if type(vectors[0]) is Tensor and not (vectors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        if type(vectors[0]) is Tensor:
             self.kept = (stamp, vectors)
         return vectors
 
@@ -157,6 +157,11 @@ def _may_keep(tensors: tuple[Optional[Tensor], ...]) -> bool:
         if t is not None and ((grad and t.requires_grad) or t.is_inference() or type(t) not in (Tensor, nn.Parameter)):
             return False
     return True
+
+
+def _are_captured(tensors: tuple[Optional[Tensor], ...]) -> bool:
+    """Whether a CUDA graph is being made: it would go on reading vectors that are no longer kept."""
+    return any(t is not None and t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def _same(old: list[Any], new: list[Any]) -> bool:

@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).resolve().parent.parent
 #: Written by setup.py into the package where csrc/ does not lie beside it: the digest of each folder of csrc it built.
 BUILT = PACKAGE / "_csrc.sha256"
 
-_SHARED = ("problem.py", "activations.py", "backends/base.py")
+_SHARED = ("problem.py", "activations.py", "backends/base.py", "backends/pointwise.py")
 #: What each backend is made of: Python sources by glob within the package, then folders of csrc.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "aten": (("backends/aten.py",), ()),
-    "cpu": (("backends/cpu.py",), ("common", "cpu")),
+    "cpu": (("repeated.py", "backends/cpu.py", "backends/packed_weights.py"), ("common", "cpu", "eager")),
     "triton": (("backends/triton*.py", "backends/chain*.py", "kernels/*.py"), ()),
-    "cuda": (("backends/cuda.py", "backends/chain*.py"), ("common", "cuda")),
+    "cuda": (("repeated.py", "backends/cuda.py", "backends/chain*.py"), ("common", "cuda", "eager")),
 }
 _SOURCES = (".cpp", ".cu", ".cuh", ".h")
 
@@ -32,7 +32,7 @@ def of_folder(folder: Path) -> str:
 
 def of_csrc(csrc: Path) -> dict[str, str]:
     """The digest of each folder of csrc that a backend is made of."""
-    return {name: of_folder(csrc / name) for name in ("common", "cpu", "cuda")}
+    return {name: of_folder(csrc / name) for name in ("common", "cpu", "cuda", "eager")}
 
 
 def _csrc() -> dict[str, str]:

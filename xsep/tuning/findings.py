@@ -26,6 +26,8 @@ from . import digest
 FORMAT = 1
 TABLES = Path(__file__).resolve().parent / "tables"
 DIRECTIONS = ("forward", "backward")
+#: Backends that no machine without a card can hold to their tests.
+VERIFIED_BY_CARDS = ("cuda", "triton")
 
 #: Files that could not be written and were complained of: once is enough.
 _complained: set[Path] = set()
@@ -72,6 +74,11 @@ class Findings:
         """Whether what is said here of a backend, or of one of its ways, is about the sources at hand."""
         name = backend.split(",")[0]
         return name in digest.PARTS and self.digests.get(name) == digest.sources(name)
+
+    def vouches_for(self, backend: str) -> bool:
+        """Whether its times may be followed: it is trusted, and where only a card can verify it, it has been."""
+        name = backend.split(",")[0]
+        return self.trusted(backend) and (name not in VERIFIED_BY_CARDS or name in self.verified)
 
 
 def problem_key(problem: Problem) -> str:
@@ -187,7 +194,7 @@ def lookup(problem: Problem, card: Card) -> Optional[tuple[Finding, str]]:
         found = table.entries.get(problem_key(problem))
         if found is None:
             continue
-        times = {d: {n: us for n, us in t.items() if table.trusted(n)} for d, t in found.times.items()}
+        times = {d: {n: us for n, us in t.items() if table.vouches_for(n)} for d, t in found.times.items()}
         if any("aten" in t for t in times.values()):
             return Finding(found.problem, times, found.refused), f"the shipped table for {table.card}, {table.date}"
     return None

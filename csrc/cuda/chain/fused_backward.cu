@@ -1,7 +1,7 @@
 // A layer's backward in one pass: the choice of a kernel, and the second stage of dw_pw.
 #include "fused_backward.h"
 
-#include "../launch.cuh"
+#include "../depthwise/row_sums.cuh"
 
 namespace xsep::cuda {
 
@@ -10,20 +10,12 @@ void launch_fused_backward(const FusedBackwardParams& p, cudaStream_t stream);
 
 namespace {
 
-constexpr int kSumThreads = 256;
-
-// Adds the partials, one element a thread, in the order of the rows.
+// Of dw_pw, each CTA and share of its warps has left a partial.
 __global__ void __launch_bounds__(kSumThreads) sum_dw_pw_kernel(const __grid_constant__ FusedBackwardParams p) {
   const int count = p.gradient.shape.c * p.depthwise.shape.c_in;
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= count) return;
-  const int rows = p.plan.workers * p.plan.shares;
-  double total = 0.0;
-#pragma unroll 4
-  for (int row = 0; row < rows; ++row) {
-    total += static_cast<double>(p.dw_pw_partials[static_cast<int64_t>(row) * count + i]);
-  }
-  p.dw_pw[i] = static_cast<float>(total);
+  const int64_t i = column_of_thread();
+  sum_rows(p.dw_pw_partials, p.plan.workers * p.plan.shares, count, i < count,
+           [&](float total) { p.dw_pw[i] = total; });
 }
 
 }  // namespace
@@ -36,8 +28,7 @@ void fused_backward(const FusedBackwardParams& p, cudaStream_t stream) {
     launch_fused_backward<__nv_bfloat16>(p, stream);
   }
   const int count = p.gradient.shape.c * p.depthwise.shape.c_in;
-  const LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(count, kSumThreads))), kSumThreads, 0};
-  launch(sum_dw_pw_kernel, "sum_dw_pw_kernel", shape, stream, p);
+  launch(sum_dw_pw_kernel, "sum_dw_pw_kernel", row_sums_launch(count), stream, p);
 }
 
 }  // namespace xsep::cuda

@@ -118,9 +118,10 @@ __device__ __forceinline__ void load_x(const FusedBackwardParams& p, const Chain
   }
 }
 
-// z of the tile.
+// z of the tile, zero outside the picture: windows there may reach into it, and what overflows would be NaN times dr.
 template <class T>
-__device__ __forceinline__ void form_z(const FusedBackwardParams& p, const FusedBackwardMemory& memory) {
+__device__ __forceinline__ void form_z(const FusedBackwardParams& p, const ChainTile& tile,
+                                       const FusedBackwardMemory& memory) {
   const ChainBackwardPlan& plan = p.plan;
   const StripThread thread(p.depthwise.shape.c_in);
   if (!thread.active) return;
@@ -130,8 +131,11 @@ __device__ __forceinline__ void form_z(const FusedBackwardParams& p, const Fused
     const int row = strip / kStripsAcross, column = strip % kStripsAcross * kStripWidth;
     const unsigned char* source = memory.x.get() + (row * kHaloColumns + column) * plan.pitch_in + channels * 2;
     float z[kStripWidth][kChainVec] = {};
-    slide_window<T, 3, 1>(z, source, plan.pitch_in, kHaloColumns * plan.pitch_in, memory.taps.get() + channels,
-                          p.depthwise.shape.c_in);
+    if (tile.row + row < p.depthwise.shape.h) {
+      slide_window<T, 3, 1>(z, source, plan.pitch_in, kHaloColumns * plan.pitch_in, memory.taps.get() + channels,
+                            p.depthwise.shape.c_in);
+      Columns<kStripWidth>{tile.column + column, p.depthwise.shape.w}.clear_others(z);
+    }
     unsigned char* out = memory.z.get() + (row * kChainTileColumns + column) * plan.pitch_in;
 #pragma unroll
     for (int j = 0; j < kStripWidth; ++j) write_pixel<T>(out + j * plan.pitch_in, channels, z[j]);
@@ -181,13 +185,17 @@ __device__ __forceinline__ void form_dx(StripSums& total, const FusedBackwardPar
     float scale[kChainVec], shift[kChainVec];
     affines.read(scale, 0, thread.vector);
     affines.read(shift, 1, thread.vector);
-    // Pixel by pixel: all at once take more registers than are left.
+    // Half by half: all at once take more registers than are left.
+    constexpr int kHalf = kStripWidth / 2;
 #pragma unroll
-    for (int k = 0; k < kStripWidth; ++k) {
-      float pixel[1][kChainVec], gradient[1][kChainVec];
-      raw.pixel[k].widen(pixel[0]);
+    for (int k = 0; k < kStripWidth; k += kHalf) {
+      float pixel[kHalf][kChainVec], gradient[kHalf][kChainVec];
 #pragma unroll
-      for (int v = 0; v < kChainVec; ++v) gradient[0][v] = dx[0][k][v];
+      for (int l = 0; l < kHalf; ++l) {
+        raw.pixel[k + l].widen(pixel[l]);
+#pragma unroll
+        for (int v = 0; v < kChainVec; ++v) gradient[l][v] = dx[0][k + l][v];
+      }
       finish_gradient<T>(gradient, total.sums, p.depthwise.epilogue, {p.depthwise.x, p.depthwise.dx, s.h, s.w, s.c_in},
                          {tile.picture, row, column + k, at + k * s.c_in}, c, pixel, scale, shift, activation,
                          [&](int m, float (&centre)[kChainVec]) { affines.read(centre, 2 + m, thread.vector); });
@@ -230,7 +238,7 @@ __global__ void __launch_bounds__(kChainThreads, 1)
     form_dr<T>(p, tile, memory);
     load_x<T>(p, tile, memory);
     __syncthreads();
-    form_z<T>(p, memory);
+    form_z<T>(p, tile, memory);
     form_dz<T>(p.plan, memory);
     __syncthreads();
     add_to_dw_pw<T>(dw_pw, p.plan, memory);

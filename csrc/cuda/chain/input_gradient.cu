@@ -2,6 +2,7 @@
 // stages, each in a fixed order.
 #include "input_gradient.h"
 
+#include "../depthwise/row_sums.cuh"
 #include "../gradient_epilogue.cuh"
 #include "images.cuh"
 
@@ -72,14 +73,10 @@ __global__ void __launch_bounds__(kImageThreads, 2)
   });
 }
 
-// The second stage, one sum a thread, in the order of the workers.
-__global__ void __launch_bounds__(kImageThreads) sum_partials_kernel(const __grid_constant__ InputGradientParams p) {
-  const int64_t count = static_cast<int64_t>(p.epilogue.sums) * p.shape.c;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  double total = 0.0;
-  for (int worker = 0; worker < p.plan.workers; ++worker) total += static_cast<double>(p.partials[worker * count + i]);
-  p.sums[i] = static_cast<float>(total);
+// The second stage.
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const __grid_constant__ InputGradientParams p) {
+  const int64_t count = static_cast<int64_t>(p.epilogue.sums) * p.shape.c, i = column_of_thread();
+  sum_rows(p.partials, p.plan.workers, count, i < count, [&](float total) { p.sums[i] = total; });
 }
 
 }  // namespace
@@ -91,8 +88,7 @@ void input_gradient(const InputGradientParams& p, cudaStream_t stream) {
            image_launch(p.plan, lane_sums_bytes(p.plan, 1 + kMostOperands)), stream, p);
   });
   const int64_t count = static_cast<int64_t>(p.epilogue.sums) * p.shape.c;
-  const LaunchShape shape{dim3(static_cast<unsigned>((count + kImageThreads - 1) / kImageThreads)), kImageThreads, 0};
-  launch(sum_partials_kernel, "sum_partials_kernel", shape, stream, p);
+  launch(sum_partials_kernel, "sum_partials_kernel", row_sums_launch(count), stream, p);
 }
 
 }  // namespace xsep::cuda

@@ -122,6 +122,10 @@ inline RawGradientParams raw_gradient_of(const RawGradientTensors& tensors, cons
   return p;
 }
 
-inline bool is_aligned(const RawGradientParams& p) { return is_aligned(p.du) && is_aligned(p.taps) && is_aligned(p.r); }
+// Of du and r 16 bytes are read at a time, and as many taps as those are channels: a picture's may start there where
+// its du does not start on 16 taps.
+inline bool is_aligned(const RawGradientParams& p) {
+  return is_aligned(p.du) && is_aligned(p.taps, 16 / element_bytes(p.type)) && is_aligned(p.r);
+}
 
 }  // namespace xsep::cuda

@@ -4,6 +4,7 @@
 #include "../channels.cuh"
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
+#include "row_sums.cuh"
 
 namespace xsep::cuda {
 
@@ -87,6 +88,11 @@ __device__ __forceinline__ float chain_gradient(const DepthwiseBpropParams& p, f
   return d[0][0];
 }
 
+// Whether anybody wants what the general dgrad adds up of dx.
+__host__ __device__ __forceinline__ bool has_sums(const DepthwiseBpropParams& p) {
+  return p.epilogue.sums > 0 || p.dscale != nullptr || p.dshift != nullptr;
+}
+
 // dx and this CTA's share of the sums. A CTA has 32 channels; its threads take pixels in turn.
 template <class T>
 __global__ void __launch_bounds__(kGeneralThreads, 3)
@@ -117,6 +123,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 3)
       if (p.dx != nullptr) static_cast<T*>(p.dx)[at] = from_float<T>(dx);
     }
   }
+  if (!has_sums(p)) return;  // nor rows of partials for so many CTAs
   SharedArena arena;
   const SharedBuffer<float> scratch = arena.take<float>(kMostGradientSums * kGeneralThreads);
   for (int i = 0; i < kMostGradientSums; ++i) scratch[i * kGeneralThreads + static_cast<int>(threadIdx.x)] = sums[i];
@@ -163,29 +170,23 @@ __global__ void __launch_bounds__(kGeneralThreads)
   p.partials[(static_cast<int64_t>(worker) * (taps + kMostGradientSums) + tap) * s.c_mid + c_mid] = total;
 }
 
-// The second stage: adds the partials, one output a thread, in the order of the rows.
+// The second stage.
 template <class T>
-__global__ void __launch_bounds__(kGeneralThreads)
-    sum_bprop_partials_kernel(const __grid_constant__ SumPartialsParams p) {
+__global__ void __launch_bounds__(kSumThreads) sum_bprop_partials_kernel(const __grid_constant__ SumPartialsParams p) {
   const ConvShape& s = p.shape;
   const int taps = s.r * s.s, entries = taps + kMostGradientSums;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= static_cast<int64_t>(entries) * s.c_mid) return;
-  const int entry = static_cast<int>(i / s.c_mid);
-  const int64_t c = i % s.c_mid;
-  if (entry >= taps && c >= s.c_in) return;
-  if (entry < taps ? p.dw_dw == nullptr : p.vectors[entry - taps] == nullptr) return;
-  double total = 0.0;
-#pragma unroll 4
-  for (int row = 0; row < p.rows; ++row) {
-    total += static_cast<double>(p.partials[(static_cast<int64_t>(row) * entries + entry) * s.c_mid + c]);
-  }
-  const float result = static_cast<float>(total);
-  if (entry < taps) {
-    static_cast<T*>(p.dw_dw)[c * taps + entry] = from_float<T>(result);
-  } else {
-    p.vectors[entry - taps][c] = result;
-  }
+  const int64_t columns = static_cast<int64_t>(entries) * s.c_mid, column = column_of_thread();
+  const int entry = static_cast<int>(column / s.c_mid);
+  const int64_t c = column % s.c_mid;
+  float* vector = entry >= taps && entry < entries && c < s.c_in ? p.vectors[entry - taps] : nullptr;
+  const bool wanted = entry < taps ? p.dw_dw != nullptr : vector != nullptr;
+  sum_rows(p.partials, p.rows, columns, wanted, [&](float total) {
+    if (entry < taps) {
+      static_cast<T*>(p.dw_dw)[c * taps + entry] = from_float<T>(total);
+    } else {
+      vector[c] = total;
+    }
+  });
 }
 
 template <class T>
@@ -198,8 +199,8 @@ void run(const DepthwiseBpropParams& p, cudaStream_t stream) {
   }
   constexpr int kBytes = kGeneralThreads * static_cast<int>(sizeof(float));
   if (p.dx != nullptr || p.dscale != nullptr || p.dshift != nullptr) {
-    const LaunchShape shape{grid(p.plan.workers, ceil_div(s.c_in, kLanes)), kGeneralThreads,
-                            kMostGradientSums * kBytes};
+    const int workers = has_sums(p) ? p.plan.workers : p.plan.dgrad_workers;
+    const LaunchShape shape{grid(workers, ceil_div(s.c_in, kLanes)), kGeneralThreads, kMostGradientSums * kBytes};
     launch(depthwise_dgrad_general_kernel<T>, "depthwise_dgrad_general_kernel", shape, stream, p);
   }
   if (p.dw_dw != nullptr || p.epilogue.sums > 0) {
@@ -210,9 +211,8 @@ void run(const DepthwiseBpropParams& p, cudaStream_t stream) {
 
 template <class T>
 void run_sums(const SumPartialsParams& p, cudaStream_t stream) {
-  const int64_t outputs = static_cast<int64_t>(bprop_partial_rows(p.shape)) * p.shape.c_mid;
-  const auto blocks = static_cast<unsigned>((outputs + kGeneralThreads - 1) / kGeneralThreads);
-  launch(sum_bprop_partials_kernel<T>, "sum_bprop_partials_kernel", {dim3(blocks), kGeneralThreads, 0}, stream, p);
+  const int64_t columns = static_cast<int64_t>(bprop_partial_rows(p.shape)) * p.shape.c_mid;
+  launch(sum_bprop_partials_kernel<T>, "sum_bprop_partials_kernel", row_sums_launch(columns), stream, p);
 }
 
 }  // namespace

@@ -53,7 +53,10 @@ inline Tensor run_depthwise_fprop(DepthwiseFpropParams p, const Tensor& x, const
   Tensor y = new_nhwc(x, s.n, s.c_mid, s.p, s.q);
   p.y = y.mutable_data_ptr();
   const DeviceScope device(x, p);
-  const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.residual) && is_aligned(p.x_pre);
+  // A slice of a batch starts where its first picture does: on whole vectors, not always on 16 bytes.
+  const int vector_bytes = kFpropVec * element_bytes(p.type);
+  const bool aligned = is_aligned(p.x, vector_bytes) && is_aligned(p.y, vector_bytes) &&
+                       is_aligned(p.residual, vector_bytes) && is_aligned(p.x_pre, vector_bytes);
   p.plan = plan_depthwise_fprop(s, element_bytes(p.type), aligned, device.properties(p));
   if (statistics == nullptr) {
     depthwise_fprop(p, device.stream());
@@ -95,7 +98,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_depthwise_bprop(
   p.dshift = wanted[3] ? static_cast<float*>(dshift.mutable_data_ptr()) : nullptr;
 
   const DeviceScope device(x, p);
-  const bool aligned = is_aligned(p.x) && is_aligned(p.dz) && is_aligned(p.dx);
+  const int vector_bytes = bprop_vec(s.r) * element_bytes(p.type);
+  const bool aligned =
+      is_aligned(p.x, vector_bytes) && is_aligned(p.dz, vector_bytes) && is_aligned(p.dx, vector_bytes);
   p.plan = plan_depthwise_bprop(s, element_bytes(p.type), aligned, device.properties(p));
   Tensor partials = new_flat(x, {p.plan.workers, bprop_partial_rows(s), s.c_mid}, ScalarType::Float);
   p.partials = static_cast<float*>(partials.mutable_data_ptr());

@@ -106,6 +106,7 @@ class DiagonalDepthwise {
         }
       }
       if (__any_sync(0xffffffffu, is_nan(largest))) make_again(first, unit);
+      __syncwarp();  // ldmatrix wants all lanes, and they may have gone several ways
       weights += on_diagonal ? 16 * kChannel : 0;
 #pragma unroll
       for (int& row : source) row += 32;

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p, memory, copied);
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
-      if ((turn == 0) == (thread_index_again() < kFusedThreads / 2)) {
+      if ((turn == 0) == (static_cast<int>(thread_index_again()) / 32 * 2 < plan.warps)) {
         if (!windowed.exists(plan)) continue;
         if (plan.chunk_log2 == 7) {
           make_z<T, K, STRIDE, 128>(p, memory, windowed, memory.halo[next], memory.z[even ^ 1]);

@@ -342,6 +342,9 @@ Translation translation(const void* kernel) {
   return found->second;
 }
 
+// The kernels and grids of launches since somebody asked.
+std::string launches;
+
 void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {
   const int threads = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
   if (threads < 1 || threads > 1024) throw std::runtime_error(std::string(name) + ": impossible block size");
@@ -349,6 +352,7 @@ void run(const char* name, dim3 grid_dim, dim3 block_dim, size_t shared_bytes, c
   if (grid_dim.x == 0 || grid_dim.y == 0 || grid_dim.y > 65535 || grid_dim.z == 0 || grid_dim.z > 65535) {
     throw std::runtime_error(std::string(name) + ": impossible grid");
   }
+  launches += std::string(name) + " " + std::to_string(grid_dim.x) + " " + std::to_string(grid_dim.y) + "\n";
   kernel_name = name;
   kernel = &body;
   error.clear();
@@ -377,6 +381,14 @@ uint64_t emulate_counts[16];
 // From here on, this kernel runs as its PTX says.
 void emulate_translation(const void* kernel, emulator::Translation translated) {
   emulator::translations[kernel] = translated;
+}
+
+// A line each: kernel, grid.x and grid.y. They are forgotten with the next call.
+const char* emulate_launches() {
+  static std::string told;
+  told.swap(emulator::launches);
+  emulator::launches.clear();
+  return told.c_str();
 }
 
 int emulate_translated_launches() { return emulator::translated_launches; }

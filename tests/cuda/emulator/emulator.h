@@ -147,6 +147,8 @@ inline bool __any_sync(unsigned mask, bool mine) {
   return any;
 }
 
+inline void __syncwarp() { emulator::gather("__syncwarp", char()); }
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   if (mask != 0xffffffffu) emulator::fail("__shfl_xor_sync with a partial mask");

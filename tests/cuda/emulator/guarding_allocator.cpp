@@ -30,7 +30,7 @@ struct GuardingAllocator final : c10::Allocator {
     if (bytes > 0) {
       const size_t all = (bytes + 2 * kMargin + kAlignment - 1) / kAlignment * kAlignment;
       auto* block = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, all));
-      TORCH_CHECK(block != nullptr, "no memory for ", bytes, " bytes");
+      TORCH_CHECK(block != nullptr, "can't allocate memory: ", bytes, " bytes");
       std::memset(block, kPoison, all);
       data = block + kMargin;
       const std::lock_guard lock(mutex);

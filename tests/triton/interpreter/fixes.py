@@ -3,8 +3,9 @@
 Up to Triton 3.9: a bfloat16 ``dot`` multiplies the bit patterns, a cast to bfloat16 truncates, and scalars are arrays
 of one element, which NumPy 2.4 no longer turns into loop bounds. ``test_fixes`` shows that they are still needed; when
 it fails, the interpreter has been repaired and the fix can go. Triton 3.9 takes masks of one bit alone, but makes
-integers of a comparison of scalars when it is spread over a block. And ``erf`` is called element by element, which
-takes most of the time of a test with gelu.
+integers of a comparison of scalars when it is spread over a block. A ``dot`` in TF32 multiplies all of float32, where
+a tensor core drops the low 13 bits. And ``erf`` is called element by element, which takes most of the time of a test
+with gelu.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
@@ -38,6 +40,11 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def truncate(values: np.ndarray) -> np.ndarray:
+    """float32 as a tensor core reads it for a product in TF32."""
+    return (np.ascontiguousarray(values).view(np.uint32) & 0xFFFFE000).view(np.float32)
+
+
 def cast_impl(self: Any, source: Any, target: Any) -> Any:
     old, new = source.dtype.scalar, target.scalar
     if old == tl.bfloat16 and new != tl.bfloat16:
@@ -52,6 +59,8 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
         left, right = (widen(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
         return Handle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
+    if a.dtype.scalar == tl.float32 and rest[0] == INPUT_PRECISION.TF32:
+        a, b = (Handle(truncate(t.data), tl.float32) for t in (a, b))
     return original_dot(self, a, b, d, *rest)
 
 

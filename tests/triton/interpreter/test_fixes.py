@@ -69,3 +69,17 @@ def test_rounding_is_to_nearest_even_and_keeps_nan() -> None:
     expected = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(fixes.narrow(values.numpy()), expected)
     assert np.isnan(fixes.widen(fixes.narrow(np.array([np.nan], np.float32)))).all()
+
+
+def test_tf32_is_exact_without_the_fix_and_cut_off_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+
+    def product() -> torch.Tensor:
+        c = torch.empty(16, 16)
+        _product[(1,)](a, b, c, 16)
+        return c.double()
+
+    cut = [torch.from_numpy(fixes.truncate(t.numpy())).double() for t in (a, b)]
+    assert float((product() - cut[0] @ cut[1]).abs().max()) < 1e-4 < float((product() - a.double() @ b.double()).norm())
+    monkeypatch.setattr(fixes.Builder, "create_dot", fixes.original_dot)
+    assert float((product() - a.double() @ b.double()).abs().max()) < 1e-5

@@ -35,6 +35,7 @@ FAST = [
 ]  # fmt: skip
 GENERAL = [
     Case(n=1, h=6, w=5, filter=(9, 3), padding=(1, 1, 4, 4), activations=("relu", None, None), layout="sliced"),
+    Case(n=1, c_in=24, h=6, w=5, filter=(9, 3), padding=(1, 1, 4, 4), dtype=torch.bfloat16, vectors=("scale_p",)),
     Case(filter=(3, 3), stride=(3, 3), vectors=("scale_p", "shift_p"), activations=("silu", "relu", None)),
     Case(op="depthwise", h=4, filter=(1, 11), padding=(5, 5, 0, 0), dtype=torch.bfloat16),
     Case(op="depthwise", multiplier=3, vectors=VECTORS, activations=("relu", None, "gelu"), layout="sliced"),

@@ -32,9 +32,13 @@ def _finalize(
 ) -> Outputs:  # fmt: skip
     _finalize_checked(partials, counts, gamma, beta, running_mean, running_var)
     chosen = select_for(partials.device, partials.dtype, backend)
-    return chosen.bn_finalize(
+    found = chosen.bn_finalize(
         partials, counts, gamma, beta, running_mean, running_var, batches, momentum, eps
     )  # fmt: skip
+    # Kernels write through addresses: whoever has saved these, or what came of them, has to be told.
+    changed = [t for t in (running_mean, running_var) if t is not None and not t.is_inference()]
+    torch.autograd.graph.increment_version(changed)
+    return found
 
 
 def _finalize_fake(

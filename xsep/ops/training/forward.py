@@ -47,7 +47,10 @@ def _sep_fprop_fake(
     r = images(x, x.shape[0], w_pw.shape[0], *problem.output_size)
     partials, counts = nothing(x), nothing(x).int()
     if statistics:
-        partials, counts = fake_statistics(r, select(problem, backend).tiles(problem))
+        # Where the batch is a symbol, nobody can say into how many tiles a plan will cut it.
+        known = isinstance(problem.n, int)
+        tiles = select(problem, backend).tiles(problem) if known else torch.library.get_ctx().new_dynamic_size()
+        partials, counts = fake_statistics(r, tiles)
     return r, partials, counts, nothing(x) if residual is None else images(x, *x.shape)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
 from ...backends.chain import wide
 from ..definitions import LIBRARY
+from ..inside import inside_op
 from ..layout import conform
 
 Outputs = tuple[Tensor, ...]
@@ -20,7 +21,7 @@ LOAD = "Tensor x, Tensor? vec, int activation, float alpha"
 
 def define(name: str, schema: str, outputs: int, run: Callable[..., Outputs], fake: Callable[..., Outputs]) -> None:
     def call(*arguments: Any) -> Any:
-        with torch._C._DisableAutocast():
+        with inside_op():
             found = run(*arguments)
         return found if outputs > 1 else found[0]
 
@@ -41,7 +42,7 @@ def images(like: Tensor, n: int, c: int, h: int, w: int, dtype: Optional[torch.d
     )  # fmt: skip
 
 
-def vectors(like: Tensor, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+def vectors(like: Tensor, *shape: Union[int, torch.SymInt], dtype: Optional[torch.dtype] = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or wide(like.dtype), device=like.device)
 
 
@@ -59,5 +60,5 @@ def own(t: Tensor, *inputs: Optional[Tensor]) -> Tensor:
     return t.clone() if any(i is not None and i.untyped_storage().data_ptr() == start for i in inputs) else t
 
 
-def fake_statistics(r: Tensor, tiles: int) -> Outputs:
+def fake_statistics(r: Tensor, tiles: Union[int, torch.SymInt]) -> Outputs:
     return vectors(r, tiles, 3, r.shape[1]), torch.empty((tiles,), dtype=torch.int32, device=r.device)

@@ -1,0 +1,35 @@
+"""The measure that a card's results in TF32 are held to (:mod:`tests.tf32`), on a CPU, which has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tf32
+from xsep import testing
+from xsep.testing import Case
+
+CASE = Case(n=2, c_in=48, h=9, w=9, c_out=40, bias=True, residual=True, activations=("relu", None, None))
+
+
+def test_pytorchs_ways_are_one_but_for_rounding() -> None:
+    inputs = testing.make_inputs(CASE, "cpu")
+    convolution, product, rounded = tf32.pytorchs_ways(CASE, inputs)
+    truth = testing.run_truth(CASE, inputs)
+    assert not testing.violations(product, truth, convolution, torch.float32)
+    off = {name: float((rounded[name].double() - t).norm() / t.norm()) for name, t in truth.results.items()}
+    # Two operands of each product, each off by 2**-11 / sqrt(3) of a number of its binade at most.
+    for name in ("y", "dx", "dw_dw", "dw_pw"):
+        assert 1e-5 < off[name] < 2.0**-11, f"{name}: off by {off[name]:.3g}"
+
+
+def test_a_result_is_held_to_the_worst_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = testing.make_inputs(CASE, "cpu")
+    *_, rounded = tf32.pytorchs_ways(CASE, inputs)
+    monkeypatch.setattr(testing, "make_inputs", lambda *_: inputs)
+    monkeypatch.setattr(testing, "run_xsep", lambda *_: rounded)
+    tf32.check(CASE, "triton", "cpu")
+    off = {name: t + (rounded[name] - t) * 3 for name, t in testing.run_truth(CASE, inputs).results.items()}
+    monkeypatch.setattr(testing, "run_xsep", lambda *_: off)
+    with pytest.raises(AssertionError, match=r"y: error .*; dx: "):
+        tf32.check(CASE, "triton", "cpu")
