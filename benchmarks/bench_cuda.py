@@ -11,6 +11,7 @@ import common
 import micro
 import torch
 from micro import PLAIN, SAME
+from torch import Tensor
 
 from xsep.problem import SeparableArgs, separable_problem
 
@@ -21,11 +22,11 @@ the L2 cache flushed before each.
 Depthwise kernels: bytes a second, and the share of the speed of a device copy of as many bytes. Separable forward: FLOP
 a second of its pointwise part, and the share of the speed of a matrix product of that shape.
 
-Before anything is timed, each layer's forward and gradients are held against float64 on two pictures (at most twice
-PyTorch's own error, plus a few ulp). A layer that is wrong gets no figure and makes the exit code 1."""
+Before anything is timed, what is timed is held against float64 on the same tensors (at most twice PyTorch's own error,
+plus a few ulp). A layer that is wrong gets no figure and makes the exit code 1."""
 
 
-def measure(session: micro.Session, a: SeparableArgs) -> dict[str, Any]:
+def measure(session: micro.Session, a: SeparableArgs, dz: Tensor) -> dict[str, Any]:
     """Times of one layer, and what they are shares of."""
     backend = session.backend
     z = backend.depthwise(a.x, a.w_dw, PLAIN, PLAIN, SAME)
@@ -35,7 +36,7 @@ def measure(session: micro.Session, a: SeparableArgs) -> dict[str, Any]:
     every = (True, True, False, False)
     calls: dict[str, Callable[[], Any]] = {
         "depthwise_forward": lambda: backend.depthwise(a.x, a.w_dw, PLAIN, PLAIN, SAME),
-        "depthwise_backward": lambda: backend.depthwise_backward_kernel(z, a.x, a.w_dw, PLAIN, SAME, every),
+        "depthwise_backward": lambda: backend.depthwise_backward_kernel(dz, a.x, a.w_dw, PLAIN, SAME, every),
         "separable_forward": lambda: backend.separable_forward(a),
         "matmul": lambda: torch.mm(rows, weights),
     }
@@ -74,7 +75,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     print(micro.head(session))
     print("depthwise: microseconds, share of a copy's speed; separable: share of a matrix product's speed")
     print(f"{'layer':>18s} {'dw forward':>18s} {'dw backward':>18s} {'separable':>25s}  plan")
-    return session.run(lambda a: measure(session, a), line)
+    return session.run(lambda a, dz: measure(session, a, dz), line, lambda a: {})
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ with the fused kernel and once staged: FLOP a second of its pointwise part, the 
 of that shape, and the time over the floor (the larger of bytes over the copy's bandwidth and FLOP over the product's
 rate). The time is that of the backend's call: it includes the small copies of the weights that it makes.
 
-Before anything is timed, each layer's forward and gradients are held against float64 on two pictures (at most twice
-PyTorch's own error, plus a few ulp). A layer that is wrong gets no figure and makes the exit code 1."""
+Before anything is timed, what is timed is held against float64 on the same tensors (at most twice PyTorch's own error,
+plus a few ulp), both plans too. A layer that is wrong gets no figure and makes the exit code 1."""
 
 Call = Callable[[], object]
 
@@ -48,9 +48,13 @@ def planned(session: micro.Session, a: SeparableArgs, fused: bool) -> Callable[[
     return run
 
 
-def depthwise_calls(session: micro.Session, a: SeparableArgs) -> dict[str, tuple[int, Call]]:
+def ways(session: micro.Session, a: SeparableArgs) -> micro.Ways:
+    return {"fused": planned(session, a, True), "staged": planned(session, a, False)}
+
+
+def depthwise_calls(session: micro.Session, a: SeparableArgs, dz: Tensor) -> dict[str, tuple[int, Call]]:
     """By name: how many tensors of x's size the kernel has to move, and the call."""
-    dz, ours = torch.randn_like(a.x), session.backend
+    ours = session.backend
 
     def backward(*wanted: bool) -> Call:
         return lambda: ours.depthwise_backward_kernel(dz, a.x, a.w_dw, PLAIN, SAME, wanted)
@@ -63,11 +67,11 @@ def depthwise_calls(session: micro.Session, a: SeparableArgs) -> dict[str, tuple
     }
 
 
-def measure(session: micro.Session, a: SeparableArgs) -> dict[str, Any]:
+def measure(session: micro.Session, a: SeparableArgs, dz: Tensor) -> dict[str, Any]:
     """Times of one layer, and what they are shares of."""
     n, c_in, h, w = a.x.shape
     c_out, size = a.w_pw.shape[0], a.x.element_size()
-    depthwise = depthwise_calls(session, a)
+    depthwise = depthwise_calls(session, a, dz)
     rows, weights = a.x.permute(0, 2, 3, 1).reshape(-1, c_in), a.w_pw.view(c_out, c_in).t()
     sources = {
         tensors: torch.empty(tensors * a.x.numel() // 2, device=a.x.device, dtype=a.x.dtype) for tensors in (2, 3)
@@ -76,11 +80,7 @@ def measure(session: micro.Session, a: SeparableArgs) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {name: call for name, (_, call) in depthwise.items()}
     for tensors, source in sources.items():
         calls[f"copy {tensors}"] = partial(targets[tensors].copy_, source)
-    calls |= {
-        "fused": planned(session, a, True),
-        "staged": planned(session, a, False),
-        "matmul": lambda: torch.mm(rows, weights),
-    }
+    calls |= {**ways(session, a), "matmul": lambda: torch.mm(rows, weights)}
     times = session.time(calls)
     found: dict[str, Any] = {"plan": session.backend.plan(separable_problem(a)), "times": times}
     for name, (tensors, _) in depthwise.items():
@@ -118,7 +118,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     print("microseconds; share of copy or of matmul; time over the floor")
     heads = "".join(f"{k:>15s}" for k in ("fprop", "dgrad", "wgrad", "dgrad+wgrad"))
     print(f"{'layer':>18s}{heads}{'fused':>21s}{'staged':>21s}  chosen")
-    return session.run(lambda a: measure(session, a), line)
+    return session.run(lambda a, dz: measure(session, a, dz), line, lambda a: ways(session, a))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ The paper reports 28 steps/s for Xception and 31 for Inception V3, a ratio of 0.
 
 Nothing is timed before it is right: logits in both inference modes, and block by block all gradients in training,
 are held against float64, and may be off by at most twice what PyTorch's layers are at the same type, plus a few ulp.
-What fails gets no speed, and makes the exit code 1. Exit code 2 means that something asked for cannot be done; no
-file is written then. Weights are random, from a fixed seed: speed does not depend on them.
+What fails gets no speed, and makes the exit code 1; so does a way that xsep's networks cannot be run in. Exit code 2
+means that something asked for cannot be done; no file is written then. Weights are random, from a fixed seed: speed
+does not depend on them.
 
 On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of interleaved
 rounds of back-to-back steps, by the wall clock, so that the host's share counts. Peak memory is what one eager step
@@ -82,10 +83,12 @@ class Call(NamedTuple):
 
 def prepare(
     models: dict[str, Any], mode: str, dtype: torch.dtype, pictures: Tensor, ways: list[str]
-) -> tuple[dict[tuple[str, str], Call], list[str]]:
-    """The calls to time by (network, way), and notes on those that could not be made."""
+) -> tuple[dict[tuple[str, str], Call], list[str], list[str]]:
+    """The calls to time by (network, way); notes on those of PyTorch's networks that could not be made, and failures:
+    those of ours."""
     calls: dict[tuple[str, str], Call] = {}
-    notes = []
+    notes: list[str] = []
+    failures: list[str] = []
     for name, model in models.items():
         for way in ways if networks.takes_part(name, mode) else []:
             s = networks.subject(model, mode, dtype, pictures)
@@ -99,10 +102,13 @@ def prepare(
                     step = networks.as_graph(step)
                 step()
             except Exception as error:  # whatever a compiler or a capture may raise, the other figures still stand
-                notes.append(f"{name}, {mode}, {way}: failed: {str(error).strip().splitlines()[0]}")
+                said = str(error).strip().splitlines()
+                (failures if name in (OURS, CHAINED) else notes).append(
+                    f"{name}, {mode}, {way}: failed: {said[0] if said else type(error).__name__}"
+                )
                 continue
             calls[name, way] = Call(step, s.model)
-    return calls, notes
+    return calls, notes, failures
 
 
 def astray(calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], str]:
@@ -130,8 +136,9 @@ def measure(
 ) -> None:
     """Adds one mode's and type's rows, notes, failures and shares of time to the record."""
     dtype, gpu = common.DTYPES[kind], pictures.is_cuda
-    calls, notes = prepare(models, mode, dtype, pictures, ways)
+    calls, notes, failures = prepare(models, mode, dtype, pictures, ways)
     record["notes"] += [f"{kind}, {note}" for note in notes]
+    record["failures"] += [f"{kind}, {failure}" for failure in failures]
     if mode != "training":
         wrong = astray(calls)
         record["failures"] += [f"{kind}, {mode}, {what}" for what in wrong.values()]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import xsep
+from xsep.backends.pointwise import tf32_allowed
 from xsep.tuning import digest
 from xsep.tuning.device import cpu_name
 
@@ -36,6 +37,9 @@ SYNTHETIC = ["synthetic 1 (scikit-learn, which brings photographs, is not instal
 
 #: What a GPU's L2 is flushed with: well above the largest L2 of any card so far.
 FLUSH_BYTES = 512 * 2**20
+
+#: The exit code of a program that stopped because its time was over; what it wrote stands.
+LATE = 3
 
 Times = dict[str, Any]
 
@@ -172,6 +176,7 @@ def time_on_gpu(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, T
     enqueue the call, so that what is measured is the card. A warm call follows an untimed run of itself.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    flush.zero_()  # the first one may load its kernel
     torch.cuda.synchronize()
     host = 0.0
     for call in calls.values():
@@ -223,8 +228,22 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     n = 8192 if gpu else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b)}
-    times = time_on_gpu(calls, 10) if gpu else time_on_cpu(calls, 30, 0.0)  # as often as what is held against it
+    with products_like_convolutions():
+        times = time_on_gpu(calls, 10) if gpu else time_on_cpu(calls, 30, 0.0)  # as often as what is held against it
     return 2e6 * source.numel() / times["copy"]["us"], 2e6 * n**3 / times["gemm"]["us"]
+
+
+@contextlib.contextmanager
+def products_like_convolutions() -> Iterator[None]:
+    """Has PyTorch multiply float32 matrices on a GPU in the precision of its convolutions: by default they may use TF32
+    and products may not, and it is convolutions that are held against the product."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if tf32_allowed() else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 # The machine

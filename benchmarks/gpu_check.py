@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -27,19 +27,24 @@ import gpu_phases  # noqa: E402
 import gpu_record  # noqa: E402
 import torch  # noqa: E402
 from gpu_phases import Check, Outcome  # noqa: E402
+from gpu_plugin import backend_of  # noqa: E402
+
+BOTH = ("cuda", "triton")
 
 DESCRIPTION = """\
 Verifies and measures xsep on a GPU, with the Python that runs this and nothing to download: builds in place, runs the
-GPU tests, compute-sanitizer's memcheck and racecheck on some of them, the table that `auto` looks problems up in, and
-the benchmarks, in the order of what they are worth. Correctness comes first.
+GPU tests, the table that `auto` looks problems up in, compute-sanitizer's memcheck and racecheck on some of the tests,
+and the benchmarks, in the order of what they are worth. Correctness comes first. As soon as all tests of a backend have
+passed, xsep/tuning/tables/<card>.json says so, and `auto` may take it.
 
 Each phase is written into benchmarks/results/<card>/record.json the moment it ends. A phase that has passed with the
 same kernels on the same kind of card is not run again (--again does), so a second call goes on where the first one
 stopped, on another machine too, and after one that was killed.
 
 --budget seconds (540) is what all of it may take: repetitions are cut first, then what is worth least is left out, and
-both are said. --device cpu --quick runs every phase on the CPU, where the GPU tests are collected and skipped: what
-fails on a GPU then, fails because of the GPU.
+both are said. A phase ends before the next ones would have no time to begin, unless it needs that time itself.
+--device cpu --quick runs every phase on the CPU, where the GPU tests are collected and skipped: what fails on a GPU
+then, fails because of the GPU.
 
 Exit code 0: nothing wrong was found. 1: something is wrong, or a phase failed. 2: it cannot be run here."""
 
@@ -55,7 +60,8 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Phase:
-    """``least`` seconds are needed for it to be worth beginning; with ``full`` it has all its repetitions."""
+    """``least`` seconds are needed for it to be worth beginning; with ``full`` it has all its repetitions: estimates,
+    made without a card."""
 
     name: str
     least: int
@@ -86,31 +92,53 @@ def environment(check: Check) -> Outcome:
 
 
 def ready(check: Check) -> list[str]:
-    """The GPU backends that can run here, as a process of its own finds after the build."""
-    done = gpu_phases.python(check, "-m", "xsep", "info", "--json")
-    try:
-        found = json.loads(done.output[done.output.index("{") :])["backends"]
-    except ValueError:
-        return []
-    return [name for name in ("cuda", "triton") if found.get(name, {}).get("ready")]
+    """The GPU backends that can run here, as a process of its own finds after the build; it is asked once."""
+    if check.backends is None:
+        done = gpu_phases.python(check, "-m", "xsep", "info", "--json", errors=False)
+        try:
+            found = json.loads(done.output)["backends"]
+        except ValueError:
+            return []
+        check.backends = [name for name in BOTH if found.get(name, {}).get("ready")]
+    return check.backends
 
 
 def table(check: Check) -> Outcome:
-    """Measures Xception's layers; on a GPU the package's own table of the card is what comes of it."""
-    verified = [name for name in ("cuda", "triton") if is_verified(check.record, name)]
-    more = ("--device", check.device, "--verified", *verified)
+    """Measures Xception's layers; ship() makes the package's own table of the card of it."""
+    more: tuple[str, ...] = ("--device", check.device)
     if not check.gpu:
         more = (*more, "--quick", "--batch", "1", "--dtype", "float32")
     else:
         more = (*more, "--seconds", str(int(max(min(0.6 * check.left(), 150), 10))))
-    outcome = gpu_phases.program("ship_table", results=("table",))(check, more)
-    made = check.out / "table.json"
-    if check.gpu and outcome.status == "passed" and made.exists():
-        from xsep.tuning.findings import TABLES
+    if check.record["phases"].get("table", {}).get("status") != "passed":  # else it is asked for --again
+        more = (*more, "--known", str(check.out / "table.json"))
+    return gpu_phases.program("ship_table", results=("table",))(check, more)
 
-        shutil.copyfile(made, TABLES / f".{check.out.name}.tmp")
-        os.replace(TABLES / f".{check.out.name}.tmp", TABLES / f"{check.out.name}.json")
-    return outcome
+
+def ship(check: Check) -> None:
+    """Writes the package's table of this card anew: which backends are verified, and times of those and of PyTorch.
+
+    What is not verified, or was measured with other sources, has no time there; where nothing is verified, nothing has.
+    """
+    from xsep import dispatch
+    from xsep.tuning import findings
+
+    made = findings.fresh(dispatch.card_of(check.device, dispatch.place(check.device)))
+    made.date, made.verified = gpu_record.now(), [name for name in BOTH if is_verified(check.record, name)]
+    target = findings.TABLES / f"{common.default_out(torch.device(check.device)).name}.json"
+    if not made.verified and not target.exists():
+        return
+    with contextlib.suppress(OSError, ValueError):  # not measured yet: what is verified is worth a table of its own
+        measured = findings.from_json((check.out / "table.json").read_text())
+        measured.verified = made.verified
+        for key, entry in measured.entries.items() if made.verified and measured.card == made.card else ():
+            times = {d: {n: us for n, us in t.items() if measured.vouches_for(n)} for d, t in entry.times.items()}
+            made.entries[key] = findings.Finding(entry.problem, times, entry.refused)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        findings.write_whole(target, findings.to_json(made))
+    except OSError as error:
+        raise common.BenchmarkError(f"{str(target.parent)!r} cannot be written into: {error.strerror}") from None
 
 
 def is_verified(record: dict[str, Any], backend: str) -> bool:
@@ -120,15 +148,25 @@ def is_verified(record: dict[str, Any], backend: str) -> bool:
 
 
 def verify(record: dict[str, Any]) -> None:
-    """Enters what the test phases prove; what they prove no longer is kept as the last digest that was verified."""
+    """Enters what the test phases prove, and takes back what they disprove; what they prove no longer, since sources
+    have changed, is kept as the last digest that was verified.
+
+    A backend stands on the tests below its name and on those among the others whose name has it among the parameters,
+    or no backend at all.
+    """
     phases = record["phases"]
-    now = gpu_phases.phase_digests(("cuda", "triton"))
-    for backend in ("cuda", "triton"):
-        proofs = [phases.get(name, {}) for name in (f"tests-{backend}", "tests-other")]
-        fresh = all(p.get("status") == "passed" and p.get("digests", {}).get(backend) == now[backend] for p in proofs)
-        ran = len(proofs[0].get("passed", []))
-        if fresh and ran:
-            record["verified"][backend] = {"digest": now[backend], "date": proofs[0]["date"], "tests": ran}
+    now = gpu_phases.phase_digests(BOTH)
+    for backend in BOTH:
+        own, other = (phases.get(name, {}) for name in (f"tests-{backend}", "tests-other"))
+        if any(entry.get("digests", {}).get(backend) != now[backend] for entry in (own, other)):
+            continue
+        wrong = [*own.get("failed", {}), *(t for t in other.get("failed", {}) if backend_of(t) in ("", backend))]
+        ran = len(own.get("passed", []))
+        if wrong and is_verified(record, backend):
+            del record["verified"][backend]
+        every = other["status"] == "passed" or not {"", backend} & set(other.get("incomplete", [""]))
+        if own["status"] == "passed" and ran and every and not wrong:
+            record["verified"][backend] = {"digest": now[backend], "date": own["date"], "tests": ran}
 
 
 def sepconv(kind: str) -> Callable[[Check], Outcome]:
@@ -186,17 +224,16 @@ def xception(kind: str, *ways: str) -> Callable[[Check], Outcome]:
     return phase
 
 
-BOTH = ("cuda", "triton")
 PHASES = (
     Phase("environment", 0, 0, (), environment),
-    Phase("build", 20, 60, ("cuda",), gpu_phases.build),
-    Phase("tests-cuda", 15, 60, BOTH[:1], gpu_phases.tests("cuda", BOTH[:1])),
-    Phase("tests-triton", 15, 120, BOTH[1:], gpu_phases.tests("triton", BOTH[1:])),
-    Phase("tests-other", 5, 30, BOTH, gpu_phases.tests("other", BOTH)),
-    Phase("memcheck", 20, 60, ("cuda",), gpu_phases.sanitizer("memcheck")),
-    Phase("racecheck", 20, 60, ("cuda",), gpu_phases.sanitizer("racecheck")),
+    Phase("build", 20, 120, ("cuda",), gpu_phases.build),
+    Phase("tests-cuda", 15, 90, BOTH[:1], gpu_phases.tests("cuda", BOTH[:1])),
+    Phase("tests-triton", 15, 150, BOTH[1:], gpu_phases.tests("triton", BOTH[1:])),
+    Phase("tests-other", 15, 60, BOTH, gpu_phases.tests("other", BOTH)),
     Phase("table", 20, 90, BOTH, table),
     Phase("sepconv-bfloat16", 20, 50, BOTH, sepconv("bfloat16")),
+    Phase("memcheck", 20, 60, ("cuda",), gpu_phases.sanitizer("memcheck")),
+    Phase("racecheck", 20, 60, ("cuda",), gpu_phases.sanitizer("racecheck")),
     Phase("sepconv-float32", 20, 60, BOTH, sepconv("float32")),
     Phase("bench-cuda", 15, 30, ("cuda",), micro("cuda")),
     Phase("bench-triton", 15, 40, ("triton",), micro("triton")),
@@ -217,11 +254,21 @@ def is_done(record: dict[str, Any], phase: Phase) -> bool:
     return before.get("status") == "passed" and before.get("digests") == gpu_phases.phase_digests(phase.backends)
 
 
-def run_phase(check: Check, phase: Phase) -> dict[str, Any]:
+def may_take(left: float, phase: Phase, later: list[Phase]) -> float:
+    """Seconds until a phase is ended: those that are left, less what later ones need to begin, in the order of their
+    worth and as long as twice this one's own estimate remains."""
+    for other in later:
+        if left - other.least < 2 * phase.full:
+            break
+        left -= other.least
+    return left
+
+
+def run_phase(check: Check, phase: Phase, later: list[Phase]) -> dict[str, Any]:
     """Runs one phase and enters it into the record; the entry."""
     digests = gpu_phases.phase_digests(phase.backends)
     started = time.monotonic()
-    check.phase_deadline = started + max(1.5 * phase.full, check.left() / 2, 10)
+    check.phase_deadline = started + may_take(check.left(), phase, later)
     try:
         outcome = phase.run(check)
     except KeyboardInterrupt:
@@ -233,6 +280,8 @@ def run_phase(check: Check, phase: Phase) -> dict[str, Any]:
     }  # fmt: skip
     check.record["phases"][phase.name] = entry
     verify(check.record)
+    if check.gpu:
+        ship(check)
     gpu_record.write_json(check.out, "record.json", check.record)
     if outcome.summary == "interrupted":
         raise KeyboardInterrupt
@@ -275,16 +324,21 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def go_through(check: Check, phases: list[Phase], again: bool) -> int:
-    left_out = []
-    for i, phase in enumerate(phases):
+    left_out, todo = [], []
+    for phase in phases:
         if not again and phase.name not in ALWAYS and is_done(check.record, phase):
             print(f"{phase.name}: done before, {check.record['phases'][phase.name]['date']}", flush=True)
-            continue
+        else:
+            todo.append(phase)
+    plan = ", ".join(f"{p.name} {p.least}-{p.full}" for p in todo)
+    print(f"plan for {check.left():.0f} s, each with the seconds it needs to begin and in full: {plan}", flush=True)
+    for i, phase in enumerate(todo):
         if check.left() < phase.least:
             left_out.append(phase.name)
             continue
-        check.thorough = check.left() >= phase.full + sum(p.least for p in phases[i + 1 :])
-        entry = run_phase(check, phase)
+        later = todo[i + 1 :]
+        check.thorough = check.left() >= phase.full + sum(p.least for p in later)
+        entry = run_phase(check, phase, later)
         cut = "" if check.thorough else "; fewer repetitions, for want of time"
         print(f"{phase.name}: {entry['status']}, {entry['summary']} ({entry['seconds']:.0f} s{cut})", flush=True)
     check.record["left_out"] = left_out

@@ -3,6 +3,7 @@ hangs or takes the card down ends alone."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,15 +17,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import IO, Any, NamedTuple, Optional
 
 import common
 import gpu_plugin
 import gpu_record
 
 ROOT = common.HERE.parent
-#: How many GPU tests each compute-sanitizer tool repeats, spread evenly over all.
+#: How many GPU tests each compute-sanitizer tool repeats.
 SANITIZED_TESTS = 24
+#: How many processes share the tests of a part, where there are twice as many cores: Triton compiles most of the time,
+#: on one core a process. The card is shared by all of them.
+SHARDS = {"cuda": 4, "triton": 8, "other": 8}
+PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_plugin")
 
 
 class Outcome(NamedTuple):
@@ -45,6 +50,7 @@ class Check:
     record: dict[str, Any]
     thorough: bool = True  # there is time for full repetitions
     phase_deadline: float = math.inf  # likewise, of the phase that runs: none may eat all the time
+    backends: Optional[list[str]] = None  # the GPU backends that can run here, once somebody has asked
 
     @property
     def gpu(self) -> bool:
@@ -75,30 +81,49 @@ def last_words(text: str, lines: int = 12) -> str:
     return clean("\n".join(text.strip().splitlines()[-lines:]))[-2000:]
 
 
-def run(check: Check, command: list[str], variables: Optional[dict[str, str]] = None, cwd: Path = ROOT) -> Done:
-    """A process of its own group, ended with all it started when the time is over or this program is interrupted."""
-    environment: dict[str, str] = {**os.environ, **(variables or {})}
-    paths = [str(ROOT), str(common.HERE), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        code: Optional[int] = None
+def run_all(
+    check: Check, commands: list[tuple[list[str], dict[str, str]]], cwd: Path = ROOT, errors: bool = True
+) -> list[Done]:
+    """Processes at once, by command and variables, each of its own group and ended with all it started when the time is
+    over or this program is interrupted. What they say on stderr is among their output, or left out."""
+    with contextlib.ExitStack() as stack:
+        begun: list[tuple[subprocess.Popen[str], IO[str]]] = []
         try:
-            code = process.wait(timeout=max(check.left(), 1.0))
-        except subprocess.TimeoutExpired:
-            pass
+            for command, variables in commands:
+                output = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                environment: dict[str, str] = {**os.environ, **variables}
+                paths = [str(ROOT), str(common.HERE), environment.get("PYTHONPATH", "")]
+                environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+                process = subprocess.Popen(
+                    command, cwd=cwd, env=environment, stdout=output, start_new_session=True,
+                    stderr=subprocess.STDOUT if errors else subprocess.DEVNULL, text=True,
+                )  # fmt: skip
+                begun.append((process, output))
+            end = time.monotonic() + max(check.left(), 1.0)
+            for process, _ in begun:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(end - time.monotonic(), 0.0))
         finally:
-            if process.poll() is None:
+            late = [process for process, _ in begun if process.poll() is None]
+            for process in late:
                 os.killpg(process.pid, signal.SIGKILL)
+            for process in late:
                 process.wait()
-        output.seek(0)
-        return Done(code, output.read())
+        done = []
+        for process, output in begun:
+            output.seek(0)
+            done.append(Done(None if process in late else process.returncode, output.read()))
+        return done
 
 
-def python(check: Check, *arguments: str, variables: Optional[dict[str, str]] = None) -> Done:
-    return run(check, [sys.executable, *arguments], variables)
+def run(
+    check: Check, command: list[str], variables: Optional[dict[str, str]] = None, cwd: Path = ROOT, errors: bool = True
+) -> Done:
+    return run_all(check, [(command, variables or {})], cwd, errors)[0]
+
+
+def python(check: Check, *arguments: str, errors: bool = True) -> Done:
+    return run(check, [sys.executable, *arguments], errors=errors)
 
 
 # Building
@@ -112,6 +137,7 @@ def build(check: Check) -> Outcome:
 
         major, minor = torch.cuda.get_device_capability()
         variables["TORCH_CUDA_ARCH_LIST"] = "9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}"
+        variables["XSEP_BUILD_CUDA"] = "1"  # else what is missing for it is passed over in silence
     else:
         variables["XSEP_BUILD_CUDA"] = "0"
     arguments = ["setup.py", "build_ext", "--inplace" if check.gpu else f"--build-lib={check.scratch / 'built'}"]
@@ -123,7 +149,9 @@ def build(check: Check) -> Outcome:
     if done.code:
         return Outcome("failed", "the build failed", {**details, "output": last_words(done.output, 30)})
     libraries = ROOT / "xsep" if check.gpu else check.scratch / "built" / "xsep"
-    details["built"] = sorted(p.name for p in libraries.glob("_C*.so"))
+    details["built"] = sorted(p.name for pattern in ("_C*.so", "_repeated*.so") for p in libraries.glob(pattern))
+    if check.gpu and "_C_cuda.so" not in details["built"]:
+        return Outcome("failed", "the build made no _C_cuda.so", {**details, "output": last_words(done.output, 30)})
     return Outcome("passed", f"built {', '.join(details['built']) or 'nothing'}", details)
 
 
@@ -174,43 +202,59 @@ def tests(part: str, backends: tuple[str, ...]) -> Callable[[Check], Outcome]:
             return Outcome("passed", "there are no such tests")
         before = check.record["phases"].get(f"tests-{part}", {})
         passed = set(before.get("passed", [])) if before.get("digests") == phase_digests(backends) else set()
-        results, done_file = check.scratch / f"tests-{part}.jsonl", check.scratch / f"passed-{part}.txt"
+        done_file = check.scratch / f"passed-{part}.txt"
         done_file.write_text("\n".join(sorted(passed)))
-        variables = {gpu_plugin.RESULTS: str(results), gpu_plugin.PASSED: str(done_file)}
-        command = [
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "gpu_plugin",
-            *files,
-        ]
-        done = python(check, *command, variables=variables)
-        return judge_tests(done, read_results(results), passed)
+        # A kernel that breaks the card's context has all later tests of its process fail: no other backend's.
+        apart = ["/", *(f"/{name}" for name in gpu_plugin.BACKENDS)] if part == "other" else [""]
+        cores = os.cpu_count() or 1
+        count = max(min(SHARDS[part], cores // 2) // len(apart), 1)
+        shards = [f"{i}/{count}{backend}" for backend in apart for i in range(count)]
+        results = [check.scratch / f"tests-{part}-{i}.jsonl" for i in range(len(shards))]
+        commands = [
+            ([sys.executable, *PYTEST, *files], {
+                gpu_plugin.RESULTS: str(path), gpu_plugin.PASSED: str(done_file), gpu_plugin.SHARD: shard,
+                "OMP_NUM_THREADS": str(max(cores // len(shards), 1)),
+            }) for path, shard in zip(results, shards)
+        ]  # fmt: skip
+        done = run_all(check, commands)
+        found = {k: v for path in results for k, v in read_results(path).items()}
+        return judge_tests([(d, (shard + "//").split("/")[2]) for d, shard in zip(done, shards)], found, passed)
 
     return phase
 
 
-def judge_tests(done: Done, results: dict[str, dict[str, Any]], before: set[str]) -> Outcome:
-    """What the tests of one process, and those that passed in an earlier one, come to."""
+def judge_tests(processes: list[tuple[Done, str]], results: dict[str, dict[str, Any]], before: set[str]) -> Outcome:
+    """What the tests of these processes, and those that passed in earlier ones, come to; what failed comes first.
+
+    With each process stands the backend whose tests it had, "" where it had others; ``incomplete`` are those of which
+    not every test had its turn.
+    """
     by = {o: sorted(t for t, r in results.items() if r["outcome"] == o) for o in ("passed", "failed", "skipped")}
+    fine = (None, 0, 1, 5) if by["failed"] else (None, 0, 5)  # 1 is what failed tests make it
+    broken = [done for done, _ in processes if done.code not in fine]
+    late = any(done.code is None for done, _ in processes)
     details: dict[str, Any] = {
         "passed": sorted(before | set(by["passed"])), "failed": {t: clean(results[t]["why"]) for t in by["failed"]},
         "skipped": {t: clean(results[t]["why"]) for t in by["skipped"]},
+        "incomplete": sorted({backend for done, backend in processes if done in broken or done.code is None}),
     }  # fmt: skip
     counts = f"{len(details['passed'])} passed, {len(by['failed'])} failed, {len(by['skipped'])} skipped"
-    if done.code is None:
-        return Outcome("unfinished", f"ran out of time: {counts} by then", details)
-    if done.code not in (0, 1, 5) or (done.code == 1 and not by["failed"]):
-        missing = "No module named pytest" in done.output
-        details["output"] = last_words(done.output, 30)
-        return Outcome("refused" if missing else "failed", "pytest is not installed" if missing else counts, details)
-    return Outcome("failed" if by["failed"] else "passed", counts, details)
+    if late:
+        counts = f"ran out of time: {counts} by then"
+    if broken:
+        details["output"] = last_words(broken[0].output, 30)
+        if "No module named pytest" in broken[0].output:
+            return Outcome("refused", "pytest is not installed", details)
+    if by["failed"] or broken:
+        return Outcome("failed", counts, details)
+    return Outcome("unfinished" if late else "passed", counts, details)
+
+
+#: What compute-sanitizer says of a kernel, and what it says where it could not watch any.
+FOUND = re.compile(r"========= (Invalid|Misaligned|Barrier error|Error: (Race|Potential))")
+REFUSED = re.compile(
+    r"========= (Error: (?!Race|Potential|process didn't)|Internal|Unable|Target application terminated)"
+)
 
 
 def sanitizer(tool: str) -> Callable[[Check], Outcome]:
@@ -220,20 +264,22 @@ def sanitizer(tool: str) -> Callable[[Check], Outcome]:
         found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if found is None:
             return Outcome("refused", "compute-sanitizer is not installed")
-        options = run(check, [found, "--help"]).output
-        only = ["--kernel-name", "kernel_substring=xsep"] if "--kernel-name" in options else []
+        known = run(check, [found, "--help"]).output
+        only = ["--kernel-name", "kernel_substring=xsep"] if "--kernel-name" in known else []
+        options = ["--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
         results = check.scratch / f"{tool}.jsonl"
         share = SANITIZED_TESTS if check.thorough else SANITIZED_TESTS // 3
         variables = {gpu_plugin.RESULTS: str(results), gpu_plugin.SHARE: str(share)}
         if tool == "memcheck":
             # Else PyTorch's allocator keeps all tensors in a few blocks, and a step past one lands in the next.
             variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "gpu_plugin"]
+            # PyTorch asks for what a driver may not have, and goes another way then: that is no error of a kernel.
+            options += ["--report-api-errors", "no"]
         done = Done(0, "")
         for wish in [only, []] if only else [[]]:
             results.unlink(missing_ok=True)
-            command = [found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *wish, *pytest]
-            done = run(check, [*command, *gpu_tests("cuda")], variables)
+            command = [found, *options, *wish, sys.executable, *PYTEST, *gpu_tests("cuda")]
+            done = run(check, command, variables)
             if read_results(results) or done.code is None:
                 break
         return judge_sanitizer(tool, done, read_results(results))
@@ -242,24 +288,34 @@ def sanitizer(tool: str) -> Callable[[Check], Outcome]:
 
 
 def judge_sanitizer(tool: str, done: Done, results: dict[str, dict[str, Any]]) -> Outcome:
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
+    """What was found comes first, then whether the tool worked at all: a clean summary of no kernels says nothing."""
+    lines = [line for line in done.output.splitlines() if line.startswith("=========")]
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
+    refusals = [clean(line.lstrip("= ")) for line in lines if REFUSED.match(line)]
     ran = sum(r["outcome"] == "passed" for r in results.values())
-    details: dict[str, Any] = {"tests": ran, "said": [clean(s) for s in found]}
+    failed = sorted(t for t, r in results.items() if r["outcome"] == "failed")
+    details: dict[str, Any] = {"tests": ran, "said": [clean(s) for s in summaries], "failed": failed}
+    told = summaries[-1] if summaries else "no summary"
+    if done.code == 99 or any(FOUND.match(line) for line in lines):
+        first = next((i for i, line in enumerate(lines) if FOUND.match(line)), 0)
+        details["output"] = clean("\n".join(lines[first:]))[:6000]
+        return Outcome("failed", f"{tool}: {told}, {ran} tests", details)
+    if refusals:
+        details["output"] = last_words(done.output)
+        return Outcome("refused", f"{tool} could not do its work: {refusals[0]}", details)
+    if failed:
+        details["output"] = last_words(done.output, 30)
+        return Outcome("failed", f"{tool}: {len(failed)} tests failed under it; {told}", details)
     if done.code is None:
         return Outcome("unfinished", f"ran out of time after {ran} tests", details)
-    refusals = [
-        line for line in done.output.splitlines() if re.search(r"========= (Error|Internal|Unable|Target)", line)
-    ]
-    if not results or not found:
+    if not ran or not summaries:
         details["output"] = last_words(done.output)
-        why = clean(refusals[0].lstrip("= ")) if refusals else "it gave no summary"
+        why = "it gave no summary" if ran else "no test ran"
         return Outcome("refused", f"{tool} could not do its work: {why}", details)
     if done.code == 0:
-        return Outcome("passed", f"{tool}: {found[-1]}, {ran} tests", details)
-    details["output"] = clean("\n".join(line for line in done.output.splitlines() if line.startswith("=========")))[
-        :6000
-    ]
-    return Outcome("failed", f"{tool}: {found[-1]}", details)
+        return Outcome("passed", f"{tool}: {told}, {ran} tests", details)
+    details["output"] = last_words(done.output, 30)
+    return Outcome("failed", f"{tool} ended with exit code {done.code}: {told}, {ran} tests", details)
 
 
 # Measuring
@@ -271,11 +327,11 @@ def program(name: str, *arguments: str, results: tuple[str, ...] = ()) -> Callab
     def phase(check: Check, more: tuple[str, ...]) -> Outcome:
         into = check.scratch / f"{name}-{len(list(check.scratch.iterdir()))}"
         done = python(check, str(common.HERE / f"{name}.py"), *arguments, *more, "--out", str(into))
-        if done.code is None:
-            return Outcome("unfinished", "ran out of time")
         written = [result for result in results if (into / f"{result}.json").exists()]
         for result in written:
             gpu_record.merge_file(into / f"{result}.json", check.out)
+        if done.code in (None, common.LATE):
+            return Outcome("unfinished", f"ran out of time; {name} wrote {', '.join(written) or 'nothing'}")
         if done.code == 0:
             return Outcome("passed", f"{name} wrote {', '.join(written)}")
         what = "found something wrong" if done.code == 1 and written else "could not run"

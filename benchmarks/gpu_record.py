@@ -94,6 +94,13 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def merged_tables(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A new table, with the problems of the old one that it has not; alone where they are of other sources or cards."""
+    if any(old.get(k) != new.get(k) for k in ("format", "card", "architecture", "versions", "digests")):
+        return new
+    return {**new, "entries": {**old["entries"], **new["entries"]}}
+
+
 def _recompute_sepconv(record: dict[str, Any]) -> None:
     import bench_sepconv
 
@@ -126,7 +133,7 @@ def merge_file(source: Path, out: Path) -> None:
         if common.chart_module(CHARTS[name]) is None:
             (out / f"{name}.png").unlink(missing_ok=True)  # an older one would be of other figures
     else:
-        write_json(out, source.name, merged(old, new))
+        write_json(out, source.name, (merged_tables if name == "table" else merged)(old, new))
 
 
 def draw_missing(out: Path) -> list[str]:

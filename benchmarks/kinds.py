@@ -18,7 +18,7 @@ KINDS = (SEPARABLE, DEPTHWISE, POINTWISE, REGULAR, NORM, POOL, ELEMENTWISE, HEAD
 
 #: What an operator's or an autograd node's name says; the first that fits.
 NAMES = (
-    (SEPARABLE, r"xsep::.*|EagerBackward|.*[sS]eparable.*Backward.*"),
+    (SEPARABLE, r"xsep::.*|Eager(Backward)?|torch::autograd::CppNode<xsep::.*|.*[sS]eparable.*Backward.*"),
     (UPDATE, r"Optimizer\.step.*"),
     (NORM, r"aten::.*batch_norm.*"),
     (POOL, r"aten::.*(max|avg)_pool.*"),

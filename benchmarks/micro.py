@@ -9,8 +9,10 @@ from typing import Any
 
 import common
 import torch
+from torch import Tensor
 
 from xsep import dispatch, testing
+from xsep.backends.aten import ATEN
 from xsep.backends.base import Backend
 from xsep.problem import IDENTITY, Affine, Geometry, SeparableArgs, separable_problem
 
@@ -21,6 +23,9 @@ LAYERS = [
 ]  # fmt: skip
 SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
 PLAIN = Affine()
+
+#: Ways of making y, by name.
+Ways = dict[str, Callable[[], Tensor]]
 
 
 def parser(name: str, description: str) -> common.Parser:
@@ -34,6 +39,19 @@ def parser(name: str, description: str) -> common.Parser:
     add("--quick", action="store_true", help="two small layers, few repetitions")
     add("--out", type=Path, help="folder for the JSON (default: benchmarks/results/<cpu or card>/)")
     return made
+
+
+def results(backend: Backend, a: SeparableArgs, dz: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What a backend makes of a layer's inputs, by kernel; what is a forward's is called y, as the rule has it."""
+    found = {
+        "depthwise": {"y": backend.depthwise(a.x, a.w_dw, PLAIN, PLAIN, SAME)},
+        "separable": {"y": backend.separable_forward(a)},
+    }
+    for name, wanted in {"dgrad": (True, False), "wgrad": (False, True), "dgrad+wgrad": (True, True)}.items():
+        made = backend.depthwise_backward_kernel(dz, a.x, a.w_dw, PLAIN, SAME, (*wanted, False, False))
+        gradients = zip(("dx", "dw_dw"), made, wanted)
+        found[name] = {what: t for what, t, is_wanted in gradients if is_wanted and t is not None}
+    return found
 
 
 class Session:
@@ -69,32 +87,51 @@ class Session:
             x, w_dw, w_pw, no, no, no, no, no, no, no, no, list(SAME), [IDENTITY] * 3, [0.0] * 3
         )  # fmt: skip
 
-    def gate(self, c_in: int, c_out: int, size: int) -> list[str]:
-        """What is wrong with this layer, forward and gradients, on two pictures: sentences, none where all is well."""
-        case = testing.Case(n=2, c_in=c_in, h=size, w=size, c_out=c_out, dtype=self.dtype)
-        try:
-            testing.check(case, self.backend.name, self.device.type)
-        except AssertionError as wrong:
-            return [str(wrong)]
-        return []
+    def gate(self, a: SeparableArgs, dz: Tensor, ways: Ways) -> list[str]:
+        """What is wrong with what is timed, on the very tensors: sentences, none where all is well.
+
+        ``ways`` of making y are each held to the rule, and the depthwise kernels, with either gradient and with both.
+        """
+        tensors: dict[str, Any] = {name: t.double() for name, t in a._asdict().items() if isinstance(t, Tensor)}
+        wide = a._replace(**tensors)
+        exact, own = (results(ATEN, *inputs) for inputs in ((wide, dz.double()), (a, dz)))
+        with testing.poisoned_memory():
+            ours = results(self.backend, a, dz)
+            ours |= {name: {"y": way()} for name, way in ways.items()}
+        found = []
+        for name, got in ours.items():
+            like = name if name in exact else "separable"
+            found += [
+                f"{name}: {sentence}"
+                for sentence in testing.violations(got, testing.Truth(exact[like]), own[like], self.dtype)
+            ]
+        return found
 
     def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, common.Times]:
         return common.time_on_gpu(calls, self.rounds) if self.gpu else common.time_on_cpu(calls, self.rounds, 0.0)
 
     def run(
-        self, measure: Callable[[SeparableArgs], dict[str, Any]], line: Callable[[str, dict[str, Any]], str]
+        self,
+        measure: Callable[[SeparableArgs, Tensor], dict[str, Any]],
+        line: Callable[[str, dict[str, Any]], str],
+        ways: Callable[[SeparableArgs], Ways],
     ) -> int:
         """Every layer behind its gate; prints a line each, writes name.json, and gives the exit code."""
         layers: list[dict[str, Any]] = []
         failures: list[str] = []
         for c_in, c_out, size, count in self.layers:
             name = f"{c_in}->{c_out} @{size} x{count}"
-            wrong = self.gate(c_in, c_out, size)
+            a = self.arguments(c_in, c_out, size)
+            dz = torch.randn_like(a.x)
+            try:
+                wrong = self.gate(a, dz, ways(a))
+            except RuntimeError as error:
+                wrong = [str(error).strip().splitlines()[0]]
             if wrong:
                 failures.append(f"{name}: {'; '.join(wrong)}")
                 print(f"{name:>18s} WRONG: {'; '.join(wrong)}", flush=True)
                 continue
-            found = measure(self.arguments(c_in, c_out, size))
+            found = measure(a, dz)
             layers.append({"layer": name, "occurs": count, **found})
             print(line(name, found), flush=True)
         record = {

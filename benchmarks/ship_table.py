@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import common
 import micro
@@ -19,8 +19,9 @@ from xsep.tuning import findings
 
 DESCRIPTION = """\
 Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with and without the
-ReLU before it, and writes table.json: what xsep's `auto` looks a problem up in on such a card. A backend that is wrong
-on a layer gets no time there. --verified names the backends whose tests have passed on this card with these sources."""
+ReLU before it, and writes table.json, anew after each: what xsep's `auto` looks a problem up in on such a card, once
+`make gpu-check` has added there which backends are verified. A backend that is wrong on a layer gets no time there, is
+named at the end, and makes the exit code 1; 3 means that time was over before all were measured."""
 
 
 def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Problem]:
@@ -39,14 +40,29 @@ def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Pro
     return found
 
 
+def known(path: Optional[Path], table: findings.Findings) -> set[str]:
+    """Problems that an earlier table of the same card, versions and sources has, with nothing wrong there."""
+    if path is None or not path.exists():
+        return set()
+    found = findings.from_json(path.read_text())
+    if any(getattr(found, k) != getattr(table, k) for k in ("card", "architecture", "versions", "digests")):
+        return set()
+    return {key for key, entry in found.entries.items() if not wrong_in(entry)}
+
+
+def wrong_in(found: findings.Finding) -> dict[str, str]:
+    """Backends that could have run and were wrong, or raised."""
+    return {name: why for name, why in found.refused.items() if why.startswith(("wrong", "failed"))}
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     parser = common.Parser("ship_table", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--device", help="cpu or cuda; the default is the GPU where there is one")
     add("--dtype", nargs="+", choices=list(common.DTYPES), default=["bfloat16", "float32"], metavar="TYPE")
     add("--batch", type=int, default=64, help="pictures (default: 64)")
-    add("--verified", nargs="*", choices=["cuda", "triton"], default=[], metavar="NAME")
     add("--seconds", type=float, default=1e9, help="begin no further layer after so long")
+    add("--known", type=Path, metavar="FILE", help="an earlier table.json: what it has is left out")
     add("--quick", action="store_true", help="one small layer")
     add("--out", type=Path, help="folder for table.json (default: benchmarks/results/<cpu or card>/)")
     args = parser.parse_args(argv)
@@ -56,26 +72,32 @@ def main(argv: Optional[list[str]] = None) -> int:
     common.prepare_out(out)
     card = dispatch.card_of(device.type, dispatch.place(device.type))
     table = findings.fresh(card)
-    table.verified, table.date = args.verified, str(common.environment(device)["date"])
+    table.date = str(common.environment(device)["date"])
     started, failures = time.monotonic(), []
-    wanted = problems(device.type, args.dtype, args.batch, args.quick)
+    done_before = known(args.known, table)
+    asked = problems(device.type, args.dtype, args.batch, args.quick)
+    wanted = [problem for problem in asked if findings.problem_key(problem) not in done_before]
+    late = False
     for done, problem in enumerate(wanted):
         if time.monotonic() - started > args.seconds:
             print(f"time is over: {done} of {len(wanted)} measured")
+            late = True
             break
-        found = measure(problem, Effort(5, 0.2) if not args.quick else Effort(1, 0.0))
-        wrong = {name: why for name, why in found.refused.items() if why.startswith(("wrong", "failed"))}
-        failures += [f"{problem}, {name}: {why}" for name, why in wrong.items()]
+        try:
+            found = measure(problem, Effort(5, 0.2) if not args.quick else Effort(1, 0.0))
+        except RuntimeError as error:  # of one layer; the others still stand
+            failures.append(f"{problem}: {str(error).strip().splitlines()[0]}")
+            continue
+        failures += [f"{problem}, {name}: {why}" for name, why in wrong_in(found).items()]
         table.entries[findings.problem_key(problem)] = found
         for direction, times in found.times.items():
             told = ", ".join(f"{name} {us:.0f}" for name, us in times.items())
             print(f"{problem.c_in}->{problem.c_out} @{problem.h} {direction}, us: {told}", flush=True)
+        with common.whole_files(out) as temporary:
+            common.write_json(temporary("table.json"), findings.to_dict(table))
     for failure in failures:
         print(f"wrong, so not timed: {failure}")
-    record: dict[str, Any] = findings.to_dict(table)
-    with common.whole_files(out) as temporary:
-        common.write_json(temporary("table.json"), record)
-    return 1 if failures else 0
+    return 1 if failures else common.LATE if late else 0
 
 
 if __name__ == "__main__":

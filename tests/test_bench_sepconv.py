@@ -235,6 +235,39 @@ def test_cpu_timing_interleaves_and_takes_the_minimum() -> None:
     assert common.summary([3e-6, 1e-6, 2e-6, 9e-6], "median")["us"] == pytest.approx(2.5)
 
 
+def test_a_gradient_is_drawn_where_it_is_used(layers: list[Any]) -> None:
+    layer = layers[9]
+    one, same = (bench_sepconv.inputs(layer, torch.bfloat16, torch.channels_last, False)[3] for _ in range(2))
+    assert torch.equal(one, same) and 0.9 < float(one.float().std()) < 1.1
+    away = layer._replace(x=layer.x.to("meta"), w_dw=layer.w_dw.to("meta"), w_pw=layer.w_pw.to("meta"))
+    asked: list[str] = []
+
+    right = torch.Generator
+
+    def generator(device: Any = "cpu") -> Any:  # there is none of meta
+        asked.append(str(device))
+        return right()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "Generator", generator)
+        assert bench_sepconv.inputs(away, torch.bfloat16, torch.channels_last, False)[3].is_meta
+    assert asked == ["meta"]
+
+
+def test_products_are_limits_in_the_precision_of_convolutions() -> None:
+    cudnn: Any = torch.backends.cudnn
+    conv, matmul = cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        for wish in ("tf32", "ieee"):
+            conv.fp32_precision = wish
+            with common.products_like_convolutions():
+                assert matmul.fp32_precision == wish
+            assert matmul.fp32_precision == before[1]
+    finally:
+        conv.fp32_precision = before[0]
+
+
 def test_photograph_batch_crops_and_tiles(photographs: list[Tensor]) -> None:
     batch = common.photograph_batch(photographs, 5, 299)
     assert batch.shape == (5, 3, 299, 299) and -1 <= batch.min() < -0.5 and 0.5 < batch.max() <= 1

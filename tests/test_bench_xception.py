@@ -152,6 +152,24 @@ def test_a_way_that_goes_astray_is_named() -> None:
     assert list(bench_xception.astray(calls)) == [(PLAIN, "compiled"), (OURS, "CUDA graph")]
 
 
+def test_a_way_that_our_network_cannot_go_is_a_failure(
+    models: dict[str, nn.Module], pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And PyTorch's a note."""
+
+    def fail(step: Any) -> Any:
+        raise RuntimeError("the capture failed\nand more")
+
+    monkeypatch.setattr(networks, "as_graph", fail)
+    few = {name: models[name] for name in (PLAIN, OURS)}
+    record: dict[str, Any] = {"failures": [], "notes": [], "results": [], "shares": []}
+    args = SimpleNamespace(rounds=1)
+    bench_xception.measure(few, MODES[1], "float32", pictures, ["CUDA graph"], args, record)
+    assert record["notes"] == [f"float32, {PLAIN}, inference, CUDA graph: failed: the capture failed"]
+    assert record["failures"] == [f"float32, {OURS}, inference, CUDA graph: failed: the capture failed"]
+    assert record["results"] == []
+
+
 def event(name: str, shapes: Any = ()) -> Any:
     return SimpleNamespace(name=name, input_shapes=shapes)
 
@@ -164,6 +182,10 @@ def event(name: str, shapes: Any = ()) -> Any:
         (event("aten::conv2d", [[2, 1, 9, 9], [1, 1, 3, 3]]), kinds.REGULAR),
         (event("aten::convolution_backward", [[2, 4, 9, 9], [2, 8, 9, 9], [4, 8, 1, 7]]), kinds.REGULAR),
         (event("xsep::separable_conv2d"), kinds.SEPARABLE),
+        (event("Eager"), kinds.SEPARABLE),
+        (event("EagerBackward"), kinds.SEPARABLE),
+        (event("torch::autograd::CppNode<xsep::eager::(anonymous namespace)::Convolution>"), kinds.SEPARABLE),
+        (event("torch::autograd::CppNode<other::Convolution>"), None),
         (event("aten::native_batch_norm_backward"), kinds.NORM),
         (event("aten::max_pool2d_with_indices_backward"), kinds.POOL),
         (event("Optimizer.step#SGD.step"), kinds.UPDATE),

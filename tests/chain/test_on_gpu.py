@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +23,11 @@ pytestmark = pytest.mark.gpu
 class Part(nn.Module):
     """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
 
-    def __init__(self, backend: Optional[str]) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
         design, (narrow, middle, wide) = Design(backend=backend), PLACE.channels
+        #: PyTorch's own convolutions promise no bits; the stem, which is one of them, is asked for them by the fixture.
+        self.same_bits = backend != "aten"
         self.stem = nn.Conv2d(3, narrow, 3, bias=False)
         self.blocks = nn.Sequential(
             Block(narrow, middle, 2, design, pool=MaxPool("torch"), start_with_relu=False),
@@ -49,9 +51,14 @@ def placed(m: Part) -> Part:
 
 @pytest.fixture(params=PLACE.backends)
 def network(request: pytest.FixtureRequest) -> Iterator[Part]:
+    cudnn: Any = torch.backends.cudnn
     torch.manual_seed(5)
-    with float32_products("ieee"):
-        yield placed(Part(request.param))
+    before, cudnn.deterministic = cudnn.deterministic, True  # of the stem, whose gradient may else be of atomic adds
+    try:
+        with float32_products("ieee"):
+            yield placed(Part(request.param))
+    finally:
+        cudnn.deterministic = before
 
 
 def pictures() -> Tensor:
@@ -82,8 +89,18 @@ def test_one_step_is_that_of_the_plain_network(network: Part, kind: torch.dtype)
     assert ours.keys() == truth.keys()
     for what, exact in truth.items():
         hold_norm(what, ours[what], exact, own[what], kind)
-    again = step(copy.deepcopy(m).chained(True), x)
-    assert all(torch.equal(again[what], ours[what]) for what in ours), "not the same bits twice"
+    if m.same_bits:
+        again = step(copy.deepcopy(m).chained(True), x)
+        assert all(torch.equal(again[what], ours[what]) for what in ours), "not the same bits twice"
+
+
+def hold_same(network: Part, name: str, found: Tensor, expected: Tensor) -> None:
+    """The same bits where they are promised; else what rounding carries over a ReLU may differ, through 11 layers."""
+    if network.same_bits:
+        assert torch.equal(found, expected), name
+    else:
+        difference = float((found.double() - expected.double()).norm())
+        assert difference <= 2e-2 * float(expected.double().norm()), name
 
 
 @needs_card("graphs")
@@ -112,16 +129,16 @@ def test_a_graph_of_the_step(network: Part) -> None:
     m.zero_grad(set_to_none=True)
     m(x).square().sum().backward()
     for name, p in m.named_parameters():
-        assert p.grad is not None and torch.equal(found[name], p.grad), name
+        assert p.grad is not None, name
+        hold_same(m, name, found[name], p.grad)
     for name, b in m.named_buffers():
-        assert torch.equal(statistics[name], b), name
+        hold_same(m, name, statistics[name], b)
 
 
-def test_compiled_under_autocast() -> None:
+def test_compiled_under_autocast(network: Part) -> None:
     """One graph of the step. Without code generation, which takes minutes: bench_xception does it."""
-    torch.manual_seed(5)
     x, losses = pictures(), []
-    m: Any = placed(Part(None)).chained(True)
+    m: Any = network.chained(True)
     torch._dynamo.reset()
     compiled: Any = torch.compile(copy.deepcopy(m), fullgraph=True, backend="aot_eager")
     for either in (m, compiled):
