@@ -267,7 +267,7 @@ def test_models_by_name_come_without_weights(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_rich_tables_are_plain(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "RICH", False)
     code, out, _ = run("explain", *SHAPE, "--device-like", "T4")
-    assert code == 0 and "cuda                        " in out and "━" not in out
+    assert code == 0 and "\naten, NCHW  " in out and "cuda: cannot run: " in out and "━" not in out
     table = screen.PlainTable("title")
     table.add_column("name")
     table.add_column("ms", justify="right")

@@ -81,7 +81,7 @@ inline constexpr int64_t kMost = std::numeric_limits<int>::max();
 constexpr int diagonal_taps(int k) { return ceil_div(k, 4) * 4; }
 
 // For so many buffers for x, and for w_pw: one for each chunk, or 2.
-inline void lay_out_shared_memory(SeparablePlan& plan, const ConvShape& c, int halos, int w_pw_chunks) {
+inline void lay_out_shared_memory(SeparablePlan& plan, int halos, int w_pw_chunks) {
   plan.halos = halos, plan.w_pw_chunks = w_pw_chunks, plan.keeps_w_pw = w_pw_chunks == plan.chunks;
   // From the step that is multiplied to the one behind the newest copy, which is being prepared.
   plan.maps = ceil_div(halos + 1, plan.chunks) + 1;
@@ -141,7 +141,7 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
 // Takes as many buffers for x as fit, beside all of w_pw if that fits too; false where not even the least does.
 inline bool fit_into_shared_memory(SeparablePlan& plan, const ConvShape& c, int limit) {
   const auto fits = [&](int halos, int w_pw_chunks) {
-    lay_out_shared_memory(plan, c, halos, w_pw_chunks);
+    lay_out_shared_memory(plan, halos, w_pw_chunks);
     return plan.shared_bytes <= limit;
   };
   for (int halos = kMostHalos; halos >= 2; --halos) {

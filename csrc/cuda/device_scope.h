@@ -3,9 +3,11 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <array>
 #include <mutex>
+#include <optional>
 
 #include "launch.cuh"
 #include "tensor.h"
@@ -36,11 +38,18 @@ class DeviceScope {
                     "PyTorch gives no CUDA stream for device ", index_);
     stream_ = static_cast<cudaStream_t>(stream);
     check(cudaGetDevice(&previous_), "cudaGetDevice", problem);
-    if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice", problem);
+    if (previous_ == index_) return;
+#ifdef XSEP_EMULATOR
+    check(cudaSetDevice(index_), "cudaSetDevice", problem);
+#else
+    guard_.emplace(index_);
+#endif
   }
+#ifdef XSEP_EMULATOR
   ~DeviceScope() {
     if (previous_ != index_) cudaSetDevice(previous_);
   }
+#endif
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
@@ -66,6 +75,10 @@ class DeviceScope {
   }
 
   int index_, previous_ = 0;
+#ifndef XSEP_EMULATOR
+  // PyTorch's, which gives a device back without making a context there: hundreds of MB of a GPU that nobody uses.
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
   cudaStream_t stream_ = nullptr;
 };
 

@@ -271,21 +271,6 @@ JOINTS = {
 }
 
 
-def with_plan(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    """Has layers' backwards run as planned but for these fields of the plan."""
-    plan = launch.backward_plan
-
-    def changed(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
-        found = plan(problem, device)
-        assert found is not None
-        if "slices" in fields:
-            (rows,) = found.rows
-            return found._replace(rows=(rows,) * len(fields["slices"]), **fields)
-        return found._replace(**fields)
-
-    monkeypatch.setattr(launch, "backward_plan", changed)
-
-
 def check_chain_backward(size: tuple[int, ...], kind: str, joint: str) -> None:
     """A layer's whole backward against float64, and the same bits twice."""
     (short, before, pool), (n, c_in, c_out, h, w, *_), dtype = JOINTS[joint], size, DTYPES[kind]
@@ -337,7 +322,8 @@ def test_chain_backward(
 ) -> None:
     """All pictures at a time, as the planner has it, and in slices, as it would with more L2."""
     if sliced:
-        with_plan(monkeypatch, slices=launch.slices_of(size[0], 1 + size[0] // 3))
+        monkeypatch.setattr(launch, "slices", lambda problem, device: launch.slices_of(problem.n, 1 + problem.n // 3))
+        monkeypatch.setattr(launch, "backward_plan", launch.backward_plan.__wrapped__)  # and none that it has kept
     check_chain_backward(size, kind, joint)
 
 
@@ -347,14 +333,19 @@ def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, 
     """Where the planner would rather go kernel by kernel, too: pictures so large that L2 is too small for one."""
     c = PLACE.fused_channels
     side = math.isqrt(device_facts(torch.cuda.current_device()).l2_bytes // (2 * 3 * (c + c) * 2)) + 1
-    kernel, calls = launch.fused_backward, 0
+    plan, kernel, calls = launch.backward_plan, launch.fused_backward, 0
+
+    def in_one_pass(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
+        found = plan(problem, device)
+        assert found is not None
+        return found._replace(fused=True)
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return kernel(*arguments)
 
-    with_plan(monkeypatch, fused=True)
+    monkeypatch.setattr(launch, "backward_plan", in_one_pass)
     monkeypatch.setattr(launch, "fused_backward", counted)
     check_chain_backward((2, c, c, side, side + 3, 3, 1), kind, joint)
     assert calls == 2

@@ -50,6 +50,8 @@ class Backend(ABC):
     """
 
     name: str
+    #: Whether ``separable_wgrad`` and ``pointwise_wgrad`` add up all pixels as a sum of short sums.
+    adds_short_sums = False
 
     @abstractmethod
     def not_supported_reasons(self, problem: Problem) -> list[str]:
@@ -150,7 +152,7 @@ class Backend(ABC):
 
         With v = pw(z), u = scale_e * (v + bias) + shift_e + residual, y = act_e(u) and G = du^T z:
         dw_pw = scale_e G, dscale_e = rowsum(w_pw G) + bias sum(du), dz = (scale_e du) w_pw;
-        where v is made anyway, dscale_e = sum(du v) + bias sum(du), which rounds less.
+        where v is made anyway, or G adds up pixel after pixel, dscale_e = sum(du v) + bias sum(du), which rounds less.
         ``y`` is there where act_e is no identity and y determines its gradient; else u is recomputed.
         """
         w_x, w_dw, w_pw, w_bias, w_residual, w_scale_p, w_shift_p, w_scale_m, w_shift_m, w_scale, w_shift = wanted
@@ -158,12 +160,15 @@ class Backend(ABC):
         below = w_x or w_dw or w_scale_p or w_shift_p or w_scale_m or w_shift_m
         z = None
         recompute = needs_recompute(y, a.epilogue)
-        if recompute or ((w_pw or w_scale) and not a.middle.is_identity()):
+        sums_v = recompute or (w_scale and not self.adds_short_sums)
+        if sums_v or ((w_pw or w_scale) and not a.middle.is_identity()):
             z = self.depthwise(a.x, a.w_dw, a.prologue, a.middle, geometry)
         v = u = None
-        if recompute:
+        if sums_v:
             assert z is not None
             v = self.pointwise(z, a.w_pw)
+        if recompute:
+            assert v is not None
             u = scale_and_shift(v, with_bias(a.epilogue, a.bias))
             u = u if a.residual is None else u + a.residual
         du = _activation_gradient(dy, y, u, a.epilogue)

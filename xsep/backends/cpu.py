@@ -64,6 +64,7 @@ def _like(dx: Optional[Tensor], x: Tensor, *weights: Tensor) -> Optional[Tensor]
 
 class CpuBackend(Backend):
     name = "cpu"
+    adds_short_sums = True
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = []

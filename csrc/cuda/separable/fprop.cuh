@@ -182,6 +182,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const FusedMemory memory(p);
   const int halos = plan.halos;
 
+  // Copies begin first, those of x as soon as they can: nothing else is done while the tables are filled.
+  for (int chunk = 0; plan.keeps_w_pw && chunk < plan.chunks; ++chunk) copy_w_pw<T>(p, memory.w_pw[chunk], chunk);
   // The steps whose z is made in the first turn of the loop, whose x is copied next, and the one behind that, whose
   // tile is mapped next.
   FusedStep windowed{static_cast<int>(blockIdx.x), 0, 0};
@@ -190,15 +192,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p, memory, copied);
     copied.advance(plan);
   }
-  load_tables<T>(p, memory);
   __syncthreads();
-  for (int chunk = 0; plan.keeps_w_pw && chunk < plan.chunks; ++chunk) copy_w_pw<T>(p, memory.w_pw[chunk], chunk);
   copied = windowed;
   for (int i = 0; i < halos - 1; ++i) {
     if (copied.exists(plan)) Halo<T>{p, memory, copied, memory.halo[i]}.copy();
     cp_async_commit();
     copied.advance(plan);
   }
+  load_tables<T>(p, memory);
+  __syncthreads();
 
   Accumulators accumulators = {};
   FusedStep multiplied{plan.tiles, 0, 0};  // none yet
