@@ -285,8 +285,8 @@ SWITCHES = [
     Switch(
         "another-device",
         "device_scope.h",
-        "if (previous_ != index_) check(cudaSetDevice",
-        "if (!FAULT && previous_ != index_) check(cudaSetDevice",
+        "if (previous_ == index_) return;",
+        "if (FAULT || previous_ == index_) return;",
         raw_gradient,
     ),
     Switch(

@@ -21,7 +21,7 @@ int emulate_cut_separable_fprop(const ConvShape* c, int c_out, int bytes, const 
   plan->chunk_bytes = chunk_bytes, plan->row_warps = row_warps, plan->tile_columns = columns;
   plan->group_rows = across_pictures != 0 ? c->n * c->p : c->p;
   if (!detail::complete_fused_plan(*plan, *c, c_out, bytes)) return 0;
-  detail::lay_out_shared_memory(*plan, *c, halos, keeps_w_pw != 0 ? plan->chunks : 2);
+  detail::lay_out_shared_memory(*plan, halos, keeps_w_pw != 0 ? plan->chunks : 2);
   plan->workers = workers;
   return 1;
 }
