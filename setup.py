@@ -199,12 +199,13 @@ class Build(BuildExtension):
         return super().get_ext_filename(fullname)
 
 
+cuda = cuda_library()
 setup(
     ext_modules=[
         binding_module(),
-        repeated_calls(),
+        *([repeated_calls()] if BUILD_CPU or cuda else []),  # by operators, of the one or the other
         *(cpu_library(level, flags) for level, flags in cpu_levels().items() if BUILD_CPU),
-        *cuda_library(),
+        *cuda,
     ],
     cmdclass={"build_ext": Build},
 )
