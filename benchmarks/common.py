@@ -25,6 +25,7 @@ from torch import Tensor
 
 import xsep
 from xsep.backends.pointwise import tf32_allowed
+from xsep.measuring import Flush
 from xsep.tuning import digest
 from xsep.tuning.device import cpu_name
 
@@ -34,9 +35,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: What stands in for photographs where scikit-learn, which brings some, is not installed.
 SYNTHETIC = ["synthetic 1 (scikit-learn, which brings photographs, is not installed)", "synthetic 2"]
-
-#: What a GPU's L2 is flushed with: well above the largest L2 of any card so far.
-FLUSH_BYTES = 512 * 2**20
 
 #: The exit code of a program that stopped because its time was over; what it wrote stands.
 LATE = 3
@@ -172,33 +170,15 @@ def time_on_cpu(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float
 def time_on_gpu(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
     """CUDA-event medians, interleaved; ``us`` with L2 flushed before each call, and the same warm under ``warm``.
 
-    The flush, a write larger than L2, is repeated until it keeps the card busy for longer than the host needs to
-    enqueue the call, so that what is measured is the card. A warm call follows an untimed run of itself.
+    A warm call follows an untimed run of itself.
     """
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    flush.zero_()  # the first one may load its kernel
-    torch.cuda.synchronize()
-    host = 0.0
-    for call in calls.values():
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        call()
-        host = max(host, time.perf_counter() - before)
-        torch.cuda.synchronize()
-    before = time.perf_counter()
-    flush.zero_()
-    torch.cuda.synchronize()
-    flushes = min(1 + int(3 * host / (time.perf_counter() - before)), 50)
-
+    flush = Flush(calls.values())
     Event = torch.cuda.Event
     events: dict[tuple[str, bool], list[tuple[Any, Any]]] = {(n, w): [] for n in calls for w in (False, True)}
     for _ in range(rounds):
         for (name, warm), pairs in events.items():
             start, end = Event(enable_timing=True), Event(enable_timing=True)
-            for _ in range(flushes):
-                flush.zero_()
+            flush()
             if warm:
                 calls[name]()
             start.record()

@@ -27,8 +27,8 @@ from .tuning.findings import DIRECTIONS, Finding
 #: Elements of x, z and y together up to which the gate runs the whole batch; beyond, as many pictures as fit.
 GATE_ELEMENTS = 2**26
 LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
-#: More than any card's L2 so far.
-FLUSH_BYTES = 2**28
+#: Well above the largest L2 of any card so far.
+FLUSH_BYTES = 2**29
 
 Args = Union[SeparableArgs, DepthwiseArgs]
 
@@ -162,36 +162,47 @@ def _timed_on_cpu(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[s
     return {name: 1e6 * min(samples) for name, samples in taken.items()}
 
 
+class Flush:
+    """Keeps the card busy, by writes of more than its L2 holds, until the host has enqueued whichever of these calls
+    comes next; else events around a call that is done sooner than it is asked for would time the host.
+
+    Each call is made a few times for that, and is warm afterwards.
+    """
+
+    def __init__(self, calls: Iterable[Callable[[], Any]]) -> None:
+        self.memory = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        host = 0.0
+        for call in calls:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            call()
+            host = max(host, time.perf_counter() - before)
+            torch.cuda.synchronize()
+        self.memory.zero_()  # the first one may load its kernel
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        self.memory.zero_()
+        torch.cuda.synchronize()
+        self.times = min(1 + int(3 * host / (time.perf_counter() - before)), 100)
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.memory.zero_()
+
+
 def _timed_on_gpu(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, float]:
     """Microseconds that the card takes for each call, taken in turns: the median of CUDA events, with nothing in L2.
 
-    A call of a small problem is done on the card before the host has asked for all of it, and events around it would
-    time the host. So the card first writes more than its L2 holds, again and again for longer than the host needs; what
-    it then finds enqueued it runs without waiting. The host's own time, which a loop of small calls is bound by, is not
-    in the figure, for any backend.
+    The host's own time, which a loop of small calls is bound by, is not in the figure, for any backend.
     """
-    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    host = 0.0
-    for call in calls.values():
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        call()
-        host = max(host, time.perf_counter() - before)
-        torch.cuda.synchronize()
-    flush.zero_()
-    torch.cuda.synchronize()
-    before = time.perf_counter()
-    flush.zero_()
-    torch.cuda.synchronize()
-    flushes = min(1 + int(3 * host / (time.perf_counter() - before)), 100)
+    flush = Flush(calls.values())
     taken: dict[str, list[Any]] = {name: [] for name in calls}
     for _ in _rounds(effort):
         for name, call in calls.items():
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            for _ in range(flushes):
-                flush.zero_()
+            flush()
             events[0].record()
             call()
             events[1].record()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tf32 import round_to_tf32
 from xsep.backends.aten import ATEN
 from xsep.problem import ACTIVATIONS, Geometry, SeparableArgs
 
@@ -186,10 +187,6 @@ def aten_args(case: Case, a: Inputs, dtype: torch.dtype) -> SeparableArgs:
         a.x.to(dtype), a.w_dw.to(dtype), a.w_pw.to(dtype), to(a.bias), to(a.residual), scale_p, shift_p, scale_m,
         shift_m, scale_e, shift_e, list(case.geometry), [f.activation for f in affines], [f.alpha for f in affines],
     )  # fmt: skip
-
-
-def round_to_tf32(t: Tensor) -> Tensor:
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def pytorch(case: Case, kind: str, a: Inputs) -> Tensor:

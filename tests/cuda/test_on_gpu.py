@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.chain.support import double, hold, image, last, vector
 from tests.gpu import PLACE, float32_products, needs_card
+from tests.tf32 import round_to_tf32
 from xsep import ChannelAffine, separable_conv2d
 from xsep.activations import activate, scale_and_shift
 from xsep.backends import chain_cuda_launch as launch
@@ -90,10 +91,6 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, *, tf32
     allowed = 2 * max(off(theirs, truth), tf32) + ulp * (8 if theirs.dtype == torch.float32 else 1)
     error = off(ours, truth)
     assert error <= allowed, f"{name}: off by {error:.3g}, {allowed:.3g} allowed"
-
-
-def round_to_tf32(t: Tensor) -> Tensor:
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def by_matrix_product(a: SeparableArgs, rounded: bool) -> Tensor:
@@ -321,10 +318,19 @@ def test_chain_backward(
     size: tuple[int, ...], kind: str, joint: str, sliced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All pictures at a time, as the planner has it, and in slices, as it would with more L2."""
+    plan, cut = launch.backward_plan.__wrapped__, []  # and none that it has kept
+
+    def kernel_by_kernel(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
+        found = plan(problem, device)
+        assert found is not None
+        cut.append(len(found.slices))
+        return found._replace(fused=False)
+
     if sliced:
         monkeypatch.setattr(launch, "slices", lambda problem, device: launch.slices_of(problem.n, 1 + problem.n // 3))
-        monkeypatch.setattr(launch, "backward_plan", launch.backward_plan.__wrapped__)  # and none that it has kept
+    monkeypatch.setattr(launch, "backward_plan", kernel_by_kernel)
     check_chain_backward(size, kind, joint)
+    assert cut and (not sliced or all((slices > 1) == (size[0] > 1) for slices in cut))
 
 
 @pytest.mark.parametrize("joint", JOINTS)
