@@ -344,7 +344,8 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
     )
     for kind in args.dtype:
         console.print(figures(record, kind))
-        console.print(shares(record, kind))
+        if any(s["dtype"] == kind for s in record["shares"]):
+            console.print(shares(record, kind))
         if any(r["dtype"] == kind for r in record["counted"]):
             console.print(counted(record, kind))
     for r in record["ratios"]:

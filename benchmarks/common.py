@@ -341,14 +341,17 @@ def chart_module(name: str) -> Optional[Any]:
 
 
 def write_results(out: Path, name: str, record: dict[str, Any], chart: str) -> str:
-    """Writes name.json and, where matplotlib is there, name.png by ``chart.draw``; says which, for people."""
+    """Writes name.json and, where matplotlib is there, name.png by ``chart.draw``; says which, for people.
+
+    The figures first: a chart that cannot be drawn must not cost what was measured.
+    """
     drawer = chart_module(chart)
     with whole_files(out) as temporary:
-        if drawer is not None:
-            drawer.draw(record, temporary(f"{name}.png"))
         write_json(temporary(f"{name}.json"), record)
     if drawer is None:
         return f"{out / name}.json; no chart, because matplotlib is not installed"
+    with whole_files(out) as temporary:
+        drawer.draw(record, temporary(f"{name}.png"))
     return f"{out / name}.json and {out / name}.png"
 
 

@@ -19,17 +19,20 @@ KIND_COLOURS = ("#1769aa", "#5b9bd0", "#a9cbe8", "#2a9d8f", "#cfa85a", "#b9a3d6"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """A row a type: pictures a second in each mode, then the share of an eager step by kind of layer."""
+    """A row a type: pictures a second in each mode, then the share of an eager step by kind of layer, where known."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in record["results"]))
     modes = list(dict.fromkeys(r["mode"] for r in record["results"]))
+    shares = [s for s in record["shares"] if any(s["seconds"].values())]  # none of graphs, nor of an idle profiler
+    widths = [1.0] * len(modes) + ([1.45] if shares else [])
     figure, axes = plt.subplots(
-        len(dtypes), len(modes) + 1, figsize=(3.6 * len(modes) + 6.2, 1.5 + 3.6 * len(dtypes)), squeeze=False,
-        width_ratios=[*(1 for _ in modes), 1.45],
+        len(dtypes), len(widths), figsize=(max(3.6 * sum(widths) + 1.0, 10.0), 1.5 + 3.6 * len(dtypes)), squeeze=False,
+        width_ratios=widths,
     )  # fmt: skip
     for row, kind in zip(axes, dtypes):
         for ax, mode in zip(row, modes):
             _speeds(ax, record, kind, mode)
-        _shares(row[-1], [s for s in record["shares"] if s["dtype"] == kind])
+        if shares:
+            _shares(row[-1], [s for s in shares if s["dtype"] == kind])
     where = record["environment"]
     threads = "" if record["device_type"] == "cuda" else f"{where['threads']} threads, "
     height = figure.get_size_inches()[1]
@@ -78,6 +81,9 @@ def _speeds(ax: Any, record: dict[str, Any], kind: str, mode: str) -> None:
 
 
 def _shares(ax: Any, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        ax.set_axis_off()
+        return
     present = [k for k in KINDS if any(s["seconds"][k] > 0 for s in rows)]
     labels = [f"{s['network']}\n{s['mode'].replace('BatchNorm ', '')}" for s in rows]
     left = [0.0] * len(rows)

@@ -27,6 +27,7 @@ import common  # noqa: E402
 import counted_bytes  # noqa: E402
 import kinds  # noqa: E402
 import networks  # noqa: E402
+import xception_chart  # noqa: E402
 from networks import CHAINED, INCEPTION, MODES, NETWORKS, OURS, PLAIN  # noqa: E402
 
 CLASSES = 10
@@ -236,6 +237,34 @@ def program(monkeypatch: pytest.MonkeyPatch, models: dict[str, nn.Module], *argu
     monkeypatch.setattr(networks, "build", lambda seed: copy.deepcopy(models))
     argv = ["--quick", "--device", "cpu", "--size", "75", "--batch", "2", "--rounds", "1", *arguments]
     return common.run("bench_xception", lambda: bench_xception.main(argv))
+
+
+def test_a_chart_needs_no_shares_of_time(tmp_path: Path) -> None:
+    """None are measured of CUDA graphs, and where the driver lets nobody profile they are all zero; merged files have
+    them of some types only."""
+    rows = [
+        {"dtype": kind, "mode": mode, "network": name, "way": "CUDA graph", "pictures_per_second": 1000.0}
+        for kind in ("float32", "bfloat16") for mode in MODES[:2] for name in (PLAIN, OURS)
+    ]  # fmt: skip
+    record = {
+        "results": rows, "networks": list(NETWORKS), "device_type": "cuda", "batch": 64, "size": 299, "figure": "",
+        "environment": {"device": "a card", "torch": "2.11"},
+    }  # fmt: skip
+    share = {"dtype": "bfloat16", "mode": MODES[0], "network": OURS, "seconds": dict.fromkeys(kinds.KINDS, 0.5)}
+    idle = {**share, "seconds": dict.fromkeys(kinds.KINDS, 0.0)}
+    for shares in ([], [idle], [idle, share]):
+        xception_chart.draw({**record, "shares": shares}, tmp_path / "chart.png")
+        assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_that_cannot_be_drawn_costs_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(record: dict[str, Any], path: Path) -> None:
+        raise IndexError("of a chart")
+
+    monkeypatch.setattr(common, "chart_module", lambda name: SimpleNamespace(draw=draw))
+    with pytest.raises(IndexError, match="of a chart"):
+        common.write_results(tmp_path, "xception", {"results": [1]}, "xception_chart")
+    assert {p.name: json.loads(p.read_text()) for p in tmp_path.iterdir()} == {"xception.json": {"results": [1]}}
 
 
 def test_program(
