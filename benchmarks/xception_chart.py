@@ -25,7 +25,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     shares = [s for s in record["shares"] if any(s["seconds"].values())]  # none of graphs, nor of an idle profiler
     widths = [1.0] * len(modes) + ([1.45] if shares else [])
     figure, axes = plt.subplots(
-        len(dtypes), len(widths), figsize=(max(3.6 * sum(widths) + 1.0, 10.0), 1.5 + 3.6 * len(dtypes)), squeeze=False,
+        len(dtypes), len(widths), figsize=(max(3.6 * sum(widths) + 1.0, 12.0), 1.5 + 3.6 * len(dtypes)), squeeze=False,
         width_ratios=widths,
     )  # fmt: skip
     for row, kind in zip(axes, dtypes):

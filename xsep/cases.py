@@ -57,7 +57,8 @@ class Case:
             f"p{padding}", f"d{self.dilation[0]}{self.dilation[1]}",
             *(v for v in self.vectors), *(a or "none" for a in self.activations),
             *(["bias"] if self.bias else []), *(["res"] if self.residual else []),
-            str(self.dtype).removeprefix("torch."), self.layout, f"seed{self.seed}",
+            str(self.dtype).removeprefix("torch."), self.layout,
+            *([] if self.wanted is None else [f"wants{'+'.join(self.wanted)}"]), f"seed{self.seed}",
         ]  # fmt: skip
         return "-".join(parts)
 
@@ -229,6 +230,9 @@ def _random_case(rng: random.Random, seed: int) -> Case:
             layout=rng.choice(["channels_last", "channels_last", "contiguous", "sliced", "permuted"]),
             seed=seed,
         )
+        if some() < 0.3:
+            names = ("x", "w_dw", "w_pw", "bias", "residual", *case.vectors)
+            case = replace(case, wanted=tuple(name for name in names if some() < 0.4))
         pixels = max(case.h * case.w, case.output_size[0] * case.output_size[1])
         if min(case.output_size) > 0 and case.n * case.c_in * case.multiplier * pixels <= 40_000:
             return case

@@ -72,6 +72,7 @@ class Job:
     pooled: bool = False
     operands: int = 1
     shortcut: str = ""  # "full", "half"
+    only: str = ""  # "dx", "dw", "vectors": the one gradient that a backward is asked for
 
     @property
     def id(self) -> str:
@@ -80,7 +81,7 @@ class Job:
         plain = "" if self.vectors else "plain"
         shape = f"k{self.k}s{self.stride}d{self.dilation}-c{self.channels}o{self.outputs}a{self.activation}{plain}"
         ends = f"{self.shortcut}{'' if self.operands == 1 else self.operands}{'' if self.n == 64 else f'n{self.n}'}"
-        return f"{self.kernel}-{self.target}-{self.dtype}-{shape}{flags}{ends}{tile}"
+        return f"{self.kernel}-{self.target}-{self.dtype}-{shape}{flags}{ends}{self.only}{tile}"
 
 
 @dataclass(frozen=True)
@@ -132,20 +133,23 @@ def launch_of(job: Job) -> launch.Launch:
         assert tile is not None
         split = launch.backward_split(x, geometry, tile)
         share = share_of(split.tiles, split.channel_blocks, device)
-        partials = floats(split.programs(share), k * k + 2, c)
+        dx, want_dw = (x if job.only != "dw" else None), job.only != "dx"
+        want_affine = job.vectors and not job.only
+        partials = floats(split.programs(share), k * k + 2, c) if want_dw or want_affine else None
         return launch.depthwise_backward(
-            x, z, weight, x, partials, (k, k), act, geometry, True, job.vectors, tile, split, share
+            x, z, weight, dx, partials, (k, k), act, geometry, want_dw, want_affine, tile, split, share
         )
     if job.kernel == "fprop_general":
         return launch.fprop_general(x, weight, z, (k, k), act, act, geometry)
     if job.kernel == "dgrad_general":
-        return launch.dgrad_general(x, z, weight, x, floats(9, 2, c), (k, k), act, geometry)
+        return launch.dgrad_general(x, z, weight, x, None if job.only else floats(9, 2, c), (k, k), act, geometry)
     if job.kernel == "wgrad_general":
         return launch.wgrad_general(x, z, floats(64, k * k + 2, c), (k, k), act, geometry)
     if job.kernel == "round_weights":
         return launch.round_weights(floats(job.outputs, c), floats(job.outputs, c))
     if job.kernel == "sum_partials":
-        return launch.sum_partials(floats(64, k * k + 2, c), weight, floats(2, c))
+        dw, vectors = (weight if job.only != "vectors" else None), (floats(2, c) if job.only != "dw" else None)
+        return launch.sum_partials(floats(64, k * k + 2, c), dw, vectors)
     if job.kernel == "merge_statistics":
         counts = torch.empty(4096, dtype=torch.int32, device="meta")
         return launch.merge_statistics(floats(4096, 3, c), counts, floats(32, 3, c).double())

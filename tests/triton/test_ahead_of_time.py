@@ -61,6 +61,10 @@ def chosen_jobs() -> Iterator[Job]:
     yield Job("backward", "sm_90", "bf16", k=5)
     yield Job("backward", "sm_90", "bf16", k=7)
     yield Job("backward", "sm_80", "bf16", dilation=2, vectors=False, activation=IDENTITY)
+    for only in ("dx", "dw"):
+        yield Job("backward", "sm_90", "bf16", only=only)
+        yield Job("sum_partials", "sm_90", "fp32", only=only.replace("dx", "vectors"))
+    yield Job("dgrad_general", "sm_90", "bf16", k=9, only="dx")
     yield Job("separable", "sm_90", "bf16", k=5, outputs=256)
     yield Job("separable", "sm_90", "bf16", k=7, stride=2)
     yield Job("separable", "sm_90", "bf16", tile=astuple(plans.FUSED_SMALL))

@@ -271,9 +271,9 @@ def depthwise_backward(
                             d = d * load_scale[0]
                         tl.store(row + at, d.to(dx.dtype.element_ty), mask=mask)
 
-    line_of = partials + pid.to(tl.int64) * (R * S + (SUMS if SUMS > 0 else 2)) * channels
+    own = pid.to(tl.int64) * (R * S + (SUMS if SUMS > 0 else 2)) * channels
     if WANT_DW:
         for i in tl.static_range(R * S):
-            tl.store(line_of + i * channels + c, tl.sum(dw[i], axis=0), mask=c_ok)
+            tl.store(partials + own + i * channels + c, tl.sum(dw[i], axis=0), mask=c_ok)
     for i in tl.static_range(2 if WANT_AFFINE else SUMS):
-        tl.store(line_of + (R * S + i) * channels + c, tl.sum(sums[i], axis=0), mask=c_ok)
+        tl.store(partials + own + (R * S + i) * channels + c, tl.sum(sums[i], axis=0), mask=c_ok)

@@ -61,6 +61,20 @@ def test_generated_problem(case: Case) -> None:
     testing.check(case, "triton")
 
 
+@pytest.mark.parametrize("wanted", ["x", "w_dw", "w_pw", "scale_p", "shift_m"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(n=1, h=5, w=6, vectors=("scale_p", "shift_p", "shift_m"), activations=("relu", None, None)),
+        Case(n=1, h=5, w=6, filter=(9, 1), padding=(0, 0, 4, 4), multiplier=2, vectors=("scale_p", "shift_m")),
+    ],
+    ids=["tiled", "general"],
+)
+def test_one_gradient_alone(case: Case, wanted: str) -> None:
+    """What is not asked for has no memory to be written into."""
+    testing.check(replace(case, wanted=(wanted,)), "triton")
+
+
 @pytest.mark.parametrize("name", NAMES, ids=str)
 def test_each_activation_everywhere(name: str) -> None:
     case = Case(n=1, h=5, w=5, activations=(name, name, name), vectors=VECTORS, bias=True, residual=True, alpha=0.3)
