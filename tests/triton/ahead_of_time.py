@@ -148,8 +148,8 @@ def launch_of(job: Job) -> launch.Launch:
     if job.kernel == "round_weights":
         return launch.round_weights(floats(job.outputs, c), floats(job.outputs, c))
     if job.kernel == "sum_partials":
-        dw, vectors = (weight if job.only != "vectors" else None), (floats(2, c) if job.only != "dw" else None)
-        return launch.sum_partials(floats(64, k * k + 2, c), dw, vectors)
+        dw, sums = (weight if job.only != "vectors" else None), (floats(2, c) if job.only != "dw" else None)
+        return launch.sum_partials(floats(64, k * k + 2, c), dw, sums)
     if job.kernel == "merge_statistics":
         counts = torch.empty(4096, dtype=torch.int32, device="meta")
         return launch.merge_statistics(floats(4096, 3, c), counts, floats(32, 3, c).double())
