@@ -63,7 +63,10 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"xsep: cpu backend: {state}; threads {torch.get_num_threads()}; nightly {NIGHTLY}"
 
 
-@pytest.fixture(params=["aten", "cpu"])
+@pytest.fixture(params=PLACE.everywhere)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs without a GPU in this process. The cpu backend must be built: it is never skipped."""
+    """Every backend that runs without a GPU in this process. The cpu backend must be built: it is never skipped.
+
+    The cuda backend has its turn in the emulator (tests/cuda/test_emulated_ops.py).
+    """
     return str(request.param)

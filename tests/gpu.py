@@ -19,6 +19,8 @@ class Place:
     device: str = "cuda"
     emulated: bool = False
     backends: tuple[str, ...] = ("aten", "cuda", "triton")
+    #: Of the tests of every backend that ask for the fixture of that name: those of a CPU, wherever there is one.
+    everywhere: tuple[str, ...] = ("aten", "cpu")
     #: N, C_in, C_out, H, W, k, stride
     sizes: tuple[tuple[int, ...], ...] = (
         (8, 64, 128, 147, 147, 3, 1), (4, 128, 256, 74, 74, 3, 1), (4, 256, 256, 37, 37, 3, 1),

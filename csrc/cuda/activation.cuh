@@ -54,7 +54,7 @@ __device__ __forceinline__ void activate_cheap(Registers& u, const ActivationCho
       map(u, [=](float v) { return v > 0.0f ? v : v * alpha; });
       break;
     case Activation::kHardswish:
-      map(u, [](float v) { return v <= -3.0f ? 0.0f : (v >= 3.0f ? v : v * (v + 3.0f) * (1.0f / 6.0f)); });
+      map(u, [](float v) { return v * (min_nan(max_nan(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f)); });
       break;
     default:
       break;

@@ -1,4 +1,4 @@
-"""A pytest plugin: the tests of a GPU, and the chain's own on the ``cuda`` backend, run on the emulator.
+"""A pytest plugin: the tests of a GPU, those of every backend and the chain's own on ``cuda``, run on the emulator.
 
 With ``XSEP_EMULATED_CHANNELS``, as in ``24,16``, the chain's are on layers of so many channels.
 """
@@ -12,6 +12,7 @@ import pytest
 
 from tests import gpu
 from tests.chain import support
+from xsep import extension
 from xsep.backends.cuda import CudaBackend
 
 from . import emulated_ops
@@ -25,7 +26,7 @@ if "XSEP_EMULATED_CHANNELS" in os.environ:
 support.WAY_IDS[:] = ["-".join(way) for way in support.WAYS]
 
 place = gpu.PLACE
-place.device, place.emulated, place.backends = "cpu", True, ("cuda",)
+place.device, place.emulated, place.backends, place.everywhere = "cpu", True, ("cuda",), ("cuda",)
 place.sizes = (
     (2, 16, 32, 13, 11, 3, 1), (2, 24, 264, 5, 6, 3, 1), (4, 40, 24, 5, 4, 3, 1), (2, 24, 8, 11, 9, 3, 2),
     (2, 16, 10, 9, 8, 5, 2), (1, 8, 8, 9, 8, 7, 1), (2, 13, 17, 7, 9, 3, 1), (1, 32, 62, 6, 5, 5, 1),
@@ -37,11 +38,13 @@ _operators.installed(setattr)
 _operators.start(CARD)
 _operators.guard(True)
 CudaBackend.not_supported_reasons = lambda self, problem: []  # type: ignore[method-assign]
+extension.repeated = lambda: None  # C++ would ask PyTorch's dispatcher, which has the operators of a card
 
 
 @pytest.fixture(autouse=True)
 def undamaged() -> Iterator[None]:
-    yield
+    with gpu.float32_products("ieee"):  # as a CPU multiplies
+        yield
     _operators.check()
 
 

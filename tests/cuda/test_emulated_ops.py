@@ -1,4 +1,7 @@
-"""The tests of a GPU, and the chain's own with the cuda backend, on the emulator; in processes of their own."""
+"""The tests of a GPU, and those of every backend and of the chain with the cuda backend, on the emulator.
+
+In processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,12 @@ RUNS = {
     "whole": (("chain/test_backward_ops", "chain/test_forward_ops", "chain/test_layers"), "cuda", "", 100),
     "fused-backward": (("chain/test_backward_ops",), "cuda and test_layer and not fp32", "24,16", 20),
     "of-a-gpu": (("cuda/test_on_gpu", "chain/test_on_gpu"), "", "", 300),
+    "of-every-backend": (
+        ("test_op", "test_autograd", "hardening/test_autograd_modes", "hardening/test_special_values"),
+        "cuda",
+        "",
+        300,
+    ),
 }
 
 
@@ -35,4 +44,4 @@ def test_on_the_emulator(name: str) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     passed, fused = re.search(r"(\d+) passed", done.stdout), re.search(r"(\d+) fused backwards", done.stdout)
     assert passed is not None and int(passed[1]) >= fewest
-    assert fused is not None and (int(fused[1]) > 0) == (name != "whole")
+    assert fused is not None and (int(fused[1]) > 0) == (name in ("fused-backward", "of-a-gpu"))

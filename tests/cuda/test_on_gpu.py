@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.chain.support import double, hold, image, last, vector
 from tests.gpu import PLACE, float32_products, needs_card
+from tests.hardening import test_special_values as special_values
 from tests.tf32 import round_to_tf32
 from xsep import ChannelAffine, separable_conv2d
 from xsep.activations import activate, scale_and_shift
@@ -24,6 +25,7 @@ from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.cuda import CUDA, DeviceFacts, device_facts
 from xsep.ops.inside import inside_op
 from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs, separable_problem
+from xsep.testing import NAMES
 
 pytestmark = pytest.mark.gpu
 
@@ -143,12 +145,19 @@ def test_calls_made_again_by_cpp(size: tuple[int, ...], kind: str) -> None:
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_activations_pass_on_what_is_not_finite(name: str, kind: str) -> None:
+    with torch.device(PLACE.device):
+        special_values.test_activations_pass_them_on(name, DTYPES[kind], torch.channels_last, "cuda")
+
+
 def test_who_runs_out_of_memory_is_told_so() -> None:
     """By PyTorch's words, and on a card by its class of error: who looks for a batch that fits asks for that."""
     x, w_dw = draw((1, 8, 8, 4, 4, 3, 1), torch.float32)[:2]
     far = 2**20  # y would be all that 47 bits of address can reach
-    kind, words = (torch.OutOfMemoryError, "out of memory") if x.is_cuda else (RuntimeError, "can't allocate memory")
-    with pytest.raises(kind, match=words), inside_op():
+    kind = torch.OutOfMemoryError if x.is_cuda else RuntimeError  # whose words an older PyTorch prints
+    with pytest.raises(kind, match=r"out of memory|can't allocate memory"), inside_op():
         CUDA.depthwise(x, w_dw, Affine(), Affine(), Geometry(1, 1, far, far, far, far, 1, 1))
 
 

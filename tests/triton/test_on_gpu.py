@@ -15,12 +15,13 @@ from tests.chain import test_backward_ops as backward
 from tests.chain import test_forward_ops as forward
 from tests.chain.support import hold
 from tests.gpu import float32_products
+from tests.hardening import test_special_values as special_values
 from xsep import testing
 from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.triton import TRITON
 from xsep.ops.training import bn_finalize, sep_backward, sep_dgrad, sep_fprop
 from xsep.problem import RELU, Affine, Geometry, Problem
-from xsep.testing import VECTORS, Case
+from xsep.testing import NAMES, VECTORS, Case
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +77,13 @@ def test_tf32_where_the_settings_allow_it(case: Case) -> None:
 @pytest.mark.parametrize("case", list(testing.generate(60, seed=31)), ids=lambda c: c.id)
 def test_generated_problem(case: Case) -> None:
     testing.check(case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_activations_pass_on_what_is_not_finite(name: str, kind: str) -> None:
+    with torch.device("cuda"):
+        special_values.test_activations_pass_them_on(name, DTYPES[kind], torch.channels_last, "triton")
 
 
 def test_more_than_two_to_the_31_elements() -> None:

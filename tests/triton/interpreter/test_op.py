@@ -10,6 +10,7 @@ import torch
 
 import xsep
 from tests.conftest import NIGHTLY
+from tests.hardening import test_special_values as special_values
 from xsep import reference, testing
 from xsep.backends import triton_plans as plans
 from xsep.backends.triton import TRITON
@@ -79,6 +80,11 @@ def test_one_gradient_alone(case: Case, wanted: str) -> None:
 def test_each_activation_everywhere(name: str) -> None:
     case = Case(n=1, h=5, w=5, activations=(name, name, name), vectors=VECTORS, bias=True, residual=True, alpha=0.3)
     testing.check(case, "triton")
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_activations_pass_on_what_is_not_finite(name: str) -> None:
+    special_values.test_activations_pass_them_on(name, torch.bfloat16, torch.channels_last, "triton")
 
 
 @pytest.mark.parametrize("staged", [False, True], ids=["fused", "staged"])
