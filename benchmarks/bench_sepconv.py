@@ -129,11 +129,12 @@ def gate(layer: Layer, dtype: torch.dtype, backends: list[str]) -> dict[str, lis
     wide = results(truth, [t.detach().double().requires_grad_(i < 3) for i, t in enumerate(tensors)])
     exact = testing.Truth(wide)
     pytorch = results(two_convolutions, tensors)
+    kind = testing.held_as(dtype, layer.x.device)
     found = {}
     for backend in backends:
         try:
             with testing.poisoned_memory():
-                found[backend] = testing.violations(results(one_op(backend), tensors), exact, pytorch, dtype)
+                found[backend] = testing.violations(results(one_op(backend), tensors), exact, pytorch, kind)
         except RuntimeError as error:
             found[backend] = [str(error).splitlines()[0]]
     return found

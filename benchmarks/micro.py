@@ -101,10 +101,9 @@ class Session:
         found = []
         for name, got in ours.items():
             like = name if name in exact else "separable"
-            found += [
-                f"{name}: {sentence}"
-                for sentence in testing.violations(got, testing.Truth(exact[like]), own[like], self.dtype)
-            ]
+            kind = testing.held_as(self.dtype, self.device) if like == "separable" else self.dtype
+            wrong = testing.violations(got, testing.Truth(exact[like]), own[like], kind)
+            found += [f"{name}: {sentence}" for sentence in wrong]
         return found
 
     def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, common.Times]:

@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from xsep.models import Xception, xception
 from xsep.models.inception_v3 import ConvBatchNorm, inception_v3
 from xsep.modules import FusedSeparableConv2d
-from xsep.testing import ULPS, poisoned_memory
+from xsep.testing import ULPS, held_as, poisoned_memory
 
 PLAIN, OURS, INCEPTION, CHAINED = "Xception, PyTorch", "Xception, xsep", "Inception V3", "Xception, chained"
 NETWORKS = (PLAIN, OURS, INCEPTION, CHAINED)
@@ -243,7 +243,7 @@ def gate(ours: nn.Module, plain: nn.Module, dtype: torch.dtype, x: Tensor, exact
         compared[f"training: gradients of {name}"] = (got[name], own[name], expected)
     found = []
     for what, (a, b, e) in compared.items():
-        error, bound = distance(a, e), 2 * distance(b, e) + ULPS * torch.finfo(dtype).eps
+        error, bound = distance(a, e), 2 * distance(b, e) + ULPS * torch.finfo(held_as(dtype, x.device)).eps
         if not error <= bound:
             found.append(f"{what} are off by {error:.3g} relative, {bound:.3g} allowed")
     return found

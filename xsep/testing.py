@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .backends.pointwise import tf32_allowed
 from .cases import LAYOUTS, NAMES, VECTORS, Case, Inputs, generate, make_inputs
 from .functional import depthwise_conv2d, separable_conv2d
 
 __all__ = [
-    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "generate", "make_inputs", "poisoned_memory",
-    "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
+    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "generate", "held_as", "make_inputs",
+    "poisoned_memory", "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
 ]  # fmt: skip
 
 #: Room for the largest error; the 16-bit types have (y's, a gradient's). The truth is a float64 sum itself, so that in
@@ -166,6 +167,16 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def held_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type whose rule is for results that are about to be timed, or chosen by their time.
+
+    Where PyTorch's settings say so a GPU's float32 products are of TF32 numbers, which have float16's digits. Whether
+    PyTorch's library takes them for a shape too, and so what its own error is, is its choice.
+    """
+    narrow = dtype is torch.float32 and device.type == "cuda" and tf32_allowed()
+    return torch.float16 if narrow else dtype
 
 
 def violations(results: Results, truth: Truth, pytorch: Results, dtype: torch.dtype) -> list[str]:
