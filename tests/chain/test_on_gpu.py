@@ -117,8 +117,7 @@ def test_a_graph_of_the_step(network: Part) -> None:
     m.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = m(x)
-        y.square().sum().backward()
+        m(x).square().sum().backward()
     m.load_state_dict(start)
     x.copy_(pictures())
     graph.replay()
