@@ -139,7 +139,7 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
 }
 
 // Takes as many buffers for x as fit, beside all of w_pw if that fits too; false where not even the least does.
-inline bool fit_into_shared_memory(SeparablePlan& plan, const ConvShape& c, int limit) {
+inline bool fit_into_shared_memory(SeparablePlan& plan, int limit) {
   const auto fits = [&](int halos, int w_pw_chunks) {
     lay_out_shared_memory(plan, halos, w_pw_chunks);
     return plan.shared_bytes <= limit;
@@ -252,7 +252,7 @@ inline SeparablePlan plan_separable_fprop(const ConvShape& c, int c_out, int ele
     plan.chunk_bytes = chunk_bytes, plan.row_warps = row_warps, plan.tile_columns = columns;
     plan.group_rows = across_pictures ? static_cast<int>(rows) : c.p;
     if (!detail::complete_fused_plan(plan, c, c_out, element_bytes)) return;
-    if (!detail::fit_into_shared_memory(plan, c, device.shared_bytes_per_cta)) return;
+    if (!detail::fit_into_shared_memory(plan, device.shared_bytes_per_cta)) return;
     plan.clocks = detail::fused_clocks(plan, c, c_out, element_bytes, device);
     if (!best.fused || plan.clocks < best.clocks) best = plan;
   };
