@@ -10,6 +10,7 @@ what became of it there.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -60,6 +61,8 @@ def _run_inside(nodeids: list[str]) -> dict[str, tuple[str, str]]:
         record.touch()
         selection.write_text("\n".join(nodeids))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        # Who waits for all of them is no test that hangs: each is watched inside, and all of them by LIMIT.
+        faulthandler.cancel_dump_traceback_later()
         done = subprocess.run(
             [*command, f"@{selection}"],
             cwd=ROOT, env={**os.environ, RECORD: str(record)}, capture_output=True, text=True, timeout=LIMIT,
