@@ -23,7 +23,8 @@ Depthwise kernels: bytes a second, and the share of the speed of a device copy o
 a second of its pointwise part, and the share of the speed of a matrix product of that shape.
 
 Before anything is timed, what is timed is held against float64 on the same tensors (at most twice PyTorch's own error,
-plus a few ulp). A layer that is wrong gets no figure and makes the exit code 1."""
+plus a few ulp; of TF32 for float32 products, where PyTorch's settings allow it). A layer that is wrong gets no figure
+and makes the exit code 1."""
 
 
 def measure(session: micro.Session, a: SeparableArgs, dz: Tensor) -> dict[str, Any]:

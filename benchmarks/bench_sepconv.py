@@ -33,8 +33,9 @@ that depth of an Xception. Its weights are random, from a fixed seed, because no
 package; its BatchNorms normalise by the batch, as in training, so the activations have the size that training gives.
 
 Nothing is timed before it is right: output and gradients are held against float64, and may be off by at most twice
-what PyTorch's own convolutions are at the same type, plus a few ulp. What fails is named, gets no speed, and makes
-the exit code 1. Exit code 2 means that something asked for cannot be done; no file is written then.
+what PyTorch's own convolutions are at the same type, plus a few ulp (of TF32 for float32 on a GPU, where PyTorch's
+settings allow it). What fails is named, gets no speed, and makes the exit code 1. Exit code 2 means that something
+asked for cannot be done; no file is written then.
 
 On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of CUDA-event
 times with L2 flushed before each (the warm ones, p20 and p80 are in the JSON). Ratios are PyTorch's time over xsep's:

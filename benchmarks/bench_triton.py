@@ -27,7 +27,8 @@ of that shape, and the time over the floor (the larger of bytes over the copy's 
 rate). The time is that of the backend's call: it includes the small copies of the weights that it makes.
 
 Before anything is timed, what is timed is held against float64 on the same tensors (at most twice PyTorch's own error,
-plus a few ulp), both plans too. A layer that is wrong gets no figure and makes the exit code 1."""
+plus a few ulp; of TF32 for float32 products, where PyTorch's settings allow it), both plans too. A layer that is wrong
+gets no figure and makes the exit code 1."""
 
 Call = Callable[[], object]
 

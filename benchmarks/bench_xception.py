@@ -36,10 +36,10 @@ by fold_batchnorm()). Eager, compiled, and on a GPU as CUDA graphs.
 The paper reports 28 steps/s for Xception and 31 for Inception V3, a ratio of 0.903; ours is printed beside it.
 
 Nothing is timed before it is right: logits in both inference modes, and block by block all gradients in training,
-are held against float64, and may be off by at most twice what PyTorch's layers are at the same type, plus a few ulp.
-What fails gets no speed, and makes the exit code 1; so does a way that xsep's networks cannot be run in. Exit code 2
-means that something asked for cannot be done; no file is written then. Weights are random, from a fixed seed: speed
-does not depend on them.
+are held against float64, and may be off by at most twice what PyTorch's layers are at the same type, plus a few ulp
+(of TF32 for float32 on a GPU, where PyTorch's settings allow it). What fails gets no speed, and makes the exit code 1;
+so does a way that xsep's networks cannot be run in. Exit code 2 means that something asked for cannot be done; no file
+is written then. Weights are random, from a fixed seed: speed does not depend on them.
 
 On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of interleaved
 rounds of back-to-back steps, by the wall clock, so that the host's share counts. Peak memory is what one eager step

@@ -224,9 +224,9 @@ def gate(ours: nn.Module, plain: nn.Module, dtype: torch.dtype, x: Tensor, exact
     """What is wrong with ours, as sentences: logits in each mode, and the gradients of every part in training.
 
     The measure is the norm of a tensor's error relative to its own, root mean square over the tensors: at most twice
-    the plain network's at the same type, plus a few ulp. Part by part, because through all 36 layers a gradient
-    carries every value that rounding put on the other side of a ReLU, anybody's: 0.6 % in float32, all of it in
-    bfloat16. By norms for the same reason.
+    the plain network's at the same type, plus a few ulp (:func:`xsep.testing.held_as`). Part by part, because through
+    all 36 layers a gradient carries every value that rounding put on the other side of a ReLU, anybody's: 0.6 % in
+    float32, all of it in bfloat16. By norms for the same reason.
     """
 
     def distance(got: list[Tensor], expected: list[Tensor]) -> float:

@@ -18,7 +18,7 @@ import bench_cuda  # noqa: E402
 import bench_triton  # noqa: E402
 import micro  # noqa: E402
 
-from xsep import dispatch  # noqa: E402
+from xsep import dispatch, testing  # noqa: E402
 
 QUICK = ["--device", "cpu", "--quick", "--dtype", "float32"]
 
@@ -51,6 +51,18 @@ def test_the_gate_closes_for_each_depthwise_kernel(
     a = made.arguments(16, 24, 9)
     found = made.gate(a, torch.randn_like(a.x), {})
     assert found and all(sentence.startswith(f"{request.node.callspec.id}: d") for sentence in found)
+
+
+def test_only_products_may_be_of_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is allowed: the depthwise kernels multiply in float32 all the same."""
+    monkeypatch.setattr(testing, "held_as", lambda dtype, device: torch.float16)
+    made = session(tmp_path)
+    kernel, product = made.backend.depthwise_backward_kernel, made.backend.separable_forward
+    monkeypatch.setattr(made.backend, "depthwise_backward_kernel", lambda dz, *rest: kernel(dz * (1 + 2**-12), *rest))
+    monkeypatch.setattr(made.backend, "separable_forward", lambda a: product(a) * (1 + 2**-12))
+    a = made.arguments(16, 24, 9)
+    kernels = {sentence.partition(":")[0] for sentence in made.gate(a, torch.randn_like(a.x), {})}
+    assert kernels == {"dgrad", "wgrad", "dgrad+wgrad"}
 
 
 @pytest.mark.parametrize("bench", [bench_cuda, bench_triton], ids=["cuda", "triton"])

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import xsep
-from xsep import autotuner, dispatch, measuring
+from xsep import autotuner, dispatch, measuring, testing
 from xsep.backends.aten import ATEN
 from xsep.problem import Geometry, Problem
 from xsep.tuning import digest, findings
@@ -35,6 +35,12 @@ def problem(device: str = "cpu", n: int = 2, activation: int = 0) -> Problem:
     return Problem(
         "separable", device, torch.float32, True, n, 7, 11, 13, 1, 3, 3, 5, geometry, (activation, 0, 0)
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    """Whoever calls the gate has asked before whether the backend runs here."""
+    assert dispatch.backend("cpu").not_supported_reasons(problem()) == []
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +144,18 @@ def test_a_backend_that_fails_is_left_out_with_its_words(monkeypatch: pytest.Mon
     monkeypatch.setattr(dispatch.backend("cpu"), "separable_forward", fail)
     found = measuring.measure(problem(), SHORT)
     assert found.refused == {"cpu": "failed: no such kernel"} and set(found.times["forward"]) == {"aten", "aten, NCHW"}
+
+
+@pytest.mark.parametrize("op", ["separable", "depthwise"])
+def test_only_products_may_be_of_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is allowed: a depthwise convolution multiplies in float32 all the same."""
+    monkeypatch.setattr(testing, "held_as", lambda dtype, device: torch.float16)
+    backend = dispatch.backend("cpu")
+    for name in ("separable_forward", "depthwise_forward"):
+        right = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda a, right=right: right(a) * (1 + 2**-12))
+    found = measuring.gate(problem()._replace(op=op, c_out=7), backend)
+    assert bool(found) == (op == "depthwise")
 
 
 @pytest.mark.parametrize("activation", range(9))

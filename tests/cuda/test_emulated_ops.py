@@ -21,7 +21,7 @@ RUNS = {
     "of-a-gpu": (("cuda/test_on_gpu", "chain/test_on_gpu"), "", "", 300),
     "of-every-backend": (
         ("test_op", "test_autograd", "hardening/test_autograd_modes", "hardening/test_special_values"),
-        "cuda and not many_pixels", "", 300,
+        "cuda and not many_pixels", "", 700,
     ),
 }  # fmt: skip
 
