@@ -24,7 +24,7 @@ LAYERS = (
     ("functional",),
     ("modules", "cases", "testing", "measuring"),
     ("chain",),
-    ("swap", "models", "autotuner"),
+    ("swap", "models", "autotuner", "card_check"),
     ("__init__",),
     ("cli", "train", "__main__"),
 )

@@ -316,8 +316,8 @@ def test_writers_at_the_same_time_lose_nothing() -> None:
 
 DAMAGE = {
     "empty": b"", "half": b'{"format": 1, "card": "x"', "binary": bytes(range(256)), "list": b"[1, 2]",
-    "number": b"3", "another program's": b'{"name": "left-pad"}', "a later format": b'{"format": 99}',
-    "entries of no sense": b'{"format": 1, "card": "", "architecture": "", "versions": {}, "digests": {}, "date": "",'
+    "number": b"3", "another program's": b'{"name": "left-pad"}', "another format": b'{"format": 99}',
+    "entries of no sense": b'{"format": 2, "card": "", "architecture": "", "versions": {}, "digests": {}, "date": "",'
     b' "verified": [], "entries": {"k": 3}}',
 }  # fmt: skip
 

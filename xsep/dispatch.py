@@ -2,8 +2,9 @@
 
 ``auto`` asks, in this order: what was measured for this very problem on this card (by ``xsep.autotune`` or a shipped
 table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order, with ``aten`` first where a backend says of
-itself that it is slower. On a GPU a backend takes part only once a card of that architecture has verified the sources
-at hand, so that nobody's network runs on kernels no card has tested.
+itself that it is slower. On a GPU a backend takes part only where the sources at hand were verified on a card of that
+architecture, or have been checked on this very one, so that nobody's network runs on kernels no card has tested. The
+first problem that could run on it has it checked (:mod:`xsep.tuning.card_checks`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .backends.aten import ATEN
 from .backends.base import Backend
 from .extension import forget_repeated
 from .problem import Problem
-from .tuning import findings
+from .tuning import card_checks, findings
 from .tuning.device import cpu_name, running
 from .tuning.findings import DIRECTIONS, Card
 
@@ -103,14 +104,37 @@ class Choice(NamedTuple):
     left: bool = False  # PyTorch's convolutions, because they are known to be faster, and nobody asked for them
 
 
-def why_not_eligible(name: str, architecture: str) -> str:
-    """Why ``auto`` may not take a GPU backend; "" where it may."""
-    if name in ALWAYS or trusting() or findings.verified_on(name, architecture) is not None:
+def why_not_eligible(subject: str, card: Card) -> str:
+    """Why ``auto`` may not take a GPU backend, or its training chain (:mod:`xsep.tuning.card_checks` has the names), by
+    what is known now; "" where it may."""
+    name = card_checks.backend_of(subject)
+    if name in ALWAYS or trusting() or findings.verified_on(name, card.architecture) is not None:
         return ""
-    return (
-        f"its kernels, as they are now, have not been verified on any {architecture} card: run `make gpu-check` or "
-        f"xsep.autotune on one, or set XSEP_TRUST_UNVERIFIED=1"
-    )
+    wrong = card_checks.known(subject, card)
+    if wrong is None:
+        unanswered = card_checks.why_unanswered(subject, card)
+        return (
+            f"its kernels, as they are now, have not been verified on any {card.architecture} card"
+            + (f", and could not be checked on this one ({unanswered})" if unanswered else "")
+            + ": run `python -m xsep check` or `make gpu-check` on one, or set XSEP_TRUST_UNVERIFIED=1"
+        )
+    return f"its kernels were wrong when `python -m xsep check` ran on this card: {wrong}" if wrong else ""
+
+
+def may_take(subject: str, card: Card, index: int) -> bool:
+    """Whether ``auto`` may take it; where nobody has found out yet, the card is checked, once and for all."""
+    if not why_not_eligible(subject, card):
+        return True
+    return card_checks.enabled() and card_checks.is_right(subject, index, card)
+
+
+def _eligible(able: list[str], card: Card, index: int) -> list[str]:
+    """Those of a GPU's backends that ``auto`` may take. Where that is PyTorch's alone, one after the other is checked
+    until one is right: to know of all of them would take Triton's minutes."""
+    known = [name for name in able if not why_not_eligible(name, card)]
+    if known != ["aten"]:
+        return known
+    return list(dict.fromkeys([next(name for name in able if may_take(name, card, index)), "aten"]))
 
 
 def _measured(problem: Problem, card: Card, able: list[str], direction: str) -> Optional[Choice]:
@@ -136,11 +160,11 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
     measured = _measured(problem, card, able, direction)
     if measured is not None:
         return measured._replace(left=measured.backend is ATEN and bool(slower))
-    eligible = [name for name in able if not why_not_eligible(name, card.architecture)]
     if problem.device != "cuda":
         if slower:
             return Choice(ATEN, f"{slower}; xsep.autotune can measure", left=True)
-        return Choice(backend(eligible[0]), "the first of those that can run it; xsep.autotune can measure")
+        return Choice(backend(able[0]), "the first of those that can run it; xsep.autotune can measure")
+    eligible = _eligible(able, card, index)
     if eligible == ["aten"]:
         return Choice(ATEN, "no other backend has been verified on such a card")
     from . import plans
@@ -250,7 +274,7 @@ def _passed_over(problem: Problem, candidate: Backend, wish: str) -> str:
     if wish != "auto":
         return f"could run, but {wish} was asked for"
     if problem.device == "cuda":
-        why = why_not_eligible(candidate.name, card_of("cuda", place("cuda")).architecture)
+        why = why_not_eligible(candidate.name, card_of("cuda", place("cuda")))
         if why:
             return f"could run, but {why}"
     return "could run, but another backend comes first"

@@ -33,8 +33,8 @@ from .cases import LAYOUTS, NAMES, VECTORS, Case, Inputs, generate, make_inputs
 from .functional import depthwise_conv2d, separable_conv2d
 
 __all__ = [
-    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "generate", "held_as", "make_inputs",
-    "poisoned_memory", "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
+    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "failures", "generate", "held_as",
+    "make_inputs", "norm_violation", "poisoned_memory", "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
 ]  # fmt: skip
 
 #: Room for the largest error; the 16-bit types have (y's, a gradient's). The truth is a float64 sum itself, so that in
@@ -212,8 +212,27 @@ def violations(results: Results, truth: Truth, pytorch: Results, dtype: torch.dt
     return found
 
 
+def failures(
+    case: Case, backend: Optional[str] = None, device: str = "cpu", kind: Optional[torch.dtype] = None
+) -> list[str]:
+    """What of one case, forward and every gradient, is against the rule of its type, or of ``kind``."""
+    inputs = make_inputs(case, device)
+    ours, truth, pytorch = run_xsep(case, inputs, backend), run_truth(case, inputs), run_pytorch(case, inputs)
+    return violations(ours, truth, pytorch, kind or case.dtype)
+
+
 def check(case: Case, backend: Optional[str] = None, device: str = "cpu") -> None:
     """Holds one case to the rule, forward and every gradient; raises AssertionError with all that is wrong."""
-    inputs = make_inputs(case, device)
-    found = violations(run_xsep(case, inputs, backend), run_truth(case, inputs), run_pytorch(case, inputs), case.dtype)
+    found = failures(case, backend, device)
     assert not found, f"{case.id}: " + "; ".join(found)
+
+
+def norm_violation(got: Tensor, truth: Tensor, pytorch: Tensor, dtype: torch.dtype) -> str:
+    """A sentence on a whole network's result whose error's 2-norm is more than twice PyTorch's and a few ulp, else "".
+
+    By norms alone, since a value that rounding carries over a ReLU's jump moves single elements by their whole size.
+    """
+    truth = truth.detach().double()
+    error, theirs = (float((t.detach().double() - truth).norm()) for t in (got, pytorch))
+    bound = 2 * theirs + ULPS * torch.finfo(dtype).eps * float(truth.norm())
+    return "" if error <= bound else f"off by {error:.3g}, PyTorch's by {theirs:.3g}, {bound:.3g} allowed"

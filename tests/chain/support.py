@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xsep.problem import Geometry, SeparableArgs
+from xsep.testing import norm_violation
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Backend and type; the compiled kernels have no float64.
@@ -75,10 +76,8 @@ def hold(what: str, got: Tensor, truth: Tensor, own: Optional[Tensor], dtype: to
 
 def hold_norm(what: str, got: Tensor, truth: Tensor, own: Tensor, dtype: torch.dtype) -> None:
     """The same by norms, where a value that rounding carries over a kink moves single elements by their whole size."""
-    truth = truth.double()
-    error, theirs = (float((t.detach().double() - truth.detach()).norm()) for t in (got, own))
-    bound = 2 * theirs + ULPS * torch.finfo(dtype).eps * float(truth.norm())
-    assert error <= bound, f"{what}: off by {error:.3g}, PyTorch's by {theirs:.3g}, {bound:.3g} allowed"
+    found = norm_violation(got, truth, own, dtype)
+    assert not found, f"{what}: {found}"
 
 
 def scatter(m: nn.Module) -> Any:

@@ -13,52 +13,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.chain.support import hold_norm, scatter
 from tests.gpu import PLACE, float32_products, needs_card
-from xsep.models.blocks import Block, Design, MaxPool
+from xsep import card_check
+from xsep.card_check import Part, step
 
 pytestmark = pytest.mark.gpu
 
 
-class Part(nn.Module):
-    """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
-
-    def __init__(self, backend: str) -> None:
-        super().__init__()
-        design, (narrow, middle, wide) = Design(backend=backend), PLACE.channels
-        #: PyTorch's own convolutions promise no bits; the stem, which is one of them, is asked for them by the fixture.
-        self.same_bits = backend != "aten"
-        self.stem = nn.Conv2d(3, narrow, 3, bias=False)
-        self.blocks = nn.Sequential(
-            Block(narrow, middle, 2, design, pool=MaxPool("torch"), start_with_relu=False),
-            Block(middle, wide, 2, design, pool=MaxPool("same")),
-            Block(wide, wide, 3, design), Block(wide, wide, 3, design),
-        )  # fmt: skip
-        self.fc = nn.Linear(wide, 10)
-
-    def chained(self, chain: bool) -> Part:
-        for block in self.blocks:
-            block.chain = chain  # type: ignore[assignment]
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.stem(x)).relu().mean((2, 3)))
-
-
-def placed(m: Part) -> Part:
-    return scatter(m).to(PLACE.device).to(memory_format=torch.channels_last).train()
-
-
-@pytest.fixture(params=PLACE.backends)
-def network(request: pytest.FixtureRequest) -> Iterator[Part]:
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
-    torch.manual_seed(5)
     before, cudnn.deterministic = cudnn.deterministic, True  # of the stem, whose gradient may else be of atomic adds
     try:
         with float32_products("ieee"):
-            yield placed(Part(request.param))
+            yield
     finally:
         cudnn.deterministic = before
+
+
+@pytest.fixture(params=PLACE.backends)
+def network(request: pytest.FixtureRequest) -> Part:
+    return card_check.network(request.param, torch.float32, PLACE.device, PLACE.channels)[0]
 
 
 def pictures() -> Tensor:
@@ -66,37 +41,25 @@ def pictures() -> Tensor:
     return torch.randn(n, 3, h, w, device=PLACE.device).contiguous(memory_format=torch.channels_last)
 
 
-def step(m: Any, x: Tensor) -> dict[str, Tensor]:
-    m.zero_grad(set_to_none=True)
-    y = m(x)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
-    found = {"y": y.detach()} | {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
-    return found | {name: b.clone().float() for name, b in m.named_buffers() if b.is_floating_point()}
-
-
+@pytest.mark.parametrize("backend", PLACE.backends)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_one_step_is_that_of_the_plain_network(network: Part, kind: torch.dtype) -> None:
-    m, x = network.to(kind), pictures().to(kind)
-    double = copy.deepcopy(m).double().chained(False)
-    for block in double.blocks:
-        for conv, _ in block.pairs():  # type: ignore[operator]
-            conv.backend = "aten"
-    plain, chained = copy.deepcopy(m).chained(False), copy.deepcopy(m).chained(True)
-    for block in plain.blocks:
-        for conv, _ in block.pairs():  # type: ignore[operator]
-            conv.backend = "aten"
-    truth, own, ours = step(double, x.double()), step(plain, x), step(chained, x)
-    assert ours.keys() == truth.keys()
-    for what, exact in truth.items():
-        hold_norm(what, ours[what], exact, own[what], kind)
-    if m.same_bits:
-        again = step(copy.deepcopy(m).chained(True), x)
-        assert all(torch.equal(again[what], ours[what]) for what in ours), "not the same bits twice"
+def test_one_step_is_that_of_the_plain_network(backend: str, kind: torch.dtype) -> None:
+    size = card_check.FLOAT32_PICTURES if kind is torch.float32 else PLACE.pictures
+    m, x = card_check.network(backend, kind, PLACE.device, PLACE.channels, size)
+    assert not card_check.network_failures(m, x)
+    if promises_bits(m):
+        first, again = (step(copy.deepcopy(m).chained(True), x) for _ in range(2))
+        assert all(torch.equal(again[what], first[what]) for what in first), "not the same bits twice"
+
+
+def promises_bits(m: Part) -> bool:
+    """PyTorch's own convolutions promise none; the stem, which is one of them, is asked for them by the fixture."""
+    return bool(m.blocks[0].pairs()[0][0].backend != "aten")  # type: ignore[operator]
 
 
 def hold_same(network: Part, name: str, found: Tensor, expected: Tensor) -> None:
     """The same bits where they are promised; else what rounding carries over a ReLU may differ, through 11 layers."""
-    if network.same_bits:
+    if promises_bits(network):
         assert torch.equal(found, expected), name
     else:
         difference = float((found.double() - expected.double()).norm())

@@ -13,7 +13,7 @@ from ..backends import cuda as cuda_backend
 from ..backends.chain_cuda_launch import describe_backward
 from ..problem import Problem
 from ..tuning.device import DeviceProperties, published, running
-from ..tuning.findings import DIRECTIONS
+from ..tuning.findings import DIRECTIONS, Card
 from . import screen
 from .shapes import UsageError, problem_of
 
@@ -26,7 +26,8 @@ def on_card(problem: Problem, device: DeviceProperties) -> dict[str, Any]:
     moved, flops = dispatch.work(problem)
     copy = moved / (device.bandwidth * plans.COPY_SHARE) * 1e6
     able = tuple(dict.fromkeys(p.backend for p in predictions if not p.refused and p.backend != "aten"))
-    withheld = {name: why for name in able if (why := dispatch.why_not_eligible(name, device.architecture))}
+    card = Card(device.name, device.architecture)
+    withheld = {name: why for name in able if (why := dispatch.why_not_eligible(name, card))}
     eligible = tuple(name for name in able if name not in withheld)
     result: dict[str, Any] = {
         "problem": str(problem), "device": device.name, "architecture": device.architecture, "floor_us": floors,

@@ -58,6 +58,7 @@ def gather() -> dict[str, Any]:
         "backends": {},
         "digests": digest.all_sources(),
         "verified": verified(),
+        "checked": findings.cached(card).checked,
         "cache": {"folder": str(findings.cache_folder()), "problems": len(findings.cached(card).entries)},
         "missing": {name: what for name, what in OPTIONAL.items() if importlib.util.find_spec(name) is None},
     }
@@ -67,7 +68,7 @@ def gather() -> dict[str, Any]:
         if name == "cpu" and not why:
             found["backends"][name]["slower"] = extension.why_not_repeated()
         if name in ("cuda", "triton") and not why:
-            found["backends"][name]["auto"] = dispatch.why_not_eligible(name, card.architecture)
+            found["backends"][name]["auto"] = dispatch.why_not_eligible(name, card)
     return found
 
 
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, "[green]ready[/]" if state["ready"] else "[red]not here[/]", why)
     console.print(table)
     console.print(f"verified: {words(found['verified'])}", markup=False)
+    for name, wrong in found["checked"].items():
+        console.print(f"checked on this card: {name}: {wrong or 'right'}", markup=False)
     cache = found["cache"]
     console.print(f"autotuned: {cache['problems']} problems for this card, in {cache['folder']}", markup=False)
     for name, what in found["missing"].items():

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, Optional
 
-from . import explain, info, swapping, tune
+from ..tuning import findings
+from . import check, explain, info, swapping, tune
 from .shapes import UsageError, add_shape
 
 DESCRIPTION = """\
@@ -47,6 +48,11 @@ def parser() -> Parser:
     add_shape(one)
     one.add_argument("--device", choices=["cpu", "cuda"], help="the default is the GPU where there is one")
     one.add_argument("--device-like", metavar="CARD", help='a card that is not here: H200, A100, "RTX 4090", T4')
+
+    one = command("check", "holds the GPU kernels to float64 on the card that is here; auto then takes them", check.run)
+    one.add_argument("--backend", nargs="+", choices=findings.VERIFIED_BY_CARDS, metavar="NAME",
+        help="cuda, triton (default: those that can run here)")  # fmt: skip
+    one.add_argument("--again", action="store_true", help="what is known already, too")
 
     one = command("bench", "times of every way of running a problem here, behind a correctness gate", tune.run_bench)
     add_shape(one)

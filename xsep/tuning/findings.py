@@ -23,7 +23,7 @@ import torch
 from ..problem import Problem
 from . import digest
 
-FORMAT = 1
+FORMAT = 2
 TABLES = Path(__file__).resolve().parent / "tables"
 DIRECTIONS = ("forward", "backward")
 #: Backends that no machine without a card can hold to their tests.
@@ -59,14 +59,15 @@ class Finding:
 
 @dataclass
 class Findings:
-    """One file: what was measured on a card, and which backends passed their tests there."""
+    """One file: what was measured on a card, and which backends passed their tests or the card check there."""
 
     card: str
     architecture: str
     versions: dict[str, str]
     digests: dict[str, str]
     date: str = ""
-    verified: list[str] = field(default_factory=list)
+    verified: list[str] = field(default_factory=list)  # by all GPU tests
+    checked: dict[str, str] = field(default_factory=dict)  # by xsep.card_check: what was wrong, "" for nothing
     entries: dict[str, Finding] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -108,7 +109,7 @@ def from_json(text: str) -> Findings:
             entries[str(key)] = Finding(str(entry["problem"]), times, dict(entry["refused"]))
         return Findings(
             str(raw["card"]), str(raw["architecture"]), dict(raw["versions"]), dict(raw["digests"]), str(raw["date"]),
-            [str(name) for name in raw["verified"]], entries,
+            [str(name) for name in raw["verified"]], {str(k): str(v) for k, v in raw["checked"].items()}, entries,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no record of xsep's ({type(error).__name__}: {error})") from None
@@ -201,8 +202,8 @@ def lookup(problem: Problem, card: Card) -> Optional[tuple[Finding, str]]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits for every other process that is merging into the same file."""
+def locked(path: Path) -> Iterator[None]:
+    """Waits for every other process that is at the same file."""
     import fcntl
 
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -223,7 +224,15 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def remember(card: Card, entries: dict[str, Finding], date: str) -> Optional[Path]:
+def checked_on_disk(card: Card) -> dict[str, str]:
+    """What card checks have found by now, other processes' too."""
+    found = _read(cache_path(card), warn=False)
+    return found.checked if found else {}
+
+
+def remember(
+    card: Card, entries: dict[str, Finding], date: str, checked: Optional[dict[str, str]] = None
+) -> Optional[Path]:
     """Adds findings to this process's knowledge and to the cache file, merged with what others wrote meanwhile.
 
     Returns:
@@ -231,21 +240,23 @@ def remember(card: Card, entries: dict[str, Finding], date: str) -> Optional[Pat
     """
     known = cached(card)
     known.entries.update(entries)
+    known.checked.update(checked or {})
     path = cache_path(card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             on_disk = _read(path, warn=False)
             merged = fresh(card)
             merged.date = date
             merged.entries = {**(on_disk.entries if on_disk else {}), **known.entries}
+            merged.checked = {**(on_disk.checked if on_disk else {}), **known.checked}
             write_whole(path, to_json(merged))
     except OSError as error:
         if path not in _complained:
             _complained.add(path)
             why = error.strerror or error
             warnings.warn(
-                f"xsep cannot write {path} ({why}): what was measured is used in this process only",
+                f"xsep cannot write {path} ({why}): what was found out is used in this process only",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -8,11 +8,12 @@ import torch
 
 from ...backends.chain import ChainBackend
 from ...backends.chain_aten import ATEN_CHAIN
-from ...dispatch import card_of, place, requested, trusting, why_not_eligible
+from ...dispatch import card_of, may_take, place, requested, trusting
 from ...problem import Geometry, Problem
+from ...tuning.card_checks import CHAIN
 
-#: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what a card of its
-#: architecture has verified.
+#: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what was verified
+#: on a card of its architecture or checked on this one.
 AUTO = {"cpu": ("cpu", "aten"), "cuda": ("cuda", "triton", "aten")}
 NAMES = ("cuda", "triton", "cpu", "aten")
 POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
@@ -69,8 +70,8 @@ def select(problem: Problem, name: str) -> ChainBackend:
 
 @cache
 def _eligible(name: str, device: str, index: int, trusted: bool) -> bool:
-    """Asked of the tables once: whether the user trusts what no card has verified is part of the question."""
-    return device != "cuda" or not why_not_eligible(name, card_of(device, index).architecture)
+    """Asked once: whether the user trusts what no card has verified is part of the question."""
+    return device != "cuda" or may_take(name + CHAIN, card_of(device, index), index)
 
 
 def select_for(device: torch.device, dtype: torch.dtype, name: str) -> ChainBackend:

@@ -1,0 +1,187 @@
+"""What a GPU backend must show on a card before ``auto`` runs its kernels there: ``python -m xsep.card_check cuda``.
+
+Separable and depthwise problems with a plan of each kind; of ``cuda-chain``, a training step of a small network as a
+chain. Forward and every gradient are held to float64 (:mod:`xsep.testing`), with memory that is NaN beforehand: the
+tests' rule on a small share of the tests; ``make gpu-check`` runs all of them. The process prints one line of JSON,
+and :mod:`xsep.tuning.card_checks` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Case, generate
+from .models.blocks import Block, Design, MaxPool
+from .testing import failures, held_as, norm_violation
+from .tuning.card_checks import CHAIN, backend_of
+
+SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
+
+
+def _layer(n: int, c_in: int, c_out: int, size: tuple[int, int], k: int = 3, stride: int = 1, **more: Any) -> Case:
+    h, w = size
+    return Case(
+        n=n, c_in=c_in, c_out=c_out, h=h, w=w, filter=(k, k), stride=(stride, stride), padding=SAME[k],
+        activations=("relu", None, None), **more,
+    )  # fmt: skip
+
+
+#: Layers of real networks, and what lies beside the fast paths.
+LAYERS = (
+    _layer(2, 64, 128, (37, 41)), _layer(3, 128, 256, (19, 19)), _layer(2, 728, 728, (19, 19)),
+    _layer(2, 96, 24, (29, 31), stride=2), _layer(2, 144, 40, (28, 28), k=5, stride=2, vectors=("scale_m", "shift_m")),
+    _layer(2, 240, 80, (14, 14), k=5, bias=True), _layer(2, 96, 96, (21, 19), k=7, residual=True),
+    _layer(2, 13, 17, (23, 19), vectors=("scale_p", "shift_p", "scale_e", "shift_e")),
+    _layer(2, 128, 128, (37, 37), op="depthwise"), _layer(2, 64, 64, (27, 25), k=5, stride=2, op="depthwise"),
+)  # fmt: skip
+#: The network's channels, and batch and size of its pictures.
+CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
+#: Of its random numbers, and for float32 other pictures. With these nothing lies within 1e-5 of its tensor's size of a
+#: ReLU's jump or of a tie in a pool, where float32's rounding, PyTorch's or ours, would decide over a whole share of
+#: the gradients. In 16 bits there are so many such that both have their part.
+SEED, FLOAT32_PICTURES = 15, (2, 11, 10)
+
+
+def types(backend: str, device: str) -> tuple[torch.dtype, ...]:
+    """In which layers and the network are checked. Triton makes both 16-bit types of one source; on a CPU, PyTorch's
+    own 16-bit convolutions may take minutes for them."""
+    if device == "cpu":
+        return (torch.float32,)
+    return (torch.bfloat16, torch.float32) if backend == "triton" else (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cases(backend: str, device: str) -> Iterator[Case]:
+    """The problems; fewer for Triton, which compiles each anew."""
+    layers = (*LAYERS[:3], LAYERS[4], LAYERS[7], LAYERS[9]) if backend == "triton" else LAYERS
+    for dtype in types(backend, device):
+        yield from (replace(layer, dtype=dtype) for layer in layers)
+    if backend != "triton":
+        yield from generate(24, seed=7)
+
+
+class Part(nn.Module):
+    """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
+
+    def __init__(self, backend: str, channels: tuple[int, int, int] = CHANNELS) -> None:
+        super().__init__()
+        design, (narrow, middle, wide) = Design(backend=backend), channels
+        self.stem = nn.Conv2d(3, narrow, 3, bias=False)
+        self.blocks = nn.Sequential(
+            Block(narrow, middle, 2, design, pool=MaxPool("torch"), start_with_relu=False),
+            Block(middle, wide, 2, design, pool=MaxPool("same")),
+            Block(wide, wide, 3, design), Block(wide, wide, 3, design),
+        )  # fmt: skip
+        self.fc = nn.Linear(wide, 10)
+        norms: list[Any] = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        for bn in norms:
+            nn.init.normal_(bn.weight)  # both signs
+            nn.init.normal_(bn.bias)
+            bn.weight.data[0] = 0
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(0.5, 2)
+
+    def chained(self, chain: bool) -> Part:
+        for block in self.blocks:
+            block.chain = chain  # type: ignore[assignment]
+        return self
+
+    def by_pytorch(self) -> Part:
+        """A copy whose convolutions and BatchNorms are PyTorch's, each for itself."""
+        plain = copy.deepcopy(self).chained(False)
+        for block in plain.blocks:
+            for conv, _ in block.pairs():  # type: ignore[operator]
+                conv.backend = "aten"
+        return plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).relu().mean((2, 3)))
+
+
+def step(m: Any, x: Tensor) -> dict[str, Tensor]:
+    """Output, every parameter's gradient and every running statistic after one step of training."""
+    m.zero_grad(set_to_none=True)
+    y = m(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
+    found = {"y": y.detach()} | {name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None}
+    return found | {name: b.clone().float() for name, b in m.named_buffers() if b.is_floating_point()}
+
+
+def network_failures(part: Part, x: Tensor) -> list[str]:
+    """What is wrong with a chained step of a network, against float64 and PyTorch's own of that type."""
+    plain = part.by_pytorch()
+    truth, own = step(copy.deepcopy(plain).double(), x.double()), step(plain, x)
+    ours = step(copy.deepcopy(part).chained(True), x)
+    found = ((what, norm_violation(ours[what], truth[what], own[what], x.dtype)) for what in truth)
+    return [f"{what}: {wrong}" for what, wrong in found if wrong]
+
+
+def network(
+    backend: str, dtype: torch.dtype, device: str, channels: tuple[int, int, int] = CHANNELS,
+    pictures: Optional[tuple[int, int, int]] = None,
+) -> tuple[Part, Tensor]:  # fmt: skip
+    """The network and its pictures, random from a fixed seed."""
+    torch.manual_seed(SEED)
+    n, h, w = pictures or (FLOAT32_PICTURES if dtype is torch.float32 else PICTURES)
+    x = torch.randn(n, 3, h, w).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    part: Any = Part(backend, channels).to(device, dtype)
+    return part.to(memory_format=torch.channels_last).train(), x
+
+
+def check(subject: str, device: str) -> Iterator[tuple[str, list[str]]]:
+    """Each thing that is checked, by name, and what is wrong with it."""
+    backend = backend_of(subject)
+    torch.backends.cudnn.allow_tf32 = False
+    if subject != backend:
+        for dtype in types(backend, device):
+            yield f"a network's step, {dtype}", network_failures(*network(backend, dtype, device))
+        return
+    for case in cases(backend, device):
+        yield case.id, failures(case, backend, device)
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = True
+        for case in (LAYERS[0], LAYERS[2]):
+            kind = held_as(case.dtype, torch.device(device))
+            yield f"{case.id}, TF32", failures(case, backend, device, kind)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser("python -m xsep.card_check", description=(__doc__ or "").split("\n")[0])
+    names = [name + part for name in ("cuda", "triton", "cpu", "aten") for part in ("", CHAIN)]
+    parser.add_argument("subject", choices=names, metavar="SUBJECT", help=f"one of {', '.join(names)}")
+    parser.add_argument("--device", default="cuda:0", help="cpu, cuda or cuda:N (default: cuda:0)")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # PyTorch's, about what of it is not deterministic
+    result: dict[str, Any] = {"problems": 0, "wrong": "", "why": ""}
+    name = ""
+    try:
+        if args.device != "cpu":
+            torch.cuda.set_device(args.device)
+        for name, wrong in check(args.subject, args.device):
+            result["problems"] += 1
+            if wrong:
+                result["wrong"] = f"{name}: {'; '.join(wrong)}"
+                break
+    except torch.OutOfMemoryError:
+        result["why"] = f"the card's memory ran out after {result['problems']} problems"
+    except RuntimeError as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if name:
+            result["wrong"] = f"after {name}: {said}"
+        else:  # nothing of ours has run before
+            result["why"] = said
+    print(json.dumps(result))
+    return 1 if result["wrong"] else 2 if result["why"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
