@@ -116,7 +116,9 @@ def compare(
     dy = torch.randn_like(x)
     record: dict[str, Any] = {"batch": batch, "shape": list(x.shape), "z_bytes": x.numel() * x.element_size()}
     for name, block in (("pytorch", plain_block(ours)), ("xsep", ours)):
-        record[name] = {"kept": kept_bytes(block, x), "peak": peak_bytes(block, x, dy)}
+        with common.noting_backends() as takes:
+            kept = kept_bytes(block, x)
+        record[name] = {"kept": kept, "peak": peak_bytes(block, x, dy), "takes": takes}
     return record
 
 
@@ -160,6 +162,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         common.write_json(temporary("memory.json"), record)
     console = screen.console()
     console.print(table)
+    for kind, result in record["results"].items():
+        console.print(f"{kind}: xsep's layers ran on {', '.join(dict.fromkeys(result['xsep']['takes'].values()))}")
     console.print(f"written: {out / 'memory.json'}", soft_wrap=True)
     return 0
 

@@ -40,7 +40,8 @@ asked for cannot be done; no file is written then.
 On a CPU a figure is the minimum of interleaved repetitions in this one process; on a GPU the median of CUDA-event
 times with L2 flushed before each (the warm ones, p20 and p80 are in the JSON). Ratios are PyTorch's time over xsep's:
 above 1 xsep is faster. "limit" is the fraction reached of what this machine allows, from a copy and a matrix
-product measured at the start: the larger of bytes over bandwidth and FLOPs over rate.
+product measured at the start: the larger of bytes over bandwidth and FLOPs over rate. Beside "auto" stands the backend
+that it takes, forward / backward where those differ.
 
 Writes sepconv.json and sepconv.png into --out."""
 
@@ -141,6 +142,13 @@ def gate(layer: Layer, dtype: torch.dtype, backends: list[str]) -> dict[str, lis
     return found
 
 
+def taken(layer: Layer, dtype: torch.dtype) -> dict[str, str]:
+    """The backend that ``auto`` takes, by direction."""
+    with common.noting_backends() as found:
+        step(one_op("auto"), inputs(layer, dtype, torch.channels_last, False))()
+    return found
+
+
 def floor(layer: Layer, dtype: torch.dtype, mode: str, limits: tuple[float, float]) -> dict[str, float]:
     """The work that cannot be avoided, z never leaving the chip, and the microseconds it takes at the limits."""
     element = torch.empty((), dtype=dtype).element_size()
@@ -199,6 +207,14 @@ def total(rows: list[dict[str, Any]]) -> dict[str, common.Times]:
     return {n: {"us": sum(row["count"] * row["times"][n]["us"] for row in rows)} for n in names}
 
 
+def named(row: dict[str, Any], backend: str) -> str:
+    """The backend's name; of auto, what it took as well."""
+    if backend != "auto" or not row.get("auto_takes"):
+        return backend
+    ways = row["auto_takes"] if row["mode"] != "forward" else {"forward": row["auto_takes"]["forward"]}
+    return f"auto: {' / '.join(dict.fromkeys(ways.values()))}"
+
+
 def table(rows: list[dict[str, Any]], title: str, backends: list[str]) -> Any:
     """One line a shape and backend; losses in red."""
     out = screen.table(title)
@@ -215,8 +231,8 @@ def table(rows: list[dict[str, Any]], title: str, backends: list[str]) -> Any:
     def ratio(value: Optional[float]) -> str:
         return "" if value is None else f"[{'green' if value >= 1 else 'red'}]{value:.2f}[/]"
 
-    def line(first: list[str], times: dict[str, common.Times], backend: str, limit: str) -> None:
-        fixed = [*first, backend, ms(times, "nchw"), ms(times, "channels_last"), ms(times, *COMPILED)]
+    def line(first: list[str], times: dict[str, common.Times], backend: str, limit: str, label: str = "") -> None:
+        fixed = [*first, label or backend, ms(times, "nchw"), ms(times, "channels_last"), ms(times, *COMPILED)]
         if f"xsep {backend}" not in times:
             out.add_row(*fixed, "[red]wrong[/]")
             return
@@ -227,7 +243,13 @@ def table(rows: list[dict[str, Any]], title: str, backends: list[str]) -> Any:
     for row in rows:
         for backend in backends:
             us = row["times"].get(f"xsep {backend}", {"us": float("inf")})["us"]
-            line([row["shape"], str(row["count"])], row["times"], backend, f"{row['floor_us'] / us:.0%}")
+            line(
+                [row["shape"], str(row["count"])],
+                row["times"],
+                backend,
+                f"{row['floor_us'] / us:.0%}",
+                named(row, backend),
+            )
     out.add_section()
     if len(rows) > 1:
         for backend in backends:
@@ -243,8 +265,13 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--dtype", nargs="+", choices=list(common.DTYPES), metavar="TYPE",
         help=f"{', '.join(common.DTYPES)}\n(default: float32, and without --quick bfloat16 too)")  # fmt: skip
     add("--batch", type=int, help="pictures (default: 64 on a GPU, 8 on a CPU, 2 with --quick)")
-    add("--backend", nargs="+", default=["auto"], choices=["auto", "aten", "cpu", "triton", "cuda"], metavar="NAME",
-        help="auto, aten, cpu, triton, cuda (default: auto)")  # fmt: skip
+    add(
+        "--backend",
+        nargs="+",
+        choices=["auto", "aten", "cpu", "triton", "cuda"],
+        metavar="NAME",
+        help="auto, aten, cpu, triton, cuda (default: auto; on a GPU also cuda and triton, where they can run)",
+    )
     add("--mode", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
         help=f"{' and '.join(MODES)} (default: both)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave torch.compile out")
@@ -272,6 +299,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args.rounds = args.rounds or (20 if gpu else 5) if args.quick else args.rounds or (100 if gpu else 10)
     args.seconds = 0.3 if args.quick else 2.0
     args.dtype = args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"])
+    args.backend = args.backend or common.default_backends(device)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -301,6 +329,7 @@ def main(argv: Optional[list[str]] = None) -> int:
                 found = gate(layer, dtype, args.backend)
                 passed = [backend for backend in args.backend if not found[backend]]
                 record["failures"] += [f"{kind} {layer.name} {b}: {'; '.join(v)}" for b, v in found.items() if v]
+                auto_takes = taken(layer, dtype) if "auto" in passed else {}
                 advance()
                 for mode in args.mode:
                     say(f"{kind} {layer.name}: {mode}")
@@ -310,7 +339,7 @@ def main(argv: Optional[list[str]] = None) -> int:
                     record["results"].append({
                         "dtype": kind, "mode": mode, "shape": layer.name, "count": layer.occurs,
                         "c_in": layer.c_in, "c_out": layer.c_out, "height_width": layer.size,
-                        **floor(layer, dtype, mode, limits), "times": times,
+                        **floor(layer, dtype, mode, limits), "times": times, "auto_takes": auto_takes,
                         "ratios": {backend: ratios(times, backend) for backend in passed},
                     })  # fmt: skip
                     advance()

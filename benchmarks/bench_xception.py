@@ -17,6 +17,7 @@ from networks import CHAINED, INCEPTION, MODES, NETWORKS, OURS, PLAIN
 from torch import Tensor
 
 from xsep.cli import screen
+from xsep.ops.training.selection import select_for
 
 GATE_SIZE = 75
 
@@ -79,6 +80,7 @@ class Call(NamedTuple):
 
     step: Callable[[], Any]
     model: Any
+    takes: dict[str, str]  # the backends of xsep's layers, by direction
 
 
 def prepare(
@@ -98,16 +100,19 @@ def prepare(
                 s = s._replace(model=torch.compile(s.model, dynamic=False, mode=compile_mode))
             step = networks.training_step(s) if mode == "training" else networks.inference_step(s)
             try:
-                if way == "CUDA graph":
-                    step = networks.as_graph(step)
-                step()
+                with common.noting_backends() as takes:
+                    if way == "CUDA graph":
+                        step = networks.as_graph(step)
+                    step()
             except Exception as error:  # whatever a compiler or a capture may raise, the other figures still stand
                 said = str(error).strip().splitlines()
                 (failures if name in (OURS, CHAINED) else notes).append(
                     f"{name}, {mode}, {way}: failed: {said[0] if said else type(error).__name__}"
                 )
                 continue
-            calls[name, way] = Call(step, s.model)
+            if name == CHAINED:
+                takes["chain"] = select_for(pictures.device, dtype, "auto").name
+            calls[name, way] = Call(step, s.model, takes)
     return calls, notes, failures
 
 
@@ -152,10 +157,21 @@ def measure(
             "dtype": kind, "mode": mode, "network": name, "way": way, "times": taken,
             "steps_per_second": 1 / seconds, "pictures_per_second": len(pictures) / seconds,
         }  # fmt: skip
+        if name in (OURS, CHAINED):
+            row["takes"] = calls[name, way].takes
         if way == "eager":
-            by_kind, row["peak_bytes"] = kinds.profile_step(*calls[name, way], gpu)
+            by_kind, row["peak_bytes"] = kinds.profile_step(calls[name, way].step, calls[name, way].model, gpu)
             record["shares"].append({"dtype": kind, "mode": mode, "network": name, "seconds": by_kind})
         record["results"].append(row)
+
+
+def taken(row: dict[str, Any]) -> str:
+    """Which backends an xsep network's layers ran on, in words."""
+    forward = "forward" if row["mode"] == "training" else ""
+    ways = [(name, way) for way, name in row["takes"].items() if forward or way != "backward"]
+    same = {name for name, _ in ways}
+    on = same.pop() if len(same) == 1 else "; ".join(f"{way}: {name}" for name, way in ways)
+    return f"{row['dtype']}, {row['network']}, {row['mode']}: its layers ran on {on}"
 
 
 def speeds(rows: list[dict[str, Any]], kind: str, mode: str, way: str) -> dict[str, float]:
@@ -357,6 +373,8 @@ def report(record: dict[str, Any], args: argparse.Namespace, out: Path, console:
                 f"Training, {r['dtype']}, {r['way']}: Xception / Inception V3 in steps/s {known}; "
                 f"the paper: 28 / 31 = {PAPER['ratio']:.3f}"
             )
+    for sentence in dict.fromkeys(taken(row) for row in record["results"] if "takes" in row):
+        console.print(sentence, markup=False)
     for note in record["notes"]:
         console.print(note, markup=False)
     for failure in record["failures"]:

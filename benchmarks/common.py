@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 import xsep
+from xsep import dispatch
 from xsep.backends.pointwise import tf32_allowed
+from xsep.cli.info import reasons
 from xsep.measuring import Flush
-from xsep.tuning import digest
+from xsep.tuning import digest, findings
 from xsep.tuning.device import cpu_name
 
 HERE = Path(__file__).resolve().parent
@@ -75,6 +77,12 @@ def choose_device(name: Optional[str]) -> torch.device:
 
 
 # Pictures
+
+
+def default_backends(device: torch.device) -> list[str]:
+    """``auto``, and on a GPU each of its backends that can run here, whether or not auto takes it."""
+    gpus = findings.VERIFIED_BY_CARDS if device.type == "cuda" else ()
+    return ["auto", *(name for name in gpus if not reasons(name))]
 
 
 def load_photographs(path: Optional[str]) -> tuple[list[str], list[Tensor]]:
@@ -191,6 +199,16 @@ def time_on_gpu(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, T
         name: {**summary(seconds[name, False], "median"), "warm": summary(seconds[name, True], "median")}
         for name in calls
     }
+
+
+@contextlib.contextmanager
+def noting_backends() -> Iterator[dict[str, str]]:
+    """Which backends ``auto`` takes for what runs meanwhile, by direction, filled in at the end."""
+    taken: dict[str, str] = {}
+    with dispatch.recording() as seen:
+        yield taken
+    for direction in findings.DIRECTIONS if seen else ():
+        taken[direction] = ", ".join(sorted({dispatch.choice(p, "auto", direction).backend.name for p in seen}))
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ def test_program_writes_a_whole_record(small: Callable[..., int], tmp_path: Path
         better = min(r["times"]["nchw"]["us"], r["times"]["channels_last"]["us"])
         assert r["ratios"]["auto"]["eager"] == pytest.approx(better / r["times"]["xsep auto"]["us"])
         assert r["floor_us"] > 0 and r["bytes"] > 0 and r["flops"] > 0
+        assert r["auto_takes"].keys() == {"forward", "backward"} and set(r["auto_takes"].values()) <= {"cpu", "aten"}
     first = record["totals"][0]["times"]["nchw"]["us"]
     assert first == pytest.approx(sum(r["count"] * r["times"]["nchw"]["us"] for r in record["results"][0:3:2]))
     environment = record["environment"]
@@ -114,6 +116,22 @@ def test_program_writes_a_whole_record(small: Callable[..., int], tmp_path: Path
     assert str(BENCHMARKS.parent) not in text and str(tmp_path) not in text
     shown = capsys.readouterr().out
     assert "5→7 @147" in shown and "all layers" in shown and "china.jpg" in shown
+    assert re.search(r"auto: (cpu|aten)", shown)
+
+
+def test_what_auto_takes_is_said() -> None:
+    row = {"mode": "forward+backward", "auto_takes": {"forward": "cuda", "backward": "aten"}}
+    assert bench_sepconv.named(row, "auto") == "auto: cuda / aten" and bench_sepconv.named(row, "cuda") == "cuda"
+    assert bench_sepconv.named({**row, "mode": "forward"}, "auto") == "auto: cuda"
+    assert bench_sepconv.named({**row, "auto_takes": {"forward": "cpu", "backward": "cpu"}}, "auto") == "auto: cpu"
+    assert bench_sepconv.named({**row, "auto_takes": {}}, "auto") == "auto", "wrong, so not timed"
+
+
+def test_on_a_gpu_every_backend_is_timed_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why: dict[str, list[str]] = {"cuda": [], "triton": ["Triton is not installed"]}
+    monkeypatch.setattr(common, "reasons", lambda name: why[name])
+    assert common.default_backends(torch.device("cuda")) == ["auto", "cuda"]
+    assert common.default_backends(torch.device("cpu")) == ["auto"]
 
 
 def test_what_is_wrong_gets_no_speed(
@@ -291,6 +309,7 @@ def test_z_is_not_kept_for_backward(photographs: list[Tensor], backend: str, mon
     monkeypatch.setenv("XSEP_BACKEND", backend)
     result = bench_memory.compare(4, torch.float32, torch.device("cpu"), photographs, 299)
     z = result["z_bytes"]
+    assert set(result["xsep"]["takes"].values()) == {backend} and result["pytorch"]["takes"] == {}
     assert result["shape"] == [4, 728, 19, 19] and z == 4 * 728 * 361 * 4
     assert result["pytorch"]["kept"] - result["xsep"]["kept"] == 4 * z
     for way in ("pytorch", "xsep"):

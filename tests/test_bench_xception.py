@@ -149,7 +149,7 @@ def test_a_way_that_goes_astray_is_named() -> None:
         (PLAIN, "eager"): right, (OURS, "eager"): right * (1 + 1e-6), (OURS, "compiled"): right * (1 + 2e-6),
         (PLAIN, "compiled"): right * 1.001, (OURS, "CUDA graph"): right * torch.nan, (INCEPTION, "compiled"): -right,
     }  # fmt: skip
-    calls = {key: bench_xception.Call(functools.partial(torch.clone, y), None) for key, y in answers.items()}
+    calls = {key: bench_xception.Call(functools.partial(torch.clone, y), None, {}) for key, y in answers.items()}
     assert list(bench_xception.astray(calls)) == [(PLAIN, "compiled"), (OURS, "CUDA graph")]
 
 
@@ -289,6 +289,18 @@ def test_program(
     ours, chained = (f"{speed[name] / speed[INCEPTION]:.3f}" for name in (OURS, CHAINED))
     assert f"{ours} with xsep's, {chained} with a chain; the paper: 28 / 31 = 0.903" in printed
     assert "counted from the shapes" in printed
+    assert rows["training", OURS]["takes"] == {"forward": "cpu", "backward": "cpu"}
+    assert rows["training", CHAINED]["takes"]["chain"] == "cpu" and "takes" not in rows["training", PLAIN]
+    assert "float32, Xception, xsep, training: its layers ran on cpu" in printed
+
+
+def test_what_ran_in_words() -> None:
+    row = {"dtype": "bfloat16", "network": OURS, "mode": "training", "takes": {"forward": "cuda", "backward": "aten"}}
+    said = "bfloat16, Xception, xsep, training: its layers ran on "
+    assert bench_xception.taken(row) == f"{said}forward: cuda; backward: aten"
+    assert bench_xception.taken({**row, "mode": "inference"}).endswith("inference: its layers ran on cuda")
+    row["takes"] = {"forward": "aten", "backward": "aten", "chain": "cuda"}
+    assert bench_xception.taken(row) == f"{said}forward: aten; backward: aten; chain: cuda"
 
 
 def test_what_is_wrong_gets_no_speed(
