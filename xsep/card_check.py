@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cases import Case, generate
 from .models.blocks import Block, Design, MaxPool
-from .testing import failures, held_as, norm_violation
+from .testing import failures, held_as, norm_violation, poisoned_memory
 from .tuning.card_checks import CHAIN, backend_of
 
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
@@ -136,7 +136,8 @@ def network_failures(part: Part, x: Tensor) -> list[str]:
             for t in (pictures, *again.parameters()):
                 rounded_again(t)
         own.append(step(again, pictures))
-    ours = step(copy.deepcopy(part).chained(True), x)
+    with poisoned_memory():
+        ours = step(copy.deepcopy(part).chained(True), x)
     found = ((what, norm_violation(ours[what], truth[what], [o[what] for o in own], x.dtype)) for what in truth)
     return [f"{what}: {wrong}" for what, wrong in found if wrong]
 
@@ -185,7 +186,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         for name, wrong in check(args.subject, args.device):
             result["problems"] += 1
             if wrong:
-                result["wrong"] = f"{name}: {'; '.join(wrong)}"
+                more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                result["wrong"] = f"{name}: {'; '.join(wrong[:3])}{more}"
                 break
     except torch.OutOfMemoryError:
         result["why"] = f"the card's memory ran out after {result['problems']} problems"
