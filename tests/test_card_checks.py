@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -361,7 +360,8 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 def test_the_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_cli(capsys) == (2, "", "xsep check: PyTorch sees no GPU here\n")
-    assert subprocess.run([sys.executable, "-m", "xsep.card_check", "gpu"], capture_output=True).returncode == 2
+    with pytest.raises(SystemExit, match="2"):
+        card_check.main(["gpu"])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ Up to Triton 3.9: a bfloat16 ``dot`` multiplies the bit patterns, a cast to bflo
 of one element, which NumPy 2.4 no longer turns into loop bounds. ``test_fixes`` shows that they are still needed; when
 it fails, the interpreter has been repaired and the fix can go. Triton 3.9 takes masks of one bit alone, but makes
 integers of a comparison of scalars when it is spread over a block. A ``dot`` in TF32 multiplies all of float32, where
-a tensor core drops the low 13 bits. And ``erf`` is called element by element, which takes most of the time of a test
-with gelu.
+a tensor core drops the low 13 bits.
+
+Two more cost time only. ``erf`` is called element by element, which takes most of the time of a test with gelu. And the
+language is looked through for what to replace by the interpreter's at every call of a function within a kernel, though
+the kernel's launch has done so, which takes half of the time of most others.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ original_cast: Callable[..., Any] = Builder.cast_impl
 original_dot: Callable[..., Any] = Builder.create_dot
 _original_splat: Callable[..., Any] = Builder.create_splat
 _original_patch: Callable[..., Any] = interpreter._patch_lang_tensor
+_original_patch_lang: Callable[..., Any] = interpreter._patch_lang
+
+#: Names of the modules that the launch under way has patched.
+_patched: set[str] = set()
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -78,9 +85,26 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+class PatchScope(interpreter._LangPatchScope):
+    def restore(self) -> None:
+        super().restore()
+        _patched.clear()
+
+
+def _patch_lang(function: Any) -> Any:
+    """Patches the language's modules that a function sees, each once a launch."""
+    modules = {m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core}
+    if modules <= _patched:
+        return PatchScope()
+    _patched.update(modules)
+    return _original_patch_lang(function)
+
+
 def install() -> None:
     Builder.cast_impl = cast_impl
     Builder.create_dot = create_dot
     Builder.create_splat = create_splat
     Builder.create_erf = create_erf
     interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter._patch_lang = _patch_lang
+    interpreter._LangPatchScope = PatchScope

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,17 @@ def _count(c, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         total += i
     tl.store(c, total)
+
+
+@triton.jit
+def _twice(x):  # type: ignore[no-untyped-def]
+    return x + x
+
+
+@triton.jit
+def _four_times(c, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, SIZE)
+    tl.store(c + i, _twice(_twice(i)))
 
 
 def _product_error() -> float:
@@ -83,3 +96,19 @@ def test_tf32_is_exact_without_the_fix_and_cut_off_with_it(monkeypatch: pytest.M
     assert float((product() - cut[0] @ cut[1]).abs().max()) < 1e-4 < float((product() - a.double() @ b.double()).norm())
     monkeypatch.setattr(fixes.Builder, "create_dot", fixes.original_dot)
     assert float((product() - a.double() @ b.double()).abs().max()) < 1e-5
+
+
+def test_a_launch_patches_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched: list[Any] = []
+    original = fixes._original_patch_lang
+
+    def counted(function: Any) -> Any:
+        patched.append(function)
+        return original(function)
+
+    monkeypatch.setattr(fixes, "_original_patch_lang", counted)
+    for launches in (1, 2):
+        c = torch.zeros(8, dtype=torch.int32)
+        _four_times[(1,)](c, 8)
+        assert c.tolist() == [4 * i for i in range(8)] and len(patched) == launches
+        assert tl.core.is_builtin(tl.arange), "it is put back"
