@@ -141,7 +141,7 @@ def test_what_is_raised(
 def test_every_type_and_way_is_among_the_problems() -> None:
     for backend, dtypes in (("cuda", 3), ("triton", 2)):
         cases = list(card_check.cases(backend, "cuda"))
-        assert len({case.dtype for case in cases}) == dtypes == len(card_check.types(backend, "cuda"))
+        assert len({case.dtype for case in cases}) == dtypes == len(card_check.types_of(backend, "cuda"))
         assert {case.op for case in cases} == {"separable", "depthwise"}
         assert {max(case.c_out, 256) for case in cases} >= {256, 728}, "in one kernel, and in two"
 

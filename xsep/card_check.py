@@ -50,11 +50,11 @@ CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
 #: ReLU's jump or of a tie in a pool, where float32's rounding, PyTorch's or ours, would decide over a whole share of
 #: the gradients. In 16 bits there are so many such that both have their part.
 SEED, FLOAT32_PICTURES = 15, (2, 11, 10)
-#: Of PyTorch's.
+#: How many of PyTorch's own steps are the measure.
 STEPS = 4
 
 
-def types(backend: str, device: str) -> tuple[torch.dtype, ...]:
+def types_of(backend: str, device: str) -> tuple[torch.dtype, ...]:
     """In which layers and the network are checked. Triton makes both 16-bit types of one source; on a CPU, PyTorch's
     own 16-bit convolutions may take minutes for them."""
     if device == "cpu":
@@ -65,14 +65,14 @@ def types(backend: str, device: str) -> tuple[torch.dtype, ...]:
 def cases(backend: str, device: str) -> Iterator[Case]:
     """The problems; fewer for Triton, which compiles each anew."""
     layers = (*LAYERS[:3], LAYERS[4], LAYERS[7], LAYERS[9]) if backend == "triton" else LAYERS
-    for dtype in types(backend, device):
+    for dtype in types_of(backend, device):
         yield from (replace(layer, dtype=dtype) for layer in layers)
     if backend != "triton":
         yield from generate(24, seed=7)
 
 
 class Part(nn.Module):
-    """A block that halves the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
+    """Two blocks that halve the size, two that keep it, and a head: every kernel of the chain at Xception's widths."""
 
     def __init__(self, backend: str, channels: tuple[int, int, int] = CHANNELS) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def check(subject: str, device: str) -> Iterator[tuple[str, list[str]]]:
     backend = backend_of(subject)
     torch.backends.cudnn.allow_tf32 = False
     if subject != backend:
-        for dtype in types(backend, device):
+        for dtype in types_of(backend, device):
             yield f"a network's step, {dtype}", network_failures(*network(backend, dtype, device))
         return
     for case in cases(backend, device):

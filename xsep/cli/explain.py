@@ -128,11 +128,13 @@ def run(args: argparse.Namespace) -> int:
     problem = problem_of(args, "cuda")
     if min(problem.output_size) < 1:
         raise UsageError(f"the filter does not fit: the output would be {problem.output_size}")
+    # First, since the first question about a card may have its kernels checked, which decides what auto takes.
+    here_too = "" if args.device_like else dispatch.explain(problem)
     result = on_card(problem, device)
     if args.json:
         screen.print_json(result)
-    else:
-        show(result)
-    if not args.device_like and not args.json:
-        print(dispatch.explain(problem))
+        return 0
+    show(result)
+    if here_too:
+        print(here_too)
     return 0
