@@ -32,10 +32,11 @@ from gpu_plugin import backend_of  # noqa: E402
 BOTH = ("cuda", "triton")
 
 DESCRIPTION = """\
-Verifies and measures xsep on a GPU, with the Python that runs this and nothing to download: builds in place, runs the
-GPU tests, the table that `auto` looks problems up in, compute-sanitizer's memcheck and racecheck on some of the tests,
-and the benchmarks, in the order of what they are worth. Correctness comes first. As soon as all tests of a backend have
-passed, xsep/tuning/tables/<card>.json says so, and `auto` may take it.
+Verifies and measures xsep on a GPU, with the Python that runs this and nothing to download: builds in place, has the
+card checked as `auto` would, runs the GPU tests, the table that `auto` looks problems up in, compute-sanitizer's
+memcheck and racecheck on some of the tests, and the benchmarks, in the order of what they are worth. Correctness comes
+first. As soon as all tests of a backend have passed, xsep/tuning/tables/<card>.json says so, and `auto` takes it on
+every such card.
 
 Each phase is written into benchmarks/results/<card>/record.json the moment it ends. A phase that has passed with the
 same kernels on the same kind of card is not run again (--again does), so a second call goes on where the first one
@@ -227,6 +228,7 @@ def xception(kind: str, *ways: str) -> Callable[[Check], Outcome]:
 PHASES = (
     Phase("environment", 0, 0, (), environment),
     Phase("build", 20, 120, ("cuda",), gpu_phases.build),
+    Phase("card-check", 15, 40, BOTH[:1], gpu_phases.card_check),
     Phase("tests-cuda", 15, 90, BOTH[:1], gpu_phases.tests("cuda", BOTH[:1])),
     Phase("tests-triton", 15, 150, BOTH[1:], gpu_phases.tests("triton", BOTH[1:])),
     Phase("tests-other", 15, 60, BOTH, gpu_phases.tests("other", BOTH)),

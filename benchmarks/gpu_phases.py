@@ -170,6 +170,29 @@ def build_folder(check: Check) -> Path:
     return folder
 
 
+# The card check
+
+
+def card_check(check: Check) -> Outcome:
+    """What ``auto`` asks of a card that nobody has verified the cuda backend on; of a CPU, its own backend."""
+    if check.gpu:
+        words = ("xsep", "check", "--backend", "cuda", "--again", "--json")
+    else:
+        words = ("xsep.card_check", "cpu", "--device", "cpu")
+    done = python(check, "-m", *words, errors=False)
+    if done.code is None:
+        return Outcome("unfinished", "the check ran out of time")
+    try:
+        found = json.loads(done.output)
+        answers = found["backends"] if check.gpu else {"cpu": {"state": "wrong" if found["wrong"] else "right"}}
+    except (KeyError, TypeError, ValueError):
+        return Outcome("refused", "the cuda backend cannot run here: `python -m xsep info` says why")
+    summary = ", ".join(f"{name}: {answer['state']}" for name, answer in answers.items())
+    states = {answer["state"] for answer in answers.values()}
+    status = "failed" if "wrong" in states else "passed" if states == {"right"} else "refused"
+    return Outcome(status, summary, {} if status == "passed" else {"output": clean(done.output)})
+
+
 # Tests
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -297,3 +297,31 @@ def test_an_old_setuptools_builds_beside_pyproject(check: Check, monkeypatch: py
     folder = gpu_phases.build_folder(check)
     assert sorted(p.name for p in folder.iterdir()) == ["csrc", "setup.py", "xsep"]
     assert (folder / "setup.py").resolve() == ROOT / "setup.py"
+
+
+@pytest.mark.parametrize(
+    "output, code, status, summary",
+    [('{"backends": {"cuda": {"state": "right"}, "cuda-chain": {"state": "right"}}}', 0, "passed",
+      "cuda: right, cuda-chain: right"),
+     ('{"backends": {"cuda": {"state": "right"}, "cuda-chain": {"state": "wrong"}}}', 1, "failed",
+      "cuda: right, cuda-chain: wrong"),
+     ('{"backends": {"cuda": {"state": "unknown"}, "cuda-chain": {"state": "right"}}}', 0, "refused",
+      "cuda: unknown, cuda-chain: right"),
+     ("", 2, "refused", "the cuda backend cannot run here: `python -m xsep info` says why"),
+     ("", None, "unfinished", "the check ran out of time")],
+    ids=["right", "wrong", "unknown", "not-here", "late"],
+)  # fmt: skip
+def test_the_card_check(
+    output: str, code: Optional[int], status: str, summary: str, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check.device = "cuda"
+    asked: list[tuple[str, ...]] = []
+
+    def python(check: Check, *arguments: str, errors: bool = True) -> Done:
+        asked.append(arguments)
+        return Done(code, output)
+
+    monkeypatch.setattr(gpu_phases, "python", python)
+    found = gpu_phases.card_check(check)
+    assert (found.status, found.summary) == (status, summary)
+    assert asked == [("-m", "xsep", "check", "--backend", "cuda", "--again", "--json")]
