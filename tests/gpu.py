@@ -5,13 +5,9 @@ tests/cuda/emulated_plugin.py has them run on a CPU before, the cuda backend's k
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
 
 import pytest
-import torch
 
 
 @dataclass
@@ -39,21 +35,3 @@ PLACE = Place()
 
 def needs_card(what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(PLACE.emulated, reason=f"a CPU has no {what}")
-
-
-@contextlib.contextmanager
-def float32_products(precision: str, of_matrices: Optional[str] = None) -> Iterator[None]:
-    """``"ieee"`` or ``"tf32"``, of convolutions and, unless they have their own, of matrices.
-
-    Not by pytest's monkeypatch: of settings that are no attributes of their own it may delete what it set.
-    """
-    cudnn: Any = torch.backends.cudnn
-    settings = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting, value in zip(settings, (precision, of_matrices or precision)):
-            setting.fp32_precision = value
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.fp32_precision = value

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,8 +38,13 @@ def forget() -> None:
     card_checks.forget()
 
 
+def precision() -> list[str]:
+    return [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]  # type: ignore
+
+
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = precision()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("XSEP_BACKEND", "XSEP_TRUST_UNVERIFIED", "XSEP_CARD_CHECK"):
         monkeypatch.delenv(name, raising=False)
@@ -47,6 +52,7 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
     yield
     forget()
+    assert precision() == before, "PyTorch's settings are left as they were"
 
 
 # The check
@@ -129,7 +135,7 @@ def test_what_is_raised(
     error: Exception, before: int, result: dict[str, str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def check(subject: str, device: str) -> Iterator[tuple[str, list[str]]]:
+    def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, None]:
         yield from ((f"case {i}", []) for i in range(before))
         raise error
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.gpu import float32_products
 from xsep import dispatch, plans
 from xsep.backends import cuda as cuda_backend
 from xsep.problem import IDENTITY, RELU, Geometry, Problem
+from xsep.testing import float32_products
 from xsep.tuning import device as devices
 from xsep.tuning.device import A100, H200, PUBLISHED, RTX_4090, T4, DeviceProperties
 

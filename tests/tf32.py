@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.gpu import float32_products
 from xsep import testing
-from xsep.testing import Case, Inputs
+from xsep.testing import Case, Inputs, float32_products
 
 
 def round_to_tf32(t: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ and :mod:`xsep.tuning.card_checks` reads it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from .cases import Case, generate
 from .models.blocks import Block, Design, MaxPool
-from .testing import failures, held_as, norm_violation, poisoned_memory
+from .testing import failures, float32_products, held_as, norm_violation, poisoned_memory
 from .tuning.card_checks import CHAIN, backend_of
 
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
@@ -154,21 +155,22 @@ def network(
     return part.to(memory_format=torch.channels_last).train(), x
 
 
-def check(subject: str, device: str) -> Iterator[tuple[str, list[str]]]:
+def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, None]:
     """Each thing that is checked, by name, and what is wrong with it."""
     backend = backend_of(subject)
-    torch.backends.cudnn.allow_tf32 = False
     if subject != backend:
-        for dtype in types_of(backend, device):
-            yield f"a network's step, {dtype}", network_failures(*network(backend, dtype, device))
+        with float32_products("ieee"):
+            for dtype in types_of(backend, device):
+                yield f"a network's step, {dtype}", network_failures(*network(backend, dtype, device))
         return
-    for case in cases(backend, device):
-        yield case.id, failures(case, backend, device)
+    with float32_products("ieee"):
+        for case in cases(backend, device):
+            yield case.id, failures(case, backend, device)
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = True
-        for case in (LAYERS[0], LAYERS[2]):
-            kind = held_as(case.dtype, torch.device(device))
-            yield f"{case.id}, TF32", failures(case, backend, device, kind)
+        with float32_products("tf32"):
+            for case in (LAYERS[0], LAYERS[2]):
+                kind = held_as(case.dtype, torch.device(device))
+                yield f"{case.id}, TF32", failures(case, backend, device, kind)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -177,18 +179,19 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("subject", choices=names, metavar="SUBJECT", help=f"one of {', '.join(names)}")
     parser.add_argument("--device", default="cuda:0", help="cpu, cuda or cuda:N (default: cuda:0)")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # PyTorch's, about what of it is not deterministic
     result: dict[str, Any] = {"problems": 0, "wrong": "", "why": ""}
     name = ""
     try:
         if args.device != "cpu":
             torch.cuda.set_device(args.device)
-        for name, wrong in check(args.subject, args.device):
-            result["problems"] += 1
-            if wrong:
-                more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                result["wrong"] = f"{name}: {'; '.join(wrong[:3])}{more}"
-                break
+        with warnings.catch_warnings(), contextlib.closing(check(args.subject, args.device)) as checked:
+            warnings.simplefilter("ignore")  # PyTorch's, about what of it is not deterministic
+            for name, wrong in checked:
+                result["problems"] += 1
+                if wrong:
+                    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                    result["wrong"] = f"{name}: {'; '.join(wrong[:3])}{more}"
+                    break
     except torch.OutOfMemoryError:
         result["why"] = f"the card's memory ran out after {result['problems']} problems"
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ from .cases import LAYOUTS, NAMES, VECTORS, Case, Inputs, generate, make_inputs
 from .functional import depthwise_conv2d, separable_conv2d
 
 __all__ = [
-    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "failures", "generate", "held_as",
-    "make_inputs", "norm_violation", "poisoned_memory", "run_pytorch", "run_truth", "run_xsep", "ulps", "violations",
+    "LAYOUTS", "NAMES", "VECTORS", "Case", "Inputs", "Truth", "check", "failures", "float32_products", "generate",
+    "held_as", "make_inputs", "norm_violation", "poisoned_memory", "run_pytorch", "run_truth", "run_xsep", "ulps",
+    "violations",
 ]  # fmt: skip
 
 #: Room for the largest error; the 16-bit types have (y's, a gradient's). The truth is a float64 sum itself, so that in
@@ -167,6 +168,24 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str, of_matrices: Optional[str] = None) -> Iterator[None]:
+    """``"ieee"`` or ``"tf32"``, of convolutions and, unless they have their own, of matrices.
+
+    Not by pytest's monkeypatch: of settings that are no attributes of their own it may delete what it set.
+    """
+    cudnn: Any = torch.backends.cudnn
+    settings = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting, value in zip(settings, (precision, of_matrices or precision)):
+            setting.fp32_precision = value
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
 
 
 def held_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:

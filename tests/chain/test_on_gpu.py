@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.gpu import PLACE, float32_products, needs_card
+from tests.gpu import PLACE, needs_card
 from xsep import card_check
 from xsep.card_check import Part, step
+from xsep.testing import float32_products
 
 pytestmark = pytest.mark.gpu
 

@@ -14,6 +14,7 @@ from tests import gpu
 from tests.chain import support
 from xsep import extension
 from xsep.backends.cuda import CudaBackend
+from xsep.testing import float32_products
 
 from . import emulated_ops
 
@@ -43,7 +44,7 @@ extension.repeated = lambda: None  # C++ would ask PyTorch's dispatcher, which h
 
 @pytest.fixture(autouse=True)
 def undamaged() -> Iterator[None]:
-    with gpu.float32_products("ieee"):  # as a CPU multiplies
+    with float32_products("ieee"):  # as a CPU multiplies
         yield
     _operators.check()
 

@@ -10,7 +10,6 @@ import torch
 
 from tests.chain.support import double, hold, image, last, vector
 from tests.chain.test_forward_ops import starts
-from tests.gpu import float32_products
 from xsep.backends import chain_cuda, cuda, pointwise
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
@@ -18,6 +17,7 @@ from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.backends.cuda import nhwc
 from xsep.problem import LEAKY_RELU, RELU, SILU, Affine, Geometry, Problem, SeparableArgs
+from xsep.testing import float32_products
 
 from .emulated import check_statistics
 from .emulated_ops import H200, EmulatedOps, misaligned

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.chain.support import double, hold, image, last, vector
-from tests.gpu import PLACE, float32_products, needs_card
+from tests.gpu import PLACE, needs_card
 from tests.hardening import test_special_values as special_values
 from tests.tf32 import round_to_tf32
 from xsep import ChannelAffine, separable_conv2d
@@ -25,7 +25,7 @@ from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.cuda import CUDA, DeviceFacts, device_facts
 from xsep.ops.inside import inside_op
 from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs, separable_problem
-from xsep.testing import NAMES
+from xsep.testing import NAMES, float32_products
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.gpu import float32_products
 from xsep.problem import RELU
+from xsep.testing import float32_products
 
 from . import emulated, emulated_ops, test_emulated_fused_backward
 from . import test_backend_python as backend

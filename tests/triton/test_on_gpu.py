@@ -14,14 +14,13 @@ from tests import tf32
 from tests.chain import test_backward_ops as backward
 from tests.chain import test_forward_ops as forward
 from tests.chain.support import hold
-from tests.gpu import float32_products
 from tests.hardening import test_special_values as special_values
 from xsep import testing
 from xsep.backends.chain import Load, RawGradient, Shortcut
 from xsep.backends.triton import TRITON
 from xsep.ops.training import bn_finalize, sep_backward, sep_dgrad, sep_fprop
 from xsep.problem import RELU, Affine, Geometry, Problem
-from xsep.testing import NAMES, VECTORS, Case
+from xsep.testing import NAMES, VECTORS, Case, float32_products
 
 pytestmark = pytest.mark.gpu
 

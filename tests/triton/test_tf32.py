@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests import tf32
-from tests.gpu import float32_products
 from xsep import testing
-from xsep.testing import Case
+from xsep.testing import Case, float32_products
 
 CASE = Case(n=2, c_in=48, h=9, w=9, c_out=40, bias=True, residual=True, activations=("relu", None, None))
 
