@@ -105,24 +105,32 @@ def test_both_plans(staged: bool, dtype: torch.dtype, monkeypatch: pytest.Monkey
     testing.check(Case(n=3, c_in=35, h=4, w=4, c_out=37, dtype=dtype), "triton")
 
 
+def pairs(some: list[Any], others: list[Any]) -> list[Any]:
+    """Each of one kind with every second of the other, which leaves none out; all with all each night."""
+    return [(a, b) for i, a in enumerate(some) for j, b in enumerate(others) if NIGHTLY or (i + j) % 2 == 0]
+
+
+def shape_of(tile: plans.SeparableTile) -> str:
+    return f"{tile.rows}x{tile.cols}x{tile.side}"
+
+
+FUSED_CASES = [
+    Case(n=2, c_in=24, h=9, w=11, c_out=70, dtype=torch.bfloat16, activations=("relu", None, "relu"),
+         vectors=("scale_p", "shift_p", "scale_e", "shift_e"), bias=True, residual=True),
+    Case(n=3, c_in=13, h=8, w=7, c_out=9, stride=(2, 2), padding=(0, 1, 0, 1), activations=("relu", None, None)),
+    Case(n=2, c_in=9, h=8, w=13, c_out=9, dilation=(2, 3), padding=(3, 3, 2, 2), vectors=("scale_p", "shift_p")),
+    Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(2, 4), stride=(1, 2), dilation=(1, 3), padding=(1, 4, 2, 0)),
+    Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), multiplier=2),
+]  # fmt: skip
+FUSED_TILES = [
+    *plans.FUSED_SIDE.values(), plans.FUSED_TILES[64], plans.FUSED_SMALL,
+    plans.SeparableTile(1, 8, 32, 16, 4, 1, side=4),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "tile",
-    [*plans.FUSED_SIDE.values(), plans.FUSED_TILES[64], plans.FUSED_SMALL,
-     plans.SeparableTile(1, 8, 32, 16, 4, 1, side=4)],
-    ids=lambda t: f"{t.rows}x{t.cols}x{t.side}",
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(n=2, c_in=24, h=9, w=11, c_out=70, dtype=torch.bfloat16, activations=("relu", None, "relu"),
-             vectors=("scale_p", "shift_p", "scale_e", "shift_e"), bias=True, residual=True),
-        Case(n=3, c_in=13, h=8, w=7, c_out=9, stride=(2, 2), padding=(0, 1, 0, 1), activations=("relu", None, None)),
-        Case(n=2, c_in=9, h=8, w=13, c_out=9, dilation=(2, 3), padding=(3, 3, 2, 2), vectors=("scale_p", "shift_p")),
-        Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(2, 4), stride=(1, 2), dilation=(1, 3), padding=(1, 4, 2, 0)),
-        Case(n=1, c_in=5, h=9, w=9, c_out=9, filter=(1, 1), stride=(2, 2), padding=(0, 0, 0, 0), multiplier=2),
-    ],
-    ids=lambda c: c.id,
-)  # fmt: skip
+    "case, tile", pairs(FUSED_CASES, FUSED_TILES), ids=lambda v: v.id if isinstance(v, Case) else shape_of(v)
+)
 def test_each_fused_tile(case: Case, tile: plans.SeparableTile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large problems' tiles on small ones, and lanes of several columns where no plan has them."""
     from xsep.backends import triton as backend
@@ -132,23 +140,24 @@ def test_each_fused_tile(case: Case, tile: plans.SeparableTile, monkeypatch: pyt
     testing.check(case, "triton")
 
 
-@pytest.mark.parametrize("rows, side, unroll", [(1, 3, 2), (2, 2, 2), (3, 1, 1), (5, 4, 1), (99, 2, 2)])
+STRIP_CASES = [
+    Case(op="depthwise", n=2, c_in=13, h=9, w=11, activations=("relu", None, "relu"), vectors=("scale_p", "shift_p")),
+    Case(op="depthwise", n=2, c_in=9, h=10, w=9, stride=(2, 2), padding=(1, 1, 0, 1), activations=("silu", None, None)),
+    Case(op="depthwise", n=1, c_in=9, h=11, w=9, dilation=(2, 3), padding=(3, 3, 2, 2), dtype=torch.bfloat16),
+    Case(op="depthwise", n=1, c_in=5, h=8, w=9, filter=(5, 5), padding=(2, 2, 2, 2)),
+]
+#: Rows, columns a lane, rows that are unrolled.
+STRIPS = [(1, 3, 2), (2, 2, 2), (3, 1, 1), (5, 4, 1), (99, 2, 2)]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(op="depthwise", n=2, c_in=13, h=9, w=11, activations=("relu", None, "relu"),
-             vectors=("scale_p", "shift_p")),
-        Case(op="depthwise", n=2, c_in=9, h=10, w=9, stride=(2, 2), padding=(1, 1, 0, 1),
-             activations=("silu", None, None)),
-        Case(op="depthwise", n=1, c_in=9, h=11, w=9, dilation=(2, 3), padding=(3, 3, 2, 2), dtype=torch.bfloat16),
-        Case(op="depthwise", n=1, c_in=5, h=8, w=9, filter=(5, 5), padding=(2, 2, 2, 2)),
-    ],
-    ids=lambda c: c.id,
-)  # fmt: skip
-def test_each_strip(case: Case, rows: int, side: int, unroll: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "case, strip", pairs(STRIP_CASES, STRIPS), ids=lambda v: v.id if isinstance(v, Case) else "-".join(map(str, v))
+)
+def test_each_strip(case: Case, strip: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of one row, of several with a rest, and longer than the picture; any number of columns a lane."""
     from xsep.backends import triton as backend
 
+    rows, side, unroll = strip
     tile = plans.DepthwiseTile(rows, 4, 16, 4, side, unroll)
     for choice in ("fprop_tile", "backward_tile"):
         monkeypatch.setattr(backend, choice, lambda *args: tile)
