@@ -167,8 +167,7 @@ def measure(
 
 def taken(row: dict[str, Any]) -> str:
     """Which backends an xsep network's layers ran on, in words."""
-    forward = "forward" if row["mode"] == "training" else ""
-    ways = [(name, way) for way, name in row["takes"].items() if forward or way != "backward"]
+    ways = [(name, way) for way, name in row["takes"].items() if row["mode"] == "training" or way != "backward"]
     same = {name for name, _ in ways}
     on = same.pop() if len(same) == 1 else "; ".join(f"{way}: {name}" for name, way in ways)
     return f"{row['dtype']}, {row['network']}, {row['mode']}: its layers ran on {on}"

@@ -164,6 +164,15 @@ def test_a_backend_that_cannot_run_is_named_with_its_reason(
     assert "the tensors are on cpu" in record["failures"][0]
 
 
+def test_a_backend_of_the_environment_that_cannot_run_is_named(
+    small: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XSEP_BACKEND", "cuda")
+    assert small("--out", str(tmp_path), "--shapes", "9") == 1
+    record = json.loads((tmp_path / "sepconv.json").read_text())
+    assert "backend 'cuda' cannot run" in record["failures"][0] and record["results"][0]["auto_takes"] == {}
+
+
 @pytest.mark.parametrize(
     "arguments, why",
     [
