@@ -76,7 +76,7 @@ def hold(what: str, got: Tensor, truth: Tensor, own: Optional[Tensor], dtype: to
 
 def hold_norm(what: str, got: Tensor, truth: Tensor, own: Tensor, dtype: torch.dtype) -> None:
     """The same by norms, where a value that rounding carries over a kink moves single elements by their whole size."""
-    found = norm_violation(got, truth, [own], dtype)
+    found = norm_violation(got, truth, own, dtype)
     assert not found, f"{what}: {found}"
 
 

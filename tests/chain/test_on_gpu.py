@@ -45,7 +45,8 @@ def pictures() -> Tensor:
 @pytest.mark.parametrize("backend", PLACE.backends)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_one_step_is_that_of_the_plain_network(backend: str, kind: torch.dtype) -> None:
-    size = card_check.FLOAT32_PICTURES if kind is torch.float32 else PLACE.pictures
+    # The emulator's are so few values that float32 gets on with all sizes there.
+    size = card_check.FLOAT32_PICTURES if kind is torch.float32 and not PLACE.emulated else PLACE.pictures
     m, x = card_check.network(backend, kind, PLACE.device, PLACE.channels, size)
     assert not card_check.network_failures(m, x)
     if promises_bits(m):
