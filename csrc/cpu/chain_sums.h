@@ -13,9 +13,12 @@ void tile_statistics(const T* r, int64_t pixels, int64_t channels, float* to) {
   const float share = 1.0f / static_cast<float>(pixels);
   by_vectors(channels, [&](int64_t c, auto count, int lanes) __attribute__((always_inline)) {
     constexpr int kVectors = count();
-    Vec mean[kVectors] = {};
-    Vec sum[kVectors] = {};
-    Vec square[kVectors] = {};
+    Vec mean[kVectors];
+    set_zero(mean);
+    Vec sum[kVectors];
+    set_zero(sum);
+    Vec square[kVectors];
+    set_zero(square);
     const T* at = r + c;
     for (int64_t i = 0; i < pixels; ++i, at += channels) {
       unroll<kVectors>([&](auto j)
@@ -55,8 +58,10 @@ template <class T, bool kProduct>
 void add_pixels(const T* g, const T* operand, const float* centre, int64_t pixels, int64_t channels, double* sums) {
   by_vectors(channels, [&](int64_t c, auto count, int lanes) __attribute__((always_inline)) {
     constexpr int kVectors = count();
-    Vec sum[kVectors] = {};
-    Vec off[kVectors] = {};
+    Vec sum[kVectors];
+    set_zero(sum);
+    Vec off[kVectors];
+    set_zero(off);
     if constexpr (kProduct) {
       unroll<kVectors>([&](auto j)
                            __attribute__((always_inline)) { off[j] = load_lanes(centre + c + j * kLanes, lanes); });

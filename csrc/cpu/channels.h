@@ -19,14 +19,28 @@ XSEP_INLINE void by_vectors(int64_t channels, F&& f) {
   if (c < channels) f(c, std::integral_constant<int, 1>{}, static_cast<int>(channels - c));
 }
 
-/// The first lanes of a vector, most often all of them.
+/// f(border) for channels [begin, end) of a block, kStep at a time: at the picture's border in one piece; inside it the
+/// whole steps, then what is left as at the border, where it is looked at how much there is.
+template <int64_t kStep, class F>
+XSEP_INLINE void with_border(bool border, int64_t& begin, int64_t& end, F&& f) {
+  const int64_t all = end;
+  if (!border) {
+    end -= (end - begin) % kStep;
+    if (begin < end) f(std::false_type{});
+    begin = end;
+    end = all;
+  }
+  if (begin < end) f(std::true_type{});
+}
+
+/// The first lanes of a vector.
 template <class T>
 XSEP_INLINE Vec load_lanes(const T* p, int64_t lanes) {
-  return lanes == kLanes ? load(p) : load_first(p, lanes);
+  return incomplete(lanes) ? load_first(p, lanes) : load(p);
 }
 template <class T>
 XSEP_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
-  lanes == kLanes ? store(p, v) : store_first(p, v, lanes);
+  incomplete(lanes) ? store_first(p, v, lanes) : store(p, v);
 }
 
 }  // namespace xsep::cpu

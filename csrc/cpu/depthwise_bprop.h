@@ -169,7 +169,8 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
       load_prologue(p, b, c, lanes, x);
       activate(x, p.prologue.activation, p.prologue.alpha);
     }
-    Vec dx[kPixels] = {};
+    Vec dx[kPixels];
+    set_zero(dx);
     for (int64_t i = 0; i < shape.multiplier; ++i) {
       const T* row = dz + i * shape.c + c;
       for (int64_t r = b.filter.begin; r < b.filter.end; r += stride_h, row -= dz_row_step) {
@@ -177,14 +178,15 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
         const float* w_row = p.w + tap * p.c_pad + c;
         float* dw_row = b.dw + tap * b.sum_stride + c;
         Vec w[kS];
-        Vec dw[kS] = {};
+        Vec dw[kS];
+        set_zero(dw);
         unroll<kS>([&](auto s) __attribute__((always_inline)) {
           if constexpr (kDx) w[s] = load(w_row + s * p.c_pad);
         });
         unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
           if (kBorder && (j < first || j >= last)) return;
           const T* at = row + j * dz_step;
-          const Vec d = kBorder ? load_first(at, lanes) : load(at);
+          const Vec d = kBorder ? load_lanes(at, lanes) : load(at);
           unroll<kS>([&](auto s) __attribute__((always_inline)) {
             constexpr int pixel = (j() - kReach) * kStride + s() - How::kPhase;
             if constexpr (pixel >= 0 && pixel < kPixels) {
@@ -219,7 +221,8 @@ void general_input_pixel(const DepthwiseBprop& p, const InputBlock<T>& b, const 
       load_prologue(p, b, c, lanes, x);
       activate(x, p.prologue.activation, p.prologue.alpha);
     }
-    Vec dx[1] = {};
+    Vec dx[1];
+    set_zero(dx);
     for (int64_t i = 0; i < shape.multiplier; ++i) {
       for (const Tap& t : taps) {
         const int64_t tap = i * shape.taps() + t.tap;
@@ -250,14 +253,9 @@ inline void find_taps(const DepthwiseShape& shape, int64_t h, int64_t w, std::ve
 
 template <class T, class How, int kPixels, bool kDx, bool kDw>
 void sliding_input(const DepthwiseBprop& p, InputBlock<T> b, bool border) {
-  if (!border) {
-    const int64_t c_end = b.c_end;
-    b.c_end -= (b.c_end - b.c_begin) % kLanes;
-    if (b.c_begin < b.c_end) sliding_input_block<T, How, kPixels, kDx, kDw, false>(p, b);
-    b.c_begin = b.c_end;
-    b.c_end = c_end;
-  }
-  if (b.c_begin < b.c_end) sliding_input_block<T, How, kPixels, kDx, kDw, true>(p, b);
+  with_border<kLanes>(border, b.c_begin, b.c_end, [&](auto with) __attribute__((always_inline)) {
+    sliding_input_block<T, How, kPixels, kDx, kDw, with()>(p, b);
+  });
 }
 
 template <class T, class How, bool kDx, bool kDw>

@@ -8,6 +8,7 @@
 
 #include "../common/geometry.h"
 #include "activate.h"
+#include "channels.h"
 #include "input_rows.h"
 #include "pair_depthwise.h"
 
@@ -72,13 +73,7 @@ struct Block {
 
 template <class T, int N>
 XSEP_INLINE void store_column(T* out, int64_t stride, const Vec (&v)[N], int64_t lanes) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) {
-    if (lanes == kLanes) {
-      store(out + i * stride, v[i]);
-    } else {
-      store_first(out + i * stride, v[i], lanes);
-    }
-  });
+  unroll<N>([&](auto i) __attribute__((always_inline)) { store_lanes(out + i * stride, v[i], lanes); });
 }
 
 /// float may be stored as anything, the 16-bit types as themselves or as float.
@@ -133,14 +128,15 @@ void sliding_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
     prefetch_for_next_row<T, kS, kStride, kPixels>(to, b, c);
     const int64_t offset = b.column * step + c;
-    Vec sum[kPixels] = {};
+    Vec sum[kPixels];
+    set_zero(sum);
     const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
       Vec w[kS];
       unroll<kS>([&](auto s) __attribute__((always_inline)) { w[s] = load(w_row + s * c_pad); });
       unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
         if (kBorder && (j < first || j >= last)) return;
         const T* at = row + j * step;
-        const Vec v = kBorder && lanes < kLanes ? load_first(at, lanes) : load(at);
+        const Vec v = in_register(kBorder ? load_lanes(at, lanes) : load(at));
         unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
           constexpr int s = j() - i() * kStride;
           if constexpr (s >= 0 && s < kS) sum[i] = fma(v, w[s], sum[i]);
@@ -168,7 +164,8 @@ void general_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
   const int64_t taps = p.shape.s;
   for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
     const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
-    Vec sum[kPixels] = {};
+    Vec sum[kPixels];
+    set_zero(sum);
     for (int64_t r = b.r_begin; r < b.r_end; ++r) {
       const T* row = b.rows[r - b.r_begin] + c;
       for (int64_t s = 0; s < taps; ++s) {
@@ -178,7 +175,7 @@ void general_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
           const int64_t at = column + i * stride;
           if (kBorder && (at < 0 || at >= b.width)) return;
           const T* from = row + at * b.pixel_step;
-          sum[i] = fma(kBorder ? load_first(from, lanes) : load(from), w, sum[i]);
+          sum[i] = fma(kBorder ? load_lanes(from, lanes) : load(from), w, sum[i]);
         });
       }
     }
@@ -188,23 +185,24 @@ void general_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>&
 }
 
 #if defined(__AVX512BW__)
-/// sliding_block for whole steps of kPairChannels channels.
+/// sliding_block by steps of kPairChannels channels, of which the last may be incomplete.
 template <int kS, int kStride, int kPixels, bool kBorder>
 void pair_block(const DepthwiseFprop& p, const RunOutput& to, const Block<BFloat16>& b) {
   const int64_t first = std::max<int64_t>(-b.column, 0);
   const int64_t last = std::min<int64_t>(b.width - b.column, (kPixels - 1) * kStride + kS);
   const int64_t w_row = table_row(p.c_pairs);
   for (int64_t c = b.c_begin; c < b.c_end; c += kPairChannels) {
+    const int64_t channels = kBorder ? std::min(kPairChannels, b.c_end - c) : kPairChannels;
     prefetch_for_next_row<BFloat16, kS, kStride, kPixels>(to, b, c);
     Vec low[kPixels] = {};
     Vec high[kPixels] = {};
     sum_pairs<kS, kStride, kPixels, kBorder>(b.rows, b.column * b.pixel_step + c, b.pixel_step, first, last,
-                                             b.w_pairs + c, p.shape.r, w_row, b.r_begin, b.r_end, low, high);
+                                             b.w_pairs + c, p.shape.r, w_row, b.r_begin, b.r_end, channels, low, high);
     unroll<kPixels>([&](auto i) __attribute__((always_inline)) { in_channel_order(low[i], high[i]); });
     apply(b.output, c, low);
     store_pixels<BFloat16>(to, b.out, c, low, kLanes);
     apply(b.output, c + kLanes, high);
-    store_pixels<BFloat16>(to, b.out, c + kLanes, high, kLanes);
+    store_pixels<BFloat16>(to, b.out, c + kLanes, high, channels - kLanes);
   }
 }
 #endif
@@ -221,28 +219,20 @@ void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border
   };
 #if defined(__AVX512BW__)
   if constexpr (std::is_same_v<T, BFloat16> && has_pairs(kS)) {
-    if (b.w_pairs && b.c_begin % kPairChannels == 0 && b.c_end - b.c_begin >= kPairChannels) {
+    const int64_t paired = b.w_pairs && b.c_begin % kPairChannels == 0 ? paired_channels(b.c_end - b.c_begin) : 0;
+    if (paired > 0) {
       const int64_t c_end = b.c_end;
-      b.c_end -= (b.c_end - b.c_begin) % kPairChannels;
-      if (border) {
-        pair_block<kS, kStride, kPixels, true>(p, to, b);
-      } else {
-        pair_block<kS, kStride, kPixels, false>(p, to, b);
-      }
+      b.c_end = b.c_begin + paired;
+      with_border<kPairChannels>(border, b.c_begin, b.c_end, [&](auto with) __attribute__((always_inline)) {
+        pair_block<kS, kStride, kPixels, with()>(p, to, b);
+      });
       b.c_begin = b.c_end;
       b.c_end = c_end;
       if (b.c_begin == b.c_end) return;
     }
   }
 #endif
-  if (!border) {
-    const int64_t c_end = b.c_end;
-    b.c_end -= (b.c_end - b.c_begin) % kLanes;
-    if (b.c_begin < b.c_end) run(std::false_type{});
-    b.c_begin = b.c_end;
-    b.c_end = c_end;
-  }
-  if (b.c_begin < b.c_end) run(std::true_type{});
+  with_border<kLanes>(border, b.c_begin, b.c_end, run);
 }
 
 /// A row's outputs [begin, end) in blocks as long as fit; b.out is the first one's.

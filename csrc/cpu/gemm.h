@@ -101,7 +101,8 @@ template <bool kPairs, int kRows, int kVectors>
 __attribute__((noinline)) void accumulate_in_parts(Product p, Vec (&sum)[kRows][kVectors]) {
   for (int64_t left = p.depth; left > 0; left -= kSumDepth) {
     p.depth = std::min(left, kSumDepth);
-    Vec part[kRows][kVectors] = {};
+    Vec part[kRows][kVectors];
+    set_zero(part);
     accumulate<kPairs>(p, part);
     unroll<kRows>([&](auto i) __attribute__((always_inline)) {
       unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = sum[i][j] + part[i][j]; });
@@ -117,7 +118,8 @@ template <bool kPairs, int kRows, int kVectors>
 XSEP_INLINE void multiply_in_registers(const Product& p, Vec (&sum)[kRows][kVectors]) {
   // Rounding to BFloat16 outweighs what a long sum of float loses.
   if (kPairs || p.depth <= kSumDepth) return accumulate<kPairs>(p, sum);
-  Vec whole[kRows][kVectors] = {};
+  Vec whole[kRows][kVectors];
+  set_zero(whole);
   accumulate_in_parts<kPairs>(p, whole);
   unroll<kRows>([&](auto i) __attribute__((always_inline)) {
     unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = whole[i][j]; });
@@ -126,7 +128,8 @@ XSEP_INLINE void multiply_in_registers(const Product& p, Vec (&sum)[kRows][kVect
 
 template <bool kPairs, int kRows, int kVectors>
 void multiply_block(const Product& p) {
-  Vec sum[kRows][kVectors] = {};
+  Vec sum[kRows][kVectors];
+  set_zero(sum);
   if (p.add) {
     unroll<kRows>([&](auto i) __attribute__((always_inline)) {
       unroll<kVectors>(

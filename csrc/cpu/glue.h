@@ -156,7 +156,7 @@ class DepthwiseInputs {
     params.w = w_.const_data_ptr<float>();
     params.input = input_rows(shape, visits);
 #if defined(__AVX512BW__)
-    if (kHasBFloat16Instructions && dtype_ == at::kBFloat16 && shape.c >= kPairChannels && slides(shape) &&
+    if (kHasBFloat16Instructions && dtype_ == at::kBFloat16 && paired_channels(shape.c) > 0 && slides(shape) &&
         has_pairs(shape.s)) {
       pack_pairs();
     }
@@ -226,7 +226,7 @@ class DepthwiseInputs {
 #if defined(__AVX512BW__)
   void pack_pairs() {
     const DepthwiseShape& s = params.shape;
-    params.c_pairs = s.c / kPairChannels * kPairChannels;
+    params.c_pairs = round_up(paired_channels(s.c), kPairChannels);
     const int64_t size = pair_weights_size(s.r, s.s, params.c_pairs);
     w_pairs_ = at::empty({s.multiplier, size}, at::TensorOptions().dtype(at::kInt));
     auto* out = static_cast<uint32_t*>(w_pairs_.mutable_data_ptr());

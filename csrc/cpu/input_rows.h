@@ -140,11 +140,12 @@ class RowBringer {
   }
 
   static XSEP_INLINE Vec loaded(const T* p, int64_t lanes) {
-    if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? load_bits(p) : load_first_bits(p, lanes);
+    if constexpr (kWay == OnTheWay::kNothing) return incomplete(lanes) ? load_first_bits(p, lanes) : load_bits(p);
     return load_lanes(p, lanes);
   }
   static XSEP_INLINE void stored(X* p, Vec v, int64_t lanes) {
-    if constexpr (kWay == OnTheWay::kNothing) return lanes == kLanes ? store_bits(p, v) : store_first_bits(p, v, lanes);
+    if constexpr (kWay == OnTheWay::kNothing)
+      return incomplete(lanes) ? store_first_bits(p, v, lanes) : store_bits(p, v);
     store_lanes(p, v, lanes);
   }
   template <int N>

@@ -9,6 +9,13 @@ namespace xsep::cpu {
 /// Channels of one step: a vector of BFloat16.
 constexpr int64_t kPairChannels = 32;
 
+/// How many of so many channels, from the first on, are multiplied in pairs: all, but for a last single vector of
+/// floats, which would fill half a step.
+constexpr int64_t paired_channels(int64_t channels) {
+  const int64_t rest = channels % kPairChannels;
+  return rest <= kPairChannels / 2 ? channels - rest : channels;
+}
+
 /// Weights as pairs, in the order in which two rows of pixels are interleaved: [2, R, S, table_row(c_pairs)], c_pairs
 /// whole steps of channels. [0, r] pairs row r with row r + 1, [1, r] with nothing.
 inline int64_t pair_weights_size(int64_t r, int64_t s, int64_t c_pairs) { return 2 * r * s * table_row(c_pairs); }
@@ -48,10 +55,14 @@ struct PairVectors {
   VecBits low, high;
 };
 
-/// Rows below each other; below null: zeros.
-XSEP_INLINE PairVectors load_pairs(const BFloat16* above, const BFloat16* below) {
-  const __m512i a = _mm512_loadu_si512(above);
-  const __m512i b = below ? _mm512_loadu_si512(below) : _mm512_setzero_si512();
+/// Rows below each other, where kSome of the channels of the mask; below null: zeros.
+template <bool kSome>
+XSEP_INLINE PairVectors load_pairs(__mmask32 channels, const BFloat16* above, const BFloat16* below) {
+  const auto load = [&](const BFloat16* p) __attribute__((always_inline)) {
+    return kSome ? _mm512_maskz_loadu_epi16(channels, p) : _mm512_loadu_si512(p);
+  };
+  const __m512i a = load(above);
+  const __m512i b = below ? load(below) : _mm512_setzero_si512();
   return {reinterpret_cast<VecBits>(_mm512_unpacklo_epi16(a, b)),
           reinterpret_cast<VecBits>(_mm512_unpackhi_epi16(a, b))};
 }
@@ -66,14 +77,15 @@ XSEP_INLINE void in_channel_order(Vec& low, Vec& high) {
   high = reinterpret_cast<Vec>(_mm512_permutex2var_ps(l, second, h));
 }
 
-/// Sums of kPixels outputs over rows [r_begin, r_end) of the filter, for 32 channels of x's rows from `offset` and of w
-/// on. Columns outside [first, last) are no part of the picture where kEdges.
+/// Sums of kPixels outputs over rows [r_begin, r_end) of the filter, for so many channels, all 32 but where kEdges, of
+/// x's rows from `offset` and of w on. There, columns outside [first, last) are no part of the picture.
 template <int kS, int kStride, int kPixels, bool kEdges>
 XSEP_INLINE void sum_pairs(const BFloat16* const* x, int64_t offset, int64_t column_step, int64_t first, int64_t last,
                            const uint32_t* w, int64_t rows, int64_t w_row, int64_t r_begin, int64_t r_end,
-                           Vec (&low)[kPixels], Vec (&high)[kPixels]) {
+                           int64_t channels, Vec (&low)[kPixels], Vec (&high)[kPixels]) {
   typedef VecBits BitsUnaligned __attribute__((aligned(4), may_alias));
   constexpr int kColumns = (kPixels - 1) * kStride + kS;
+  const auto mask = static_cast<__mmask32>(~uint32_t{0} >> (kPairChannels - channels));
   const auto add_rows = [&](const BFloat16* above, const BFloat16* below, int64_t r) __attribute__((always_inline)) {
     const bool two = below != nullptr;
     const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * w_row;
@@ -84,7 +96,7 @@ XSEP_INLINE void sum_pairs(const BFloat16* const* x, int64_t offset, int64_t col
     });
     unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
       if (kEdges && (j < first || j >= last)) return;
-      const PairVectors v = load_pairs(above + j * column_step, two ? below + j * column_step : nullptr);
+      const PairVectors v = load_pairs<kEdges>(mask, above + j * column_step, two ? below + j * column_step : nullptr);
       unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
         constexpr int s = j() - i() * kStride;
         if constexpr (s >= 0 && s < kS) {

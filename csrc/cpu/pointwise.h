@@ -82,7 +82,8 @@ void finish_rows(const Pointwise& p, const float* products, int64_t rows, int64_
 template <class T, bool kPairs, int kVectors>
 void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0, int64_t columns, PanelOutput<T> y) {
   constexpr int kRows = kProductRows;
-  Vec sum[kRows][kVectors] = {};
+  Vec sum[kRows][kVectors];
+  set_zero(sum);
   multiply_in_registers<kPairs>(product, sum);
   const ChannelAffine& e = p.epilogue;
   const bool rectified = e.activation == Activation::kRelu;

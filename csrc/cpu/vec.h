@@ -60,6 +60,16 @@ XSEP_INLINE void unroll(F&& f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
+/// Zeros, vector by vector: of an array with an initialiser GCC makes a loop of stores to memory.
+template <int N>
+XSEP_INLINE void set_zero(Vec (&v)[N]) {
+  unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = Vec{}; });
+}
+template <int M, int N>
+XSEP_INLINE void set_zero(Vec (&v)[M][N]) {
+  unroll<M>([&](auto i) __attribute__((always_inline)) { set_zero(v[i]); });
+}
+
 XSEP_INLINE Vec broadcast(float v) { return v - Vec{}; }
 XSEP_INLINE VecBits broadcast_bits(uint32_t v) { return v - VecBits{}; }
 XSEP_INLINE VecBits as_bits(Vec v) { return reinterpret_cast<VecBits>(v); }
@@ -67,6 +77,14 @@ XSEP_INLINE Vec as_float(VecBits v) { return reinterpret_cast<Vec>(v); }
 
 /// a * b + c in one rounding where the level has FMA.
 XSEP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+/// v, which is used several times, in a register: GCC would read it from memory for each use, and memory gives AVX-512
+/// no more than a vector a clock.
+XSEP_INLINE Vec in_register(Vec v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
 /// The larger, the smaller of bound and v; v where v is NaN.
 XSEP_INLINE Vec at_least(Vec v, Vec bound) { return bound > v ? bound : v; }
 XSEP_INLINE Vec at_most(Vec v, Vec bound) { return bound < v ? bound : v; }
@@ -151,15 +169,28 @@ XSEP_INLINE Vec dot_pairs(Vec sum, VecBits a, VecBits b) {
 }
 #endif
 
+/// Whether so many lanes of a vector must be told from all of them. With masks that costs less than to ask; else all of
+/// them is by far the most common, which GCC would take to be the exception.
+XSEP_INLINE bool incomplete(int64_t lanes) {
+#if defined(__AVX512VL__)
+  return !(__builtin_constant_p(lanes) && lanes == kLanes);
+#else
+  return __builtin_expect(lanes < kLanes, false);
+#endif
+}
+
 XSEP_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 #if defined(__AVX512BW__)
 /// Where each 16-bit half of 16 floats comes from: the high ones from BFloat16, the low ones (masked out) from nowhere.
 alignas(64) inline constexpr uint16_t kHighHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
                                                          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
 /// One instruction beside the load, where widening and shifting are two.
-XSEP_INLINE Vec load(const BFloat16* p) {
-  const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+XSEP_INLINE Vec halves_to_float(__m256i v) {
+  const __m512i halves = _mm512_castsi256_si512(v);
   return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kHighHalves), halves));
+}
+XSEP_INLINE Vec load(const BFloat16* p) {
+  return halves_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 #else
 XSEP_INLINE Vec load(const BFloat16* p) { return bfloat16_to_float(*reinterpret_cast<const Vec16Unaligned*>(p)); }
@@ -203,14 +234,14 @@ XSEP_INLINE void store_elements(Element* p, Wide v, int64_t n) {
 }
 
 XSEP_INLINE Vec16 load_first_16(const void* p, int64_t n) {
-  if (n == kLanes) return *static_cast<const Vec16Unaligned*>(p);
-  return load_elements<Vec16>(static_cast<const uint16_t*>(p), n);
+  if (incomplete(n)) return load_elements<Vec16>(static_cast<const uint16_t*>(p), n);
+  return *static_cast<const Vec16Unaligned*>(p);
 }
 XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
-  if (n == kLanes) {
-    *static_cast<Vec16Unaligned*>(p) = v;
-  } else {
+  if (incomplete(n)) {
     store_elements(static_cast<uint16_t*>(p), v, n);
+  } else {
+    *static_cast<Vec16Unaligned*>(p) = v;
   }
 }
 
@@ -222,7 +253,7 @@ XSEP_INLINE Vec load_first(const float* p, int64_t n) {
 }
 /// In parts: chips of AMD take long over a store with a mask.
 XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
-  if (n == kLanes) return store(p, v);
+  if (!incomplete(n)) return store(p, v);
   __m128 part = _mm256_castps256_ps128(v);
   if (n & 4) {
     _mm_storeu_ps(p, part);
@@ -237,18 +268,24 @@ XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
   if (n & 1) _mm_store_ss(p, part);
 }
 #else
-XSEP_INLINE Vec load_first(const float* p, int64_t n) { return n == kLanes ? load(p) : load_elements<Vec>(p, n); }
+XSEP_INLINE Vec load_first(const float* p, int64_t n) { return incomplete(n) ? load_elements<Vec>(p, n) : load(p); }
 XSEP_INLINE void store_first(float* p, Vec v, int64_t n) {
-  if (n == kLanes) {
-    store(p, v);
-  } else {
+  if (incomplete(n)) {
     store_elements(p, v, n);
+  } else {
+    store(p, v);
   }
 }
 #endif
 #endif
 
+#if defined(__AVX512BW__)
+XSEP_INLINE Vec load_first(const BFloat16* p, int64_t n) {
+  return halves_to_float(reinterpret_cast<__m256i>(load_first_16(p, n)));
+}
+#else
 XSEP_INLINE Vec load_first(const BFloat16* p, int64_t n) { return bfloat16_to_float(load_first_16(p, n)); }
+#endif
 XSEP_INLINE Vec load_first(const Half* p, int64_t n) { return half_to_float(load_first_16(p, n)); }
 XSEP_INLINE void store_first(BFloat16* p, Vec v, int64_t n) { store_first_16(p, float_to_bfloat16(v), n); }
 XSEP_INLINE void store_first(Half* p, Vec v, int64_t n) { store_first_16(p, float_to_half(v), n); }
