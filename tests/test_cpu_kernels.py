@@ -58,13 +58,16 @@ def _matrix() -> list[Case]:
     for name in NAMES:
         for dtype in TYPES:
             add(c_in=9, c_out=33, activations=(name,) * 3, vectors=VECTORS, residual=True, bias=True, dtype=dtype, w=9)
-    # BFloat16 without a prologue, 32 channels and more: what is multiplied in pairs of rows.
+    # BFloat16 without a prologue: what is multiplied in pairs of rows, 32 channels a step or, the last, 17 and more.
     for size in ((3, 3), (5, 5), (2, 3), (4, 5), (1, 3)):
-        for stride, c_in in (((1, 1), 33), ((2, 2), 80), ((1, 2), 64)):
+        for stride, c_in in (((1, 1), 33), ((2, 2), 80), ((1, 2), 64), ((1, 1), 63), ((2, 2), 17), ((1, 1), 24)):
             for op in ("separable", "depthwise"):
                 add(op=op, c_in=c_in, c_out=34, filter=size, stride=stride, padding=(3, 1, 0, 2), h=9, w=21,
                     dtype=torch.bfloat16, activations=(None, "relu", "silu"), vectors=VECTORS[2:])  # fmt: skip
     add(c_in=48, multiplier=2, c_out=70, dtype=torch.bfloat16, activations=(None, None, None), dilation=(2, 1))
+    # Channels so few that tiles are long.
+    for dtype in TYPES:
+        add(n=2, c_in=6, c_out=40, h=41, w=50, dtype=dtype)
     # More panels than threads, few pixels and many: all of z first, and tile by tile.
     for dtype in TYPES:
         add(n=1, c_in=40, c_out=330, h=6, w=7, dtype=dtype, bias=True)

@@ -63,6 +63,13 @@ def test_the_z_tile_stays_within_its_budget(channels: int, l2_bytes: int) -> Non
     assert fits or plan.tile_pixels == 1
 
 
+@pytest.mark.parametrize(("channels", "pixels"), [(3, 1008), (8, 504), (16, 252), (32, 126), (256, 126)])
+def test_tiles_of_few_channels_are_long(channels: int, pixels: int) -> None:
+    plan = _plan((4, channels, 224, 224), 32, 2)
+    assert 0.9 * pixels <= plan.tile_pixels <= pixels
+    check_tiles(plan, 4 * 224 * 224)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_all_of_z_comes_first_where_the_weights_outweigh_it(threads: int) -> None:
     """Then no packed weights are written to memory; weights that are packed already have no such cost."""

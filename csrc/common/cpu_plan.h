@@ -150,7 +150,9 @@ inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2
 /// the third-level cache for one.
 inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t l2_bytes,
                                       int64_t z_bytes, bool weights_packed) {
-  constexpr int64_t kTilePixels[] = {126, 108, 96, 84, 72, 60, 48, 36, 24, 12, 6, 3, 1};
+  constexpr int64_t kTilePixels[] = {1008, 504, 252, 126, 108, 96, 84, 72, 60, 48, 36, 24, 12, 6, 3, 1};
+  // Where channels are few, the start of a tile weighs; then it may be as large as the first-level cache holds.
+  constexpr int64_t kUsualPixels = 126, kLongTileBytes = 16 * 1024;
   const int64_t pixels = shape.pixels_out();
   const int64_t c_mid = shape.c * shape.multiplier;
   const int64_t panels = ceil_div(c_out, kPanelColumns);
@@ -162,6 +164,7 @@ inline CpuTilePlan plan_cpu_separable(const DepthwiseShape& shape, int64_t c_out
   double best_cost = 0;
   for (int64_t tile : kTilePixels) {
     if (tile > 1 && tile * c_mid * z_bytes > tile_budget(l2_bytes)) continue;
+    if (tile > kUsualPixels && tile * c_mid * z_bytes > kLongTileBytes) continue;
     const int64_t fewest = std::max<int64_t>(ceil_div(pixels, tile), 1);
     const int64_t most_groups = std::min<int64_t>(panels, fewest < 4 * threads ? ceil_div(4 * threads, fewest) : 1);
     for (int64_t groups = 1; groups <= most_groups; ++groups) {
