@@ -64,7 +64,8 @@ def _matrix() -> list[Case]:
             for op in ("separable", "depthwise"):
                 add(op=op, c_in=c_in, c_out=34, filter=size, stride=stride, padding=(3, 1, 0, 2), h=9, w=21,
                     dtype=torch.bfloat16, activations=(None, "relu", "silu"), vectors=VECTORS[2:])  # fmt: skip
-    add(c_in=48, multiplier=2, c_out=70, dtype=torch.bfloat16, activations=(None, None, None), dilation=(2, 1))
+    for c_in in (48, 24):
+        add(c_in=c_in, multiplier=2, c_out=70, dtype=torch.bfloat16, activations=(None, None, None), dilation=(2, 1))
     # Channels so few that tiles are long.
     for dtype in TYPES:
         add(n=2, c_in=6, c_out=40, h=41, w=50, dtype=dtype)

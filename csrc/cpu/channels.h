@@ -20,7 +20,8 @@ XSEP_INLINE void by_vectors(int64_t channels, F&& f) {
 }
 
 /// f(border) for channels [begin, end) of a block, kStep at a time: at the picture's border in one piece; inside it the
-/// whole steps, then what is left as at the border, where it is looked at how much there is.
+/// whole steps, then what is left as at the border, where it is looked at how much there is. f finds its channels in
+/// begin and end.
 template <int64_t kStep, class F>
 XSEP_INLINE void with_border(bool border, int64_t& begin, int64_t& end, F&& f) {
   const int64_t all = end;
