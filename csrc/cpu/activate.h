@@ -45,7 +45,7 @@ template <int N>
 XSEP_INLINE void scale_and_shift(const ChannelAffine& affine, int64_t c, Vec (&v)[N]) {
   if (affine.scale && affine.shift) {
     const Vec scale = load(affine.scale + c), shift = load(affine.shift + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = fma(v[i], scale, shift); });
+    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = fma_for_certain(v[i], scale, shift); });
   } else if (affine.scale) {
     const Vec scale = load(affine.scale + c);
     unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = v[i] * scale; });

@@ -77,6 +77,18 @@ XSEP_INLINE Vec as_float(VecBits v) { return reinterpret_cast<Vec>(v); }
 
 /// a * b + c in one rounding where the level has FMA.
 XSEP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+/// The same, and certainly: of a product that two branches share, GCC makes one before them, and rounds it.
+XSEP_INLINE Vec fma_for_certain(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__) && defined(__AVX2__)
+  return reinterpret_cast<Vec>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return fma(a, b, c);
+#endif
+}
 /// v, which is used several times, in a register: GCC would read it from memory for each use, and memory gives AVX-512
 /// no more than a vector a clock.
 XSEP_INLINE Vec in_register(Vec v) {
