@@ -75,9 +75,10 @@ XSEP_INLINE VecBits broadcast_bits(uint32_t v) { return v - VecBits{}; }
 XSEP_INLINE VecBits as_bits(Vec v) { return reinterpret_cast<VecBits>(v); }
 XSEP_INLINE Vec as_float(VecBits v) { return reinterpret_cast<Vec>(v); }
 
-/// a * b + c in one rounding where the level has FMA.
+/// a * b + c, in one rounding where the level has FMA and the compiler sees the two together.
 XSEP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-/// The same, and certainly: of a product that two branches share, GCC makes one before them, and rounds it.
+/// The same in one rounding wherever the level has FMA, for values whose sign decides: of a product that two branches
+/// share, GCC makes one before them, and rounds it.
 XSEP_INLINE Vec fma_for_certain(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(
@@ -89,8 +90,8 @@ XSEP_INLINE Vec fma_for_certain(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 #endif
 }
-/// v, which is used several times, in a register: GCC would read it from memory for each use, and memory gives AVX-512
-/// no more than a vector a clock.
+/// v, which is used several times, in a register: GCC would read it from memory for each use, and the first-level cache
+/// gives some chips with AVX-512 no more than a vector a clock.
 XSEP_INLINE Vec in_register(Vec v) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(v));
