@@ -1,4 +1,4 @@
-"""Separable layers of networks that people have on a CPU: xsep against PyTorch, layer by layer."""
+"""Layers of networks that people have on a CPU, separable or depthwise alone: xsep against PyTorch, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from xsep import testing
 DESCRIPTION = """\
 Times two of PyTorch's convolutions and xsep's one call, as `auto` runs it, on the separable layers of MobileNet V1 to
 V3, EfficientNet-B0, MnasNet, Xception and DeepLab and on some beyond them, and prints PyTorch's time divided by xsep's:
-above 1 xsep is faster. Calls take turns, and the least time of each counts: on one thread of the processor's time, so
-that what else the machine does disturbs little; on several of time.
+above 1 xsep is faster. With --op depthwise it is their depthwise convolutions alone, one call against one. Calls take
+turns, and the least time of each counts: on one thread of the processor's time, so that what else the machine does
+disturbs little; on several of time.
 
 Before anything is timed, each layer's forward and gradients are held against float64 (at most twice PyTorch's own
 error, plus a few ulp). A layer that is wrong gets no figure and makes the exit code 1."""
@@ -30,7 +31,7 @@ error, plus a few ulp). A layer that is wrong gets no figure and makes the exit 
 
 class Layer(NamedTuple):
     c_in: int
-    c_out: int
+    c_out: int  # 0: the depthwise convolution alone
     size: int  # height and width
     filter: int = 3
     stride: int = 1
@@ -42,7 +43,8 @@ class Layer(NamedTuple):
 
     def __str__(self) -> str:
         dilated = f", dilation {self.dilation}" if self.dilation > 1 else ""
-        return f"{self.c_in}->{self.c_out} @{self.size}, {self.filter}x{self.filter}, stride {self.stride}{dilated}"
+        channels = f"{self.c_in}->{self.c_out}" if self.c_out else f"{self.c_in}"
+        return f"{channels} @{self.size}, {self.filter}x{self.filter}, stride {self.stride}{dilated}"
 
 
 NETWORKS: dict[str, list[tuple[int, ...]]] = {
@@ -85,6 +87,7 @@ QUICK = [Layer(16, 24, 10), Layer(8, 12, 9, 5, 2)]
 def parser() -> common.Parser:
     made = common.Parser("bench_layers", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
+    add("--op", choices=("separable", "depthwise"), default="separable")
     add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     add("--dtype", nargs="+", choices=list(common.DTYPES), default=["float32"])
     add("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
@@ -98,23 +101,24 @@ def parser() -> common.Parser:
     return made
 
 
-def theirs(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, w_pw: torch.Tensor) -> torch.Tensor:
+def theirs(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, *w_pw: torch.Tensor) -> torch.Tensor:
     z = F.conv2d(x, w_dw, None, layer.stride, layer.padding, layer.dilation, layer.c_in)
-    return F.conv2d(z, w_pw)
+    return F.conv2d(z, *w_pw) if w_pw else z
 
 
-def ours(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, w_pw: torch.Tensor) -> torch.Tensor:
-    return xsep.separable_conv2d(
-        x, w_dw, w_pw, stride=layer.stride, padding=layer.padding, dilation=layer.dilation
-    )  # fmt: skip
+def ours(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, *w_pw: torch.Tensor) -> torch.Tensor:
+    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    return xsep.separable_conv2d(x, w_dw, *w_pw, **geometry) if w_pw else xsep.depthwise_conv2d(x, w_dw, **geometry)
 
 
 def calls(layer: Layer, n: int, dtype: torch.dtype, layout: str, direction: str) -> dict[str, Callable[[], Any]]:
     """One layer by PyTorch and by xsep, on the same tensors."""
     x = torch.randn(n, layer.c_in, layer.size, layer.size).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     w_dw = (torch.randn(layer.c_in, 1, layer.filter, layer.filter) / layer.filter).to(dtype)
-    w_pw = (torch.randn(layer.c_out, layer.c_in, 1, 1) / layer.c_in**0.5).to(dtype)
-    tensors = [t.requires_grad_(direction == "training") for t in (x, w_dw, w_pw)]
+    weights = [w_dw]
+    if layer.c_out:
+        weights.append((torch.randn(layer.c_out, layer.c_in, 1, 1) / layer.c_in**0.5).to(dtype))
+    tensors = [t.requires_grad_(direction == "training") for t in (x, *weights)]
     with torch.no_grad():
         dy = torch.randn_like(theirs(layer, *tensors))
 
@@ -150,7 +154,8 @@ def least_times(ways: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
 def wrong(layer: Layer, dtype: torch.dtype, layout: str) -> Optional[str]:
     """What the gate says of a layer, None where it is right."""
     case = testing.Case(
-        n=1, c_in=layer.c_in, h=layer.size, w=layer.size, c_out=layer.c_out, filter=(layer.filter,) * 2,
+        op="separable" if layer.c_out else "depthwise", n=1, c_in=layer.c_in, h=layer.size, w=layer.size,
+        c_out=layer.c_out or layer.c_in, filter=(layer.filter,) * 2,
         stride=(layer.stride,) * 2, padding=(layer.padding,) * 4, dilation=(layer.dilation,) * 2, dtype=dtype,
         layout=layout,
     )  # fmt: skip
@@ -168,6 +173,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     if options.quick:
         options.batch, options.seconds = [1], 0.0
     layers = QUICK if options.quick else [Layer(*sizes) for name in options.networks for sizes in NETWORKS[name]]
+    if options.op == "depthwise":
+        layers = list(dict.fromkeys(layer._replace(c_out=0) for layer in layers))
     device = torch.device("cpu")
     out = options.out or common.default_out(device)
     common.prepare_out(out)
@@ -199,12 +206,14 @@ def main(argv: Optional[list[str]] = None) -> int:
                 print(f"{direction}, {dtype}, {layout}, batch {batch}, threads {threads}: geometric mean {mean:.3f}, "
                       f"least {min(ratios):.2f}", flush=True)  # fmt: skip
     record = {
-        "benchmark": "layers", "environment": common.environment(device), "failures": failures, "layers": rows,
+        "benchmark": "layers", "op": options.op, "environment": common.environment(device), "failures": failures,
+        "layers": rows,
         "figure": "least of calls that took turns: processor time on one thread, else time",
     }  # fmt: skip
+    name = "layers.json" if options.op == "separable" else "depthwise.json"
     with common.whole_files(out) as temporary:
-        common.write_json(temporary("layers.json"), record)
-    print(f"written: {out / 'layers.json'}")
+        common.write_json(temporary(name), record)
+    print(f"written: {out / name}")
     return 1 if failures else 0
 
 

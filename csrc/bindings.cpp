@@ -70,6 +70,10 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("run_pixels", &xsep::CpuDepthwisePlan::run_pixels)
       .def_readonly("tasks", &xsep::CpuDepthwisePlan::tasks)
       .def_readonly("plane_pixels", &xsep::CpuDepthwisePlan::plane_pixels);
+  py::class_<xsep::CpuPlanesPlan>(m, "CpuPlanesPlan")
+      .def_readonly("group_rows", &xsep::CpuPlanesPlan::group_rows)
+      .def_readonly("row_groups", &xsep::CpuPlanesPlan::row_groups)
+      .def_property_readonly("units", &xsep::CpuPlanesPlan::units);
   py::class_<xsep::CpuBackwardPlan>(m, "CpuBackwardPlan")
       .def_readonly("group_rows", &xsep::CpuBackwardPlan::group_rows)
       .def_readonly("row_groups", &xsep::CpuBackwardPlan::row_groups)
@@ -136,12 +140,26 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_depthwise_leaves_lanes_idle",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, bool training,
-         int threads) {
+         int threads, int lanes) {
         return xsep::cpu_depthwise_leaves_lanes_idle(make_shape(x, filter, multiplier, geometry), nchw, training,
-                                                     threads);
+                                                     threads, lanes);
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
-      py::arg("training"), py::arg("threads"), "The same of a depthwise convolution alone.");
+      py::arg("training"), py::arg("threads"), py::arg("lanes"), "The same of a depthwise convolution alone.");
+  m.def(
+      "cpu_takes_planes",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, int lanes) {
+        return xsep::cpu_takes_planes(make_shape(x, filter, multiplier, geometry), nchw, lanes);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
+      py::arg("lanes"), "Whether the depthwise forward takes NCHW plane by plane, with so many lanes in a vector.");
+  m.def(
+      "plan_cpu_planes",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads) {
+        return xsep::plan_cpu_planes(make_shape(x, filter, multiplier, geometry), threads);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
+      "How the depthwise forward is cut into units where it goes plane by plane.");
   m.def(
       "plan_cpu_backward",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {

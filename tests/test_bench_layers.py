@@ -29,6 +29,14 @@ def test_every_layer_has_a_ratio_in_each_layout_and_direction(tmp_path: Path, ca
     assert capsys.readouterr().out.count("geometric mean") == 4
 
 
+def test_depthwise_convolutions_alone_have_a_record_of_their_own(tmp_path: Path, capsys: Any) -> None:
+    assert program("--out", str(tmp_path), "--op", "depthwise", "--below", "1e9") == 0
+    record = json.loads((tmp_path / "depthwise.json").read_text())
+    assert record["op"] == "depthwise" and not (tmp_path / "layers.json").exists()
+    assert {row["layer"] for row in record["layers"]} == {"16 @10, 3x3, stride 1", "8 @9, 5x5, stride 2"}
+    assert len(record["layers"]) == 8 and "training 8 @9, 5x5, stride 2" in capsys.readouterr().out
+
+
 def test_a_wrong_layer_gets_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_layers, "wrong", lambda layer, dtype, layout: "far off" if layer.filter == 5 else None)
     assert program("--out", str(tmp_path), "--direction", "forward", "--layout", "contiguous") == 1

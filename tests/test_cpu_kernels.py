@@ -108,6 +108,18 @@ def _matrix() -> list[Case]:
         # So many channels that a thread's run of outputs is several tiles of planes.
         add(op="depthwise", n=2, c_in=300, h=40, w=33, dtype=dtype, layout="contiguous", vectors=("scale_e",))
         add(op="depthwise", n=1, c_in=150, multiplier=2, h=50, w=37, dtype=dtype, layout="contiguous")
+    # NCHW plane by plane: each filter that has a kernel and others, several groups of rows, rows that end anywhere in a
+    # vector, and columns of two and more phases of a stride.
+    for dtype in TYPES:
+        for h, w, size, stride in ((70, 90, 3, 1), (9, 49, 5, 1), (31, 16, 7, 1), (33, 35, 3, 2), (21, 65, 5, 2)):
+            pad = (size // 2, 1, size - 1, 0)
+            add(op="depthwise", n=2, c_in=(3, 6)[size % 3 == 0], h=h, w=w, filter=(size, size), stride=(stride, stride),
+                padding=pad, dtype=dtype, layout="contiguous", vectors=VECTORS, bias=True)  # fmt: skip
+        add(op="depthwise", c_in=20, multiplier=3, h=19, w=37, filter=(7, 7), stride=(2, 2), padding=(3,) * 4,
+            dtype=dtype, layout="contiguous")  # fmt: skip
+        add(op="depthwise", n=1, c_in=19, h=11, w=70, dtype=dtype, layout="contiguous", vectors=VECTORS[:2])
+        add(op="depthwise", c_in=7, h=18, w=40, filter=(3, 4), stride=(2, 3), dilation=(1, 2), padding=(3, 4, 1, 0),
+            dtype=dtype, layout="contiguous")  # fmt: skip
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):

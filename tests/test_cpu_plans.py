@@ -173,13 +173,13 @@ STRIDED = (2, 2, 1, 1, 1, 1, 1, 1)
 @pytest.mark.parametrize(
     ("x", "geometry", "nchw", "forward", "training"),
     [
-        ((1, 1, 14, 14), SAME, True, True, True), ((1, 1, 14, 14), STRIDED, True, False, True),
-        ((2, 1, 64, 64), SAME, True, False, False), ((1, 1, 160, 160), SAME, True, False, False),
-        ((1, 1, 224, 224), SAME, True, True, False),
-        ((1, 7, 128, 128), SAME, True, True, True), ((1, 7, 128, 128), SAME, False, False, False),
-        ((1, 7, 56, 56), SAME, True, False, False), ((1, 8, 128, 128), SAME, True, False, False),
-        ((1, 24, 224, 224), STRIDED, True, False, True), ((1, 25, 224, 224), STRIDED, True, False, False),
+        ((1, 1, 14, 14), SAME, True, False, True), ((1, 1, 14, 14), STRIDED, True, False, True),
+        ((1, 1, 14, 14), SAME, False, False, True), ((2, 1, 64, 64), SAME, True, False, False),
+        ((1, 1, 160, 160), SAME, True, False, False), ((1, 1, 224, 224), SAME, False, False, False),
+        ((1, 7, 128, 128), SAME, True, False, False), ((1, 7, 128, 128), SAME, False, False, False),
+        ((1, 16, 224, 224), STRIDED, True, False, True), ((1, 17, 224, 224), STRIDED, True, False, False),
         ((1, 5, 224, 224), STRIDED, False, True, True), ((1, 5, 112, 112), STRIDED, False, False, False),
+        ((1, 24, 224, 224), STRIDED, False, True, True), ((1, 25, 224, 224), STRIDED, False, False, False),
         ((1, 4, 224, 224), SAME, False, True, True), ((1, 12, 224, 224), SAME, False, False, True),
         ((1, 5, 224, 224), SAME, False, False, False), ((1, 16, 224, 224), SAME, False, False, False),
     ],
@@ -190,19 +190,71 @@ def test_what_a_depthwise_convolution_leaves_to_pytorch(
     module = extension.binding()
     assert module is not None, "the extension is not built"
 
-    def left(training: bool, filter: tuple[int, int] = (3, 3), threads: int = 1, multiplier: int = 1) -> bool:
+    def left(
+        training: bool, filter: tuple[int, int] = (3, 3), threads: int = 1, multiplier: int = 1, lanes: int = 8
+    ) -> bool:
         return bool(
             module.cpu_depthwise_leaves_lanes_idle(
-                x, filter, multiplier, geometry, nchw=nchw, training=training, threads=threads
+                x, filter, multiplier, geometry, nchw=nchw, training=training, threads=threads, lanes=lanes
             )
         )
 
     assert (left(False), left(True)) == (forward, training)
     assert not left(True, (5, 5))
+    if nchw:
+        assert not left(False, threads=x[0] + 1) and not left(False, multiplier=8)
+        assert left(True, lanes=16) == (training and x[1] == 1)
     if x[1] > 1 and nchw:
-        assert not left(False, threads=x[0] + 1) and not left(True, threads=x[0] + 1)
+        assert not left(True, threads=x[0] + 1) and left(True, multiplier=8) == (x[1] < 8 or training)
     if x[1] == 1:  # a dense convolution
-        assert left(False, multiplier=2) and left(False, (5, 5), multiplier=2) and left(True, multiplier=4)
+        assert left(False, multiplier=2) != nchw and left(True, multiplier=4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "filter", "geometry", "planes"),
+    [
+        (1, 7, 7, SAME, (True, True, True)), (3, 7, 3, STRIDED, (True, True, True)),
+        (4, 7, 3, SAME, (False, True, True)), (8, 28, 3, SAME, (False, False, True)),
+        (12, 28, 5, SAME, (False, True, True)), (16, 28, 3, SAME, (False, False, False)),
+        (17, 47, 3, SAME, (False, False, False)), (17, 48, 3, SAME, (True, True, True)),
+        (17, 48, 3, STRIDED, (False, False, False)), (17, 56, 5, SAME, (False, False, False)),
+    ],
+)  # fmt: skip
+def test_which_pictures_are_taken_plane_by_plane(
+    channels: int, size: int, filter: int, geometry: tuple[int, ...], planes: tuple[bool, ...]
+) -> None:
+    """Of vectors of 4, 8 and 16 lanes."""
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+
+    def taken(lanes: int, nchw: bool, multiplier: int = 1) -> bool:
+        x = (2, channels, size, size)
+        return bool(module.cpu_takes_planes(x, (filter, filter), multiplier, geometry, nchw=nchw, lanes=lanes))
+
+    assert tuple(taken(lanes, True) for lanes in (4, 8, 16)) == planes
+    assert all(taken(lanes, False) == (channels == 1) for lanes in (4, 8, 16))
+    assert taken(8, True, multiplier=2) and not taken(8, False, multiplier=2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize(
+    "x", [(1, 1, 224, 224), (2, 3, 40, 3000), (1, 200, 7, 7), (4, 64, 56, 56), (1, 1, 1, 1), (0, 3, 8, 8)]
+)
+@pytest.mark.parametrize("filter", [1, 3])
+@pytest.mark.parametrize("geometry", [SAME, (2, 3, 24, 25, 12, 13, 2, 4)])
+def test_every_row_of_every_plane_is_in_one_unit(
+    x: tuple[int, int, int, int], filter: int, geometry: tuple[int, ...], threads: int
+) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    stride, _, _, _, top, bottom, dilation, _ = geometry
+    rows = (x[2] + top + bottom - dilation * (filter - 1) - 1) // stride + 1
+    plan = module.plan_cpu_planes(x, (filter, filter), 1, geometry, threads=threads)
+    assert plan.units == max(x[0] * x[1], 1) * plan.row_groups
+    assert (plan.row_groups - 1) * plan.group_rows < rows <= plan.row_groups * plan.group_rows
+    assert plan.group_rows % 4 == 0
+    if x == (1, 1, 224, 224) and filter == 3 and geometry == SAME:  # one plane, and work for all
+        assert threads <= plan.units <= 4 * threads + 16
 
 
 def test_planning_refuses_what_cannot_be_meant() -> None:

@@ -66,9 +66,56 @@ inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool train
   return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
 }
 
+/// Whether the depthwise forward takes NCHW plane by plane, as it lies, and does not turn it round for vectors that go
+/// across channels; lanes is how many a vector has. Measured: few channels would leave lanes idle, the passes of a
+/// multiplier would have to be put in order, and beside a small filter the turning is much of the work. In short rows
+/// lanes are idle, too, and the weights of a large filter do not stay in registers.
+inline bool cpu_takes_planes(const DepthwiseShape& s, bool nchw, int lanes) {
+  constexpr int64_t kFewChannels = 16, kLongRow = 48;
+  if (!nchw && s.c * s.multiplier > 1) return false;  // one channel lies the same in both layouts
+  if (s.multiplier > 1 || (s.c < kFewChannels && s.c % lanes != 0)) return true;
+  return s.r <= 3 && s.s <= 3 && s.geometry.stride_h == 1 && s.geometry.stride_w == 1 && s.q >= kLongRow;
+}
+
+/// The depthwise forward of NCHW, plane by plane.
+struct CpuPlanesPlan {
+  int64_t group_rows;  // output rows of one unit
+  int64_t row_groups;  // of a plane
+  int64_t planes;      // of the input
+  int64_t units() const { return planes * row_groups; }
+};
+
+/// Rows of outputs whose sums are made together, so that a row of the input is loaded for several of them.
+constexpr int kPlaneRows = 4;
+
+/// Elements of a row of the input in a thread's memory that have a phase of the horizontal stride in common: in whole
+/// lines.
+inline int64_t plane_piece(const DepthwiseShape& s) {
+  constexpr int64_t kLine = 16;
+  const Geometry& g = s.geometry;
+  const int64_t columns = std::max(g.pad_left + s.w, (s.q - 1) * g.stride_w + (s.s - 1) * g.dilation_w + 1);
+  return round_up(ceil_div(columns, g.stride_w), kLine);
+}
+
+/// As many rows as stay in the first-level cache, fewer where there would be too few units for the threads.
+inline CpuPlanesPlan plan_cpu_planes(const DepthwiseShape& s, int threads) {
+  constexpr int64_t kElements = 16 * 1024 / 4;
+  const Geometry& g = s.geometry;
+  const int64_t planes = std::max<int64_t>(s.n * s.c, 1);
+  const int64_t rows = kElements / (g.stride_w * plane_piece(s)), above = (s.r - 1) * g.dilation_h + 1;
+  const int64_t fitting = rows > above ? (rows - above) / g.stride_h + 1 : 1;
+  const int64_t parts = planes >= 4 * threads ? 1 : ceil_div(4 * threads, planes);
+  int64_t group = std::min(fitting / kPlaneRows * kPlaneRows, round_up(ceil_div(s.p, parts), kPlaneRows));
+  group = std::max<int64_t>(group, kPlaneRows);
+  group = round_up(ceil_div(s.p, ceil_div(s.p, group)), kPlaneRows);  // of about the same size
+  return {group, ceil_div(s.p, group), planes};
+}
+
 /// The same of a depthwise convolution alone, which is one call beside one of PyTorch's: measured, so many channels and
-/// from so many pixels on.
-inline bool cpu_depthwise_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training, int threads) {
+/// from so many pixels on, with so many lanes in a vector. A forward that goes plane by plane leaves none idle.
+inline bool cpu_depthwise_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training, int threads, int lanes) {
+  const bool planes = cpu_takes_planes(s, nchw, lanes);
+  if (planes && !training) return false;
   const bool large_filter = s.taps() >= kLargeFilter, strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
   const int64_t pixels = s.pixels_in() + s.multiplier * s.pixels_out();
   if (s.c == 1) {
@@ -76,16 +123,16 @@ inline bool cpu_depthwise_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, 
     // ATen/native/Convolution.cpp). oneDNN takes the rest: a multiplier, then no more than a dense convolution, fast,
     // the gradients of a few filters slowly.
     const bool own_way = s.n == 1 && s.pixels_in() <= 20 * 1024 && (s.r <= 3 || s.s <= 3) && !large_filter;
-    if (s.multiplier > 1) return !training || own_way || s.multiplier >= 4;
-    return training ? own_way : (own_way && !strided) || (!large_filter && pixels >= 60 * 1024);
+    return own_way || (s.multiplier > 1 && (!training || s.multiplier >= 4));
   }
-  // Of NCHW PyTorch shares pictures among threads, we rows.
+  // Of NCHW PyTorch shares pictures among threads, we planes or rows.
   if (nchw && threads > s.n) return false;
-  const bool turned = nchw || s.multiplier >= 8;  // pixels and channels, or the multiplier's passes
+  const bool turned = (nchw && !planes) || s.multiplier >= 8;  // pixels and channels, or the multiplier's passes
   if (turned && s.c < 8) return pixels >= 24 * 1024 && !(training && large_filter);
   if (large_filter) return false;
   // A backward with a stride reads little and makes much.
-  if (strided) return s.c <= 24 && (training ? pixels >= 30 * 1024 : !nchw && pixels >= 60 * 1024);
+  if (strided && training) return s.c <= (nchw ? 16 : 24) && pixels >= 30 * 1024 && !(nchw && lanes >= 16);
+  if (strided) return !nchw && s.c <= 24 && pixels >= 60 * 1024;
   // PyTorch takes longer over odd numbers of channels.
   return !nchw && s.c % 2 == 0 && s.c <= (training ? 12 : 4) && pixels >= 48 * 1024;
 }

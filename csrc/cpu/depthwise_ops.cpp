@@ -8,6 +8,30 @@
 namespace xsep::cpu {
 namespace {
 
+/// x and y in NCHW, plane by plane.
+void depthwise_fprop_of_planes(const Tensor& x, const Tensor& w_dw, const DepthwiseShape& shape,
+                               const ChannelAffine& prologue, const ChannelAffine& epilogue, Tensor& y) {
+  const Tensor planes = x.contiguous(), w = w_dw.to(at::kFloat).contiguous();
+  PlaneFprop p{};
+  p.shape = shape;
+  p.plan = plan_cpu_planes(shape, at::get_num_threads());
+  p.rows = plane_rows(shape, p.plan);
+  p.x = planes.const_data_ptr();
+  p.w = w.const_data_ptr<float>();
+  p.prologue = prologue;
+  p.output = epilogue;
+  p.y = y.mutable_data_ptr();
+  const int64_t thread_bytes = round_up(p.scratch_bytes(), 64);
+  const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
+  at::parallel_for(0, p.plan.units(), 1, [&](int64_t begin, int64_t end) {
+    char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
+    std::fill(mine, mine + thread_bytes, char{0});
+    with_storage(x.scalar_type(), [&](auto t) {
+      for (int64_t unit = begin; unit < end; ++unit) plane_fprop_unit<decltype(t)>(p, unit, mine);
+    });
+  });
+}
+
 /// nchw: y is wanted in that layout, else it is in NHWC. Planes that are long enough are stored tile by tile.
 Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor& scale_p,
                        const OptionalTensor& shift_p, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
@@ -15,7 +39,15 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
   const DepthwiseShape shape = checked_shape(x, w_dw, geometry);
   TORCH_CHECK(activations.size() == 2 && alphas.size() == 2, "expected 2 activations and 2 alphas");
   const int64_t c_mid = shape.c * shape.multiplier;
-  const bool planes = nchw && c_mid > 1 && stores_planes(shape);  // one channel lies the same in both layouts
+  if (cpu_takes_planes(shape, nchw, kLanes)) {
+    Tensor y = empty_image({shape.n, c_mid, shape.p, shape.q}, x, nchw);
+    if (shape.n == 0) return y;
+    const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, shape.c, activations[0], alphas[0]);
+    const AffineBuffers epilogue(scale_e, shift_e, c_mid, 1, c_mid, activations[1], alphas[1]);
+    depthwise_fprop_of_planes(x, w_dw, shape, prologue.affine(), epilogue.affine(), y);
+    return y;
+  }
+  const bool planes = nchw && stores_planes(shape);
   Tensor y = empty_image({shape.n, c_mid, shape.p, shape.q}, x, planes);
   if (shape.n == 0) return y;
   DepthwiseInputs inputs(x, w_dw, scale_p, shift_p, activations[0], alphas[0], shape, 1);

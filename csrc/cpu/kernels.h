@@ -4,12 +4,14 @@
 #include "depthwise_bprop.h"
 #include "depthwise_fprop.h"
 #include "pack.h"
+#include "plane_fprop.h"
 #include "separable_fprop.h"
 #include "separable_wgrad.h"
 
 #define XSEP_CPU_KERNELS(PREFIX, T)                                                                                 \
   PREFIX template void bring_rows<T, T>(const InputRows&, int64_t, Range, Range, char*);                            \
   PREFIX template void depthwise_fprop_run<T>(const DepthwiseFprop&, Range, Range, const RunOutput&, RowWindow&);   \
+  PREFIX template void plane_fprop_unit<T>(const PlaneFprop&, int64_t, void*);                                      \
   PREFIX template void depthwise_bprop_unit<T>(const DepthwiseBprop&, int64_t, void*);                              \
   PREFIX template void separable_fprop_task<T, T>(const SeparableFprop&, int64_t, RowWindow&, void*);               \
   PREFIX template void make_z<T>(const SeparableFprop&, Range, RowWindow&, char*);                                  \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../common/cpu_plan.h"
@@ -162,12 +163,15 @@ inline void pack_transposed_panel(int64_t c_out, int64_t c_mid, const BFloat16* 
 /// count pixels of passes [count, multiplier, c] -> T [count, c * multiplier] in channel order.
 template <class T>
 void interleave_passes(const float* passes, int64_t count, int64_t c_in, int64_t multiplier, T* out) {
-  for (int64_t pixel = 0; pixel < count; ++pixel) {
-    const float* from = passes + pixel * c_in * multiplier;
-    T* to = out + pixel * c_in * multiplier;
+  const int64_t channels = c_in * multiplier;
+  std::vector<float> row(std::is_same_v<T, float> ? 0 : static_cast<size_t>(channels));
+  for (int64_t pixel = 0; pixel < count; ++pixel, passes += channels, out += channels) {
+    float* to = row.data();
+    if constexpr (std::is_same_v<T, float>) to = out;
     for (int64_t i = 0; i < multiplier; ++i) {
-      for (int64_t c = 0; c < c_in; ++c) to[c * multiplier + i] = from_float<T>(from[i * c_in + c]);
+      for (int64_t c = 0; c < c_in; ++c) to[c * multiplier + i] = passes[i * c_in + c];
     }
+    if constexpr (!std::is_same_v<T, float>) from_floats(to, channels, out);
   }
 }
 

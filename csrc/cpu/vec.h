@@ -246,6 +246,54 @@ XSEP_INLINE void store_elements(Element* p, Wide v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// 16-bit elements of p from `first` on, as many as T holds.
+template <class T>
+XSEP_INLINE uint64_t elements_from(const void* p, int64_t first) {
+  T v;
+  std::memcpy(&v, static_cast<const uint16_t*>(p) + first, sizeof(v));
+  return v;
+}
+template <class T>
+XSEP_INLINE void put_elements(void* p, int64_t first, uint64_t v) {
+  const T some = static_cast<T>(v);
+  std::memcpy(static_cast<uint16_t*>(p) + first, &some, sizeof(some));
+}
+/// Whole vectors are by far the most common. Parts come in two pieces that may overlap, for one by one they would go
+/// through memory, and the vector would wait for it.
+XSEP_INLINE Vec16 load_first_16(const void* p, int64_t n) {
+  if (!incomplete(n)) return *static_cast<const Vec16Unaligned*>(p);
+  uint64_t low, high = 0;
+  if (n >= 4) {
+    low = elements_from<uint64_t>(p, 0);
+    if (n > 4) high = elements_from<uint64_t>(p, n - 4) >> 16 * (8 - n);
+  } else if (n >= 2) {
+    low = elements_from<uint32_t>(p, 0) | elements_from<uint16_t>(p, n - 1) << 16 * (n - 1);
+  } else {
+    low = elements_from<uint16_t>(p, 0);
+  }
+  return reinterpret_cast<Vec16>(_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)));
+}
+XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
+  if (!incomplete(n)) {
+    *static_cast<Vec16Unaligned*>(p) = v;
+    return;
+  }
+  uint64_t part = static_cast<uint64_t>(_mm_cvtsi128_si64(reinterpret_cast<__m128i>(v)));
+  int64_t done = 0;
+  if (n & 4) {
+    put_elements<uint64_t>(p, 0, part);
+    part = static_cast<uint64_t>(_mm_extract_epi64(reinterpret_cast<__m128i>(v), 1));
+    done = 4;
+  }
+  if (n & 2) {
+    put_elements<uint32_t>(p, done, part);
+    part >>= 32;
+    done += 2;
+  }
+  if (n & 1) put_elements<uint16_t>(p, done, part);
+}
+#else
 XSEP_INLINE Vec16 load_first_16(const void* p, int64_t n) {
   if (incomplete(n)) return load_elements<Vec16>(static_cast<const uint16_t*>(p), n);
   return *static_cast<const Vec16Unaligned*>(p);
@@ -257,6 +305,7 @@ XSEP_INLINE void store_first_16(void* p, Vec16 v, int64_t n) {
     *static_cast<Vec16Unaligned*>(p) = v;
   }
 }
+#endif
 
 /// The first n lanes, 1 <= n <= kLanes, zero in the others; memory beyond them is not touched.
 #if defined(__AVX2__) && !defined(__AVX512F__)

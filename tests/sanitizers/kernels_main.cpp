@@ -11,6 +11,7 @@
 #define XSEP_CPU_INSTANCES
 #include "cpu/depthwise_bprop.h"
 #include "cpu/pack.h"
+#include "cpu/plane_fprop.h"
 #include "cpu/separable_fprop.h"
 #include "cpu/separable_wgrad.h"
 
@@ -212,6 +213,48 @@ std::vector<float> in_pixels(int64_t n, int64_t c, int64_t plane, const std::vec
   return turned;
 }
 
+/// The depthwise forward of NCHW, plane by plane, alone and by several threads.
+bool planes(const Problem& problem, bool with_affines) {
+  const DepthwiseShape& s = problem.shape;
+  const int64_t c_mid = s.c * s.multiplier;
+  Random next;
+  const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> w = random_values(c_mid * s.taps(), next);
+  const std::vector<float> scale = random_values(c_mid, next), shift = random_values(c_mid, next);
+  const std::vector<float> x_planes = in_planes(s, x);
+  std::vector<float> identity(static_cast<size_t>(c_mid * c_mid), 0.0f);
+  for (int64_t c = 0; c < c_mid; ++c) identity[static_cast<size_t>(c * c_mid + c)] = 1.0f;
+  PlaneFprop p{};
+  p.shape = s;
+  p.x = x_planes.data();
+  p.w = w.data();
+  if (with_affines) {
+    p.prologue = {scale.data(), shift.data(), Activation::kRelu, 0};
+    p.output = {scale.data(), shift.data(), Activation::kIdentity, 0};
+  }
+  std::vector<double> truth = plain({"", s, c_mid}, x, p.prologue, w, identity);
+  bool good = true;
+  for (const int threads : {1, kThreads}) {
+    p.plan = plan_cpu_planes(s, threads);
+    p.rows = plane_rows(s, p.plan);
+    std::vector<float> y(static_cast<size_t>(s.pixels_out() * c_mid), std::nanf(""));
+    p.y = y.data();
+    std::vector<std::vector<float>> scratch(static_cast<size_t>(threads));
+    for (auto& mine : scratch) mine.assign(static_cast<size_t>(p.scratch_bytes() / 4), 0.0f);
+    run_tasks(p.plan.units(), threads, [&](int64_t unit, int thread) {
+      plane_fprop_unit<float>(p, unit, scratch[static_cast<size_t>(thread)].data());
+    });
+    y = in_pixels(s.n, c_mid, s.p * s.q, y);
+    for (size_t i = 0; i < truth.size(); ++i) {
+      const size_t c = i % static_cast<size_t>(c_mid);
+      const double right =
+          with_affines ? truth[i] * static_cast<double>(scale[c]) + static_cast<double>(shift[c]) : truth[i];
+      good = good && std::fabs(static_cast<double>(y[i]) - right) <= 1e-4 * (1 + std::fabs(right));
+    }
+  }
+  return good;
+}
+
 /// The depthwise backward with all it can give: dx, dw and the prologue's gradients. The same of x and to dx in NCHW,
 /// in any combination.
 bool backward(const Problem& problem) {
@@ -340,13 +383,14 @@ int main() {
       {"3x3, each picture once for every group of panels",
        {1, 65, 9, 9, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}},
        512},
+      {"3x3 at stride 3, in planes of several units", {1, 2, 90, 100, 0, 0, 3, 3, one, {3, 3, 1, 1, 1, 1, 1, 1}}, 3},
       {"one channel", {3, 1, 5, 1, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 1},
   };
   int wrong = 0;
   for (Problem& problem : problems) {
     problem.shape.set_output_size();
     const bool there = forward(problem, Rows::kWhereTheyLie) && forward(problem, Rows::kTurned) &&
-                       forward(problem, Rows::kWithPrologue);
+                       forward(problem, Rows::kWithPrologue) && planes(problem, false) && planes(problem, true);
     const bool back = backward(problem) && weight_gradient(problem);
     std::printf("%s: forward %s, backward %s\n", problem.name, there ? "right" : "WRONG", back ? "right" : "WRONG");
     wrong += !there + !back;

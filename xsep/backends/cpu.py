@@ -26,6 +26,8 @@ from .base import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Floats in a vector of each level.
+LANES = {"default": 4, "avx2": 8, "avx512": 16}
 #: Of a 1x1 filter: every pixel stays where it is.
 IN_PLACE = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
 
@@ -86,8 +88,10 @@ class CpuBackend(Backend):
         nchw, training = not p.channels_last, direction == "backward"
         of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NCHW' if nchw else 'NHWC'}"
         if p.op == "depthwise":
-            threads = torch.get_num_threads()
-            if not module.cpu_depthwise_leaves_lanes_idle(*where, nchw=nchw, training=training, threads=threads):
+            threads, lanes = torch.get_num_threads(), LANES[extension.load_cpu().level]
+            if not module.cpu_depthwise_leaves_lanes_idle(
+                *where, nchw=nchw, training=training, threads=threads, lanes=lanes
+            ):
                 return ""
             return f"PyTorch's convolution is faster with so few channels: {of}"
         if not module.cpu_leaves_lanes_idle(*where, nchw=nchw, training=training):
@@ -101,6 +105,9 @@ class CpuBackend(Backend):
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
         how = f"{threads} thread{'s' if threads > 1 else ''}, {extension.load_cpu().level}"
         if p.op == "depthwise":
+            if module.cpu_takes_planes(*where, nchw=not p.channels_last, lanes=LANES[extension.load_cpu().level]):
+                planes = module.plan_cpu_planes(*where, threads=threads)
+                return f"depthwise, plane by plane, {planes.units} units of {planes.group_rows} rows, {how}"
             staged = module.plan_cpu_depthwise(*where, threads=threads)
             how += self._turned(p, where, threads, 1)
             return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
