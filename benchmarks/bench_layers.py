@@ -103,12 +103,14 @@ def parser() -> common.Parser:
 
 def theirs(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, *w_pw: torch.Tensor) -> torch.Tensor:
     z = F.conv2d(x, w_dw, None, layer.stride, layer.padding, layer.dilation, layer.c_in)
-    return F.conv2d(z, *w_pw) if w_pw else z
+    return F.conv2d(z, w_pw[0]) if w_pw else z
 
 
 def ours(layer: Layer, x: torch.Tensor, w_dw: torch.Tensor, *w_pw: torch.Tensor) -> torch.Tensor:
-    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    return xsep.separable_conv2d(x, w_dw, *w_pw, **geometry) if w_pw else xsep.depthwise_conv2d(x, w_dw, **geometry)
+    stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+    if not w_pw:
+        return xsep.depthwise_conv2d(x, w_dw, stride=stride, padding=padding, dilation=dilation)
+    return xsep.separable_conv2d(x, w_dw, *w_pw, stride=stride, padding=padding, dilation=dilation)
 
 
 def calls(layer: Layer, n: int, dtype: torch.dtype, layout: str, direction: str) -> dict[str, Callable[[], Any]]:

@@ -83,9 +83,10 @@ def test_planes_hold_the_sums_of_the_convolution(problem: tuple, dtype: torch.dt
     assert module is not None, "the extension is not built"
     assert module.cpu_takes_planes((n, c, h, w), filter, multiplier, geometry, nchw=True, lanes=lanes)
     x, w_dw = torch.randn(n, c, h, w).to(dtype), torch.randn(c * multiplier, 1, *filter).to(dtype)
-    affines = [torch.randn(i) if epilogues else None for i in (c, c, c * multiplier, c * multiplier)]
+    affines = [torch.randn(i) for i in (c, c, c * multiplier, c * multiplier)]
+    given = affines if epilogues else [None] * 4
     y = torch.ops.xsep.cpu_depthwise_fprop(
-        x, w_dw, *affines, geometry, (1, 3) if epilogues else (0, 0), (0.0, 0.0), nchw=True
+        x, w_dw, *given, geometry, (1, 3) if epilogues else (0, 0), (0.0, 0.0), nchw=True
     )
     assert y.is_contiguous() and y.dtype == dtype
 
