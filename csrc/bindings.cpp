@@ -138,6 +138,14 @@ PYBIND11_MODULE(_C, m) {
       "Whether PyTorch's own convolutions do better, since the kernels' vectors would be all but empty; training: "
       "forward and backward together.");
   m.def(
+      "cpu_pairs_leave_lanes_idle",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int64_t c_out, bool nchw,
+         bool training) {
+        return xsep::cpu_pairs_leave_lanes_idle(make_shape(x, filter, multiplier, geometry), c_out, nchw, training);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("c_out"),
+      py::arg("nchw"), py::arg("training"), "The same of bfloat16 on a chip with AVX512_BF16.");
+  m.def(
       "cpu_depthwise_leaves_lanes_idle",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, bool training,
          int threads, int lanes) {

@@ -171,6 +171,35 @@ STRIDED = (2, 2, 1, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
+    ("channels", "multiplier", "size", "c_out", "filter", "geometry", "forward", "training"),
+    [
+        (3, 1, 224, 32, 3, SAME, True, True), (3, 1, 112, 32, 3, SAME, False, False),
+        (3, 1, 448, 32, 3, STRIDED, True, False), (15, 1, 224, 32, 5, SAME, True, False),
+        (16, 1, 224, 32, 3, SAME, False, False), (1, 1, 224, 32, 3, SAME, False, False),
+        (3, 6, 224, 32, 3, SAME, False, False), (3, 1, 224, 334, 3, SAME, True, True),
+        (3, 1, 224, 335, 3, SAME, False, False),
+    ],
+)  # fmt: skip
+def test_which_layers_of_bfloat16_leave_lanes_idle(
+    channels: int, multiplier: int, size: int, c_out: int, filter: int, geometry: tuple[int, ...], forward: bool,
+    training: bool,
+) -> None:  # fmt: skip
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+
+    def left(training: bool, nchw: bool = False) -> bool:
+        return bool(
+            module.cpu_pairs_leave_lanes_idle(
+                (1, channels, size, size), (filter, filter), multiplier, geometry, c_out=c_out, nchw=nchw,
+                training=training
+            )
+        )  # fmt: skip
+
+    assert (left(False), left(True)) == (forward, training)
+    assert not left(False, nchw=True) and not left(True, nchw=True)
+
+
+@pytest.mark.parametrize(
     ("x", "geometry", "nchw", "forward", "training"),
     [
         ((1, 1, 14, 14), SAME, True, False, True), ((1, 1, 14, 14), STRIDED, True, False, True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import pytest
 import torch
 
@@ -40,6 +42,18 @@ def test_channels_that_leave_vectors_empty_are_left_to_pytorch(
             plain = torch.nn.functional.conv2d(x, w_dw, padding=1, groups=channels)
             assert torch.equal(y, torch.nn.functional.conv2d(plain, w_pw))
         y.sum().backward()
+
+
+@pytest.mark.parametrize(("size", "activation", "left"), [(224, None, True), (112, None, False), (224, "relu", False)])
+def test_bfloat16_is_left_where_pytorch_multiplies_pairs(
+    size: int, activation: Optional[str], left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XSEP_BACKEND", raising=False)
+    x = torch.randn(1, 3, size, size).to(torch.bfloat16, memory_format=torch.channels_last)
+    weights = torch.randn(3, 1, 3, 3).bfloat16(), torch.randn(32, 3, 1, 1).bfloat16()
+    text = xsep.explain(x, *weights, padding=1, epilogue=xsep.ChannelAffine(activation=activation))
+    there = left and torch.ops.xsep.cpu_has_bfloat16_dot()
+    assert ("runs on   aten" in text) == there and ("leave most lanes of a vector idle" in text) == there
 
 
 def test_explain_counts_bytes_and_flops() -> None:

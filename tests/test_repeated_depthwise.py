@@ -147,27 +147,26 @@ def test_without_gradients_everything_is_made(
     assert module.count() == 1
 
 
-#: Shape, filter, stride, layout: what PyTorch trains faster, by one thread.
+#: Shape, multiplier, filter, stride, layout: what PyTorch trains faster, by one thread.
 LEFT = {
-    "one channel": ((1, 1, 48, 50), 3, 1, torch.contiguous_format),
-    "one channel and a stride": ((1, 1, 48, 50), 3, 2, torch.contiguous_format),
-    "nchw": ((2, 3, 97, 83), 3, 1, torch.contiguous_format),
-    "nchw and a stride": ((1, 7, 157, 163), 3, 2, torch.contiguous_format),
-    "a stride": ((1, 12, 157, 163), 3, 2, torch.channels_last),
-    "nhwc": ((1, 4, 160, 161), 3, 1, torch.channels_last),
+    "one channel": ((1, 1, 48, 50), 1, 3, 1, torch.contiguous_format),
+    "one channel and a stride": ((1, 1, 48, 50), 1, 3, 2, torch.contiguous_format),
+    "nchw": ((2, 3, 57, 43), 8, 3, 1, torch.contiguous_format),
+    "a stride": ((1, 12, 157, 163), 1, 3, 2, torch.channels_last),
+    "nhwc": ((1, 4, 160, 161), 1, 3, 1, torch.channels_last),
 }
 
 
 def left(name: str, **options: Any) -> dict[str, Any]:
-    shape, k, stride, layout = LEFT[name]
-    return make(shape=shape, k=k, stride=stride, layout=layout, **options)
+    shape, multiplier, k, stride, layout = LEFT[name]
+    return make(shape=shape, multiplier=multiplier, k=k, stride=stride, layout=layout, **options)
 
 
 @pytest.mark.parametrize("frozen", ["", "x", "w_dw", "bias"])
 @pytest.mark.parametrize("name", LEFT)
 def test_a_training_step_is_pytorchs_where_that_is_faster(name: str, frozen: str, module: Any) -> None:
     for _ in range(3):
-        call = left(name, bias=torch.randn(LEFT[name][0][1]))
+        call = left(name, bias=torch.randn(LEFT[name][0][1] * LEFT[name][1]))
         if frozen:
             call[frozen].requires_grad_(False)
         y, expected = xsep.depthwise_conv2d(**call), by_pytorch(call)
@@ -182,9 +181,10 @@ def test_a_training_step_is_pytorchs_where_that_is_faster(name: str, frozen: str
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_results_there_are_right(backend: Optional[str], name: str, how: str, module: Any) -> None:
     """Beside float64; also where Python has a prologue and an epilogue to make."""
-    (n, c, h, w), k, stride, layout = LEFT[name]
+    (n, c, h, w), multiplier, k, stride, layout = LEFT[name]
     case = testing.Case(
-        op="depthwise", n=n, c_in=c, h=h, w=w, filter=(k, k), stride=(stride, stride), bias=how != "plain",
+        op="depthwise", n=n, c_in=c, multiplier=multiplier, h=h, w=w, filter=(k, k), stride=(stride, stride),
+        bias=how != "plain",
         vectors=("scale_p", "shift_p", "scale_e", "shift_e") if how == "around" else (),
         activations=("relu", None, "silu") if how == "around" else (None, None, None),
         layout="contiguous" if layout is torch.contiguous_format else "channels_last", seed=int(torch.randint(999, ())),
@@ -195,7 +195,7 @@ def test_results_there_are_right(backend: Optional[str], name: str, how: str, mo
 
 @pytest.mark.parametrize("options", ["prologue", "epilogue", "padding"])
 def test_what_stands_around_is_pytorchs_too(options: str, module: Any) -> None:
-    around = {"prologue": ChannelAffine(activation="relu"), "epilogue": affine(3, "silu"), "padding": (0, 1, 2, 0)}
+    around = {"prologue": ChannelAffine(activation="relu"), "epilogue": affine(24, "silu"), "padding": (0, 1, 2, 0)}
     for _ in range(2):
         call = left("nchw", **{options: around[options]})
         y = xsep.depthwise_conv2d(**call)
@@ -256,7 +256,7 @@ def test_what_pytorch_does_wrong_or_not_alone_is_pythons(module: Any) -> None:
 
 @pytest.mark.parametrize("call", [make, lambda: left("nchw")], ids=["kernels", "left"])
 def test_double_backward(call: Callable[[], dict[str, Any]], module: Any) -> None:
-    ours = call() | {"bias": torch.randn(call()["x"].shape[1], requires_grad=True)}
+    ours = call() | {"bias": torch.randn(call()["w_dw"].shape[0], requires_grad=True)}
 
     def second(y: Tensor) -> list[Tensor]:
         first = torch.autograd.grad(y.square().sum(), tensors_of(ours), create_graph=True)

@@ -66,6 +66,17 @@ inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool train
   return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
 }
 
+/// The same of bfloat16 in NHWC where a chip multiplies pairs, which PyTorch's convolutions then do, too: measured, over
+/// many pixels, and of large filters the forward alone. Outputs so large that the C library maps them anew for each call
+/// cost PyTorch more than lanes cost us.
+inline bool cpu_pairs_leave_lanes_idle(const DepthwiseShape& s, int64_t c_out, bool nchw, bool training) {
+  constexpr int64_t kLanes = 16, kLeastPixels = 32 * 1024, kMappedBytes = 32 * 1024 * 1024;
+  if (nchw || s.c == 1 || s.c * s.multiplier >= kLanes) return false;
+  if (s.pixels_out() < kLeastPixels || 2 * s.pixels_out() * c_out >= kMappedBytes) return false;
+  const bool strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
+  return !training || (!strided && s.taps() < kLargeFilter);
+}
+
 /// Whether the depthwise forward takes NCHW plane by plane, as it lies, and does not turn it round for vectors that go
 /// across channels; lanes is how many a vector has. Measured: few channels would leave lanes idle, the passes of a
 /// multiplier would have to be put in order, and beside a small filter the turning is much of the work. In short rows

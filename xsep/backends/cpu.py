@@ -82,11 +82,18 @@ class CpuBackend(Backend):
     def slower_than_aten(self, problem: Problem, direction: str) -> str:
         module, p = extension.binding(), problem
         where = ((p.n, p.c_in, p.h, p.w), (p.r, p.s), p.multiplier, p.geometry)
-        # Of 16-bit types PyTorch's convolutions need instructions that not every chip has.
-        if module is None or p.dtype != torch.float32:
+        if module is None:
             return ""
         nchw, training = not p.channels_last, direction == "backward"
         of = "one input channel" if p.c_in == 1 else f"{p.c_in} input channels in {'NCHW' if nchw else 'NHWC'}"
+        idle = f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
+        if p.dtype != torch.float32:
+            # PyTorch's convolutions of 16-bit types need instructions that not every chip has.
+            plain = p.op == "separable" and not any(p.activations)
+            if not plain or p.dtype != torch.bfloat16 or not torch.ops.xsep.cpu_has_bfloat16_dot():
+                return ""
+            left = module.cpu_pairs_leave_lanes_idle(*where, c_out=p.c_out, nchw=nchw, training=training)
+            return idle if left else ""
         if p.op == "depthwise":
             threads, lanes = torch.get_num_threads(), LANES[extension.load_cpu().level]
             if not module.cpu_depthwise_leaves_lanes_idle(
@@ -94,9 +101,7 @@ class CpuBackend(Backend):
             ):
                 return ""
             return f"PyTorch's convolution is faster with so few channels: {of}"
-        if not module.cpu_leaves_lanes_idle(*where, nchw=nchw, training=training):
-            return ""
-        return f"PyTorch's convolutions are faster: {of} leave most lanes of a vector idle in the cpu backend"
+        return idle if module.cpu_leaves_lanes_idle(*where, nchw=nchw, training=training) else ""
 
     def plan(self, problem: Problem) -> str:
         module, threads = extension.binding(), torch.get_num_threads()
