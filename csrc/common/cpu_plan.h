@@ -66,9 +66,9 @@ inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool train
   return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
 }
 
-/// The same of bfloat16 in NHWC where a chip multiplies pairs, which PyTorch's convolutions then do, too: measured, over
-/// many pixels, and of large filters the forward alone. Outputs so large that the C library maps them anew for each call
-/// cost PyTorch more than lanes cost us.
+/// The same of bfloat16 in NHWC where a chip multiplies pairs, which PyTorch's convolutions then do, too: measured,
+/// over many pixels, and of large filters the forward alone. Outputs so large that the C library maps them anew for
+/// each call cost PyTorch more than lanes cost us.
 inline bool cpu_pairs_leave_lanes_idle(const DepthwiseShape& s, int64_t c_out, bool nchw, bool training) {
   constexpr int64_t kLanes = 16, kLeastPixels = 32 * 1024, kMappedBytes = 32 * 1024 * 1024;
   if (nchw || s.c == 1 || s.c * s.multiplier >= kLanes) return false;
