@@ -120,6 +120,16 @@ def _matrix() -> list[Case]:
         add(op="depthwise", n=1, c_in=19, h=11, w=70, dtype=dtype, layout="contiguous", vectors=VECTORS[:2])
         add(op="depthwise", c_in=7, h=18, w=40, filter=(3, 4), stride=(2, 3), dilation=(1, 2), padding=(3, 4, 1, 0),
             dtype=dtype, layout="contiguous")  # fmt: skip
+    # Outputs a dilation apart are rows by themselves: padding that its steps do not divide, less of it than the filter
+    # reaches and more, rows that tiles begin anywhere in; and a dilation more than half as long as a row.
+    for dtype in TYPES:
+        for size, d, w, pad in (
+            (3, 2, 21, (1, 2, 2, 0)), (3, 3, 40, (0, 0, 3, 3)), (3, 13, 21, (13, 13, 1, 0)), (5, 2, 33, (7, 3, 0, 4)),
+            (5, 3, 26, (11, 17, 1, 1)), (7, 2, 45, (6, 6, 6, 6)),
+        ):  # fmt: skip
+            some = {"filter": (3, size), "dilation": (1 + size // 4, d), "padding": pad, "dtype": dtype, "h": 9, "w": w}
+            add(op="depthwise", c_in=200, **some)
+            add(c_in=(70, 96)[d % 2], multiplier=1 + w % 2, c_out=20, **some)
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):

@@ -15,6 +15,7 @@
 namespace xsep::cpu {
 
 enum class Storage { kFloat, kBFloat16, kHalf };
+constexpr int64_t element_bytes(Storage s) { return s == Storage::kFloat ? 4 : 2; }
 
 template <class T>
 constexpr Storage storage_of() {
@@ -24,8 +25,13 @@ constexpr Storage storage_of() {
 }
 
 /// Whether an input column is loaded once for all the outputs it belongs to, where the filter's width has a kernel.
+/// With a dilation these lie as far apart as its taps (take_apart), which pays where that leaves more than an output by
+/// itself, and is little beside the work.
 inline bool slides(const DepthwiseShape& s) {
-  return s.geometry.dilation_w == 1 && (s.geometry.stride_w == 1 || s.geometry.stride_w == 2);
+  const int64_t d = s.geometry.dilation_w;
+  if (d == 1) return s.geometry.stride_w == 1 || s.geometry.stride_w == 2;
+  constexpr int64_t kVectorsApart = 16;
+  return s.geometry.stride_w == 1 && 2 * s.q >= 3 * d && s.q * s.c >= kVectorsApart * kLanes * d;
 }
 
 /// Whether a width's rows are multiplied in pairs where storage is BFloat16. Seven columns of weights would not leave
@@ -49,26 +55,27 @@ struct RunOutput {
   void* out;  // float, BFloat16 or Half, as storage says
   int64_t stride;
   Storage storage;
-  int64_t row;  // pixels of a row of outputs where out is the whole of it in memory, 0 where it is a tile in the caches
+  int64_t row;  // elements of a row of outputs where out is all of it in memory, 0 where it is a tile in the caches
 };
 
 namespace detail {
 
-/// One block: adjacent output pixels of one row, channels [c_begin, c_end).
+/// Outputs of one row, and what they are of. A block is some adjacent ones of them.
 template <class T>
-struct Block {
+struct RowPart {
   const T* const* rows;  // input rows of taps [r_begin, r_end), from column 0 and channel 0 on
   int64_t r_begin, r_end;
   int64_t pixel_step;       // elements between the pixels of a row
-  int64_t q;                // of the first pixel
-  int64_t column;           // input column of the first pixel's tap 0: may lie outside [0, width)
   int64_t width;            // input columns
+  int64_t origin;           // columns of padding before them that are no part of rows
   const Ahead* ahead;       // what the next row of outputs will read
   const float* w;           // [r * s, c_pad], tap (0, 0)
   const uint32_t* w_pairs;  // of the pass, or null
   ChannelAffine output;
-  int64_t c_begin, c_end;
-  void* out;  // first pixel, channel 0
+  Range channels;
+  Range outputs;
+  Range inside;  // those outputs that have all their columns within the picture
+  RunOutput to;  // the first output, channel 0
 };
 
 template <class T, int N>
@@ -94,161 +101,167 @@ XSEP_INLINE void store_pixels(const RunOutput& to, void* out, int64_t c, const V
 
 /// What lies in x where the next row will be brought from planes; on its own, to take no registers from the blocks.
 template <int kStride>
-__attribute__((noinline)) void prefetch_planes(const Ahead& a, int64_t column, int64_t c) {
+XSEP_NOINLINE void prefetch_planes(const Ahead& a, int64_t column, int64_t c) {
   for (int r = 0; r < kStride; ++r) prefetch_pieces<kLanes>(a.at(column, c) + r * a.row_bytes, a.channel_bytes);
 }
 
 /// What the next row of outputs reads and this one does not, and where it is stored.
-template <class T, int kS, int kStride, int kPixels>
-XSEP_INLINE void prefetch_for_next_row(const RunOutput& to, const Block<T>& b, int64_t c) {
-  const Ahead& a = *b.ahead;
+template <class T, int kStride, int kPixels>
+XSEP_INLINE void prefetch_for_next_row(const RowPart<T>& part, int64_t column, const void* out, int64_t c) {
+  const Ahead& a = *part.ahead;
+  const RunOutput& to = part.to;
   if (a.planes) {
-    prefetch_planes<kStride>(a, b.q * kStride, c);
+    prefetch_planes<kStride>(a, column + part.origin, c);
   } else if (a.row && c * a.channel_bytes % kLineBytes == 0) {
-    const uintptr_t at = a.at(b.q * kStride, c);
+    const uintptr_t at = a.at(column + part.origin, c);
     for (int r = 0; r < kStride; ++r) prefetch_pieces<kPixels * kStride>(at + r * a.row_bytes, a.pixel_bytes);
   }
   if (to.row > 0 && to.storage == storage_of<T>()) {
-    prefetch_pixels<kPixels>(static_cast<const T*>(b.out), to.row * to.stride, to.stride, c);
+    prefetch_pixels<kPixels>(static_cast<const T*>(out), to.row, to.stride, c);
   }
 }
 
 /// kPixels outputs of a filter kS wide with horizontal stride kStride and no dilation: each input column is loaded
-/// once a filter row and multiplied into all the outputs it belongs to. kBorder: columns outside the picture are
-/// skipped, and the last vector of channels may be incomplete.
+/// once a filter row and multiplied into all the outputs it belongs to. column: the input's, of the first output's tap
+/// 0; it may lie outside [0, width). kBorder: columns outside the picture are skipped, and the last vector of channels
+/// may be incomplete.
 template <class T, int kS, int kStride, int kPixels, bool kBorder>
-void sliding_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>& b) {
+XSEP_NOINLINE void sliding_block(const DepthwiseFprop& p, const RowPart<T>& part, int64_t column, void* out,
+                                 Range channels) {
   constexpr int kColumns = (kPixels - 1) * kStride + kS;
   static_assert(kColumns >= kS);
-  const int64_t step = b.pixel_step;
+  // Eight sums, seven weights and an input would be all the registers of a level with sixteen: GCC would spill many.
+  constexpr int kHeld = kLanes <= 8 && kPixels + kS >= 15 ? kS - 1 : kS;
+  const int64_t step = part.pixel_step;
   const int64_t c_pad = p.c_pad;
-  const int64_t first = std::max<int64_t>(-b.column, 0);
-  const int64_t last = std::min<int64_t>(b.width - b.column, kColumns);
-  for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
-    const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
-    prefetch_for_next_row<T, kS, kStride, kPixels>(to, b, c);
-    const int64_t offset = b.column * step + c;
+  const int64_t first = std::max<int64_t>(-column, 0);
+  const int64_t last = std::min<int64_t>(part.width - column, kColumns);
+  for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+    const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, channels.end - c) : kLanes;
+    prefetch_for_next_row<T, kStride, kPixels>(part, column, out, c);
+    const int64_t offset = column * step + c;
     Vec sum[kPixels];
     set_zero(sum);
     const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
-      Vec w[kS];
-      unroll<kS>([&](auto s) __attribute__((always_inline)) { w[s] = load(w_row + s * c_pad); });
+      Vec w[kHeld];
+      unroll<kHeld>([&](auto s) __attribute__((always_inline)) { w[s] = load(w_row + s * c_pad); });
       unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
         if (kBorder && (j < first || j >= last)) return;
         const T* at = row + j * step;
         const Vec v = in_register(kBorder ? load_lanes(at, lanes) : load(at));
         unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
           constexpr int s = j() - i() * kStride;
-          if constexpr (s >= 0 && s < kS) sum[i] = fma(v, w[s], sum[i]);
+          if constexpr (s >= 0 && s < kHeld) sum[i] = fma(v, w[s], sum[i]);
+          if constexpr (s >= kHeld && s < kS) sum[i] = fma(v, load_for_this_use(w_row + s * c_pad), sum[i]);
         });
       });
     };
-    const int64_t rows = b.r_end - b.r_begin;
-    const float* w_row = b.w + b.r_begin * kS * c_pad + c;
+    const int64_t rows = part.r_end - part.r_begin;
+    const float* w_row = part.w + part.r_begin * kS * c_pad + c;
     if (kS == 3 && !kBorder && rows == 3) {
       // By far the most common: as one piece of code the three rows' loads and sums overlap.
-      unroll<3>([&](auto r) __attribute__((always_inline)) { add_row(b.rows[r] + offset, w_row + r * kS * c_pad); });
+      unroll<3>([&](auto r) __attribute__((always_inline)) { add_row(part.rows[r] + offset, w_row + r * kS * c_pad); });
     } else {
-      for (int64_t r = 0; r < rows; ++r, w_row += kS * c_pad) add_row(b.rows[r] + offset, w_row);
+      for (int64_t r = 0; r < rows; ++r, w_row += kS * c_pad) add_row(part.rows[r] + offset, w_row);
     }
-    apply(b.output, c, sum);
-    store_pixels<T>(to, b.out, c, sum, lanes);
+    apply(part.output, c, sum);
+    store_pixels<T>(part.to, out, c, sum, lanes);
   }
 }
 
 /// Any filter width, stride and dilation: a weight is loaded once for kPixels outputs, an input for every tap.
 template <class T, int kPixels, bool kBorder>
-void general_block(const DepthwiseFprop& p, const RunOutput& to, const Block<T>& b) {
+XSEP_NOINLINE void general_block(const DepthwiseFprop& p, const RowPart<T>& part, int64_t first, void* out,
+                                 Range channels) {
   const int64_t stride = p.shape.geometry.stride_w;
   const int64_t dilation = p.shape.geometry.dilation_w;
   const int64_t taps = p.shape.s;
-  for (int64_t c = b.c_begin; c < b.c_end; c += kLanes) {
-    const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, b.c_end - c) : kLanes;
+  for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+    const int64_t lanes = kBorder ? std::min<int64_t>(kLanes, channels.end - c) : kLanes;
     Vec sum[kPixels];
     set_zero(sum);
-    for (int64_t r = b.r_begin; r < b.r_end; ++r) {
-      const T* row = b.rows[r - b.r_begin] + c;
+    for (int64_t r = part.r_begin; r < part.r_end; ++r) {
+      const T* row = part.rows[r - part.r_begin] + c;
       for (int64_t s = 0; s < taps; ++s) {
-        const Vec w = load(b.w + (r * taps + s) * p.c_pad + c);
-        const int64_t column = b.column + s * dilation;
+        const Vec w = load(part.w + (r * taps + s) * p.c_pad + c);
+        const int64_t column = first + s * dilation;
         unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
           const int64_t at = column + i * stride;
-          if (kBorder && (at < 0 || at >= b.width)) return;
-          const T* from = row + at * b.pixel_step;
+          if (kBorder && (at < 0 || at >= part.width)) return;
+          const T* from = row + at * part.pixel_step;
           sum[i] = fma(kBorder ? load_lanes(from, lanes) : load(from), w, sum[i]);
         });
       }
     }
-    apply(b.output, c, sum);
-    store_pixels<T>(to, b.out, c, sum, lanes);
+    apply(part.output, c, sum);
+    store_pixels<T>(part.to, out, c, sum, lanes);
   }
 }
 
 #if defined(__AVX512BW__)
 /// sliding_block by steps of kPairChannels channels, of which the last may be incomplete.
 template <int kS, int kStride, int kPixels, bool kBorder>
-void pair_block(const DepthwiseFprop& p, const RunOutput& to, const Block<BFloat16>& b) {
-  const int64_t first = std::max<int64_t>(-b.column, 0);
-  const int64_t last = std::min<int64_t>(b.width - b.column, (kPixels - 1) * kStride + kS);
+XSEP_NOINLINE void pair_block(const DepthwiseFprop& p, const RowPart<BFloat16>& part, int64_t column, void* out,
+                              Range channels) {
+  const int64_t first = std::max<int64_t>(-column, 0);
+  const int64_t last = std::min<int64_t>(part.width - column, (kPixels - 1) * kStride + kS);
   const int64_t w_row = table_row(p.c_pairs);
-  for (int64_t c = b.c_begin; c < b.c_end; c += kPairChannels) {
-    const int64_t channels = kBorder ? std::min(kPairChannels, b.c_end - c) : kPairChannels;
-    prefetch_for_next_row<BFloat16, kS, kStride, kPixels>(to, b, c);
+  for (int64_t c = channels.begin; c < channels.end; c += kPairChannels) {
+    const int64_t count = kBorder ? std::min(kPairChannels, channels.end - c) : kPairChannels;
+    prefetch_for_next_row<BFloat16, kStride, kPixels>(part, column, out, c);
     Vec low[kPixels] = {};  // not by set_zero, with which this loop was slower
     Vec high[kPixels] = {};
-    sum_pairs<kS, kStride, kPixels, kBorder>(b.rows, b.column * b.pixel_step + c, b.pixel_step, first, last,
-                                             b.w_pairs + c, p.shape.r, w_row, b.r_begin, b.r_end, channels, low, high);
+    sum_pairs<kS, kStride, kPixels, kBorder>(part.rows, column * part.pixel_step + c, part.pixel_step, first, last,
+                                             part.w_pairs + c, p.shape.r, w_row, part.r_begin, part.r_end, count, low,
+                                             high);
     unroll<kPixels>([&](auto i) __attribute__((always_inline)) { in_channel_order(low[i], high[i]); });
-    apply(b.output, c, low);
-    store_pixels<BFloat16>(to, b.out, c, low, kLanes);
-    apply(b.output, c + kLanes, high);
-    store_pixels<BFloat16>(to, b.out, c + kLanes, high, channels - kLanes);
+    apply(part.output, c, low);
+    store_pixels<BFloat16>(part.to, out, c, low, kLanes);
+    apply(part.output, c + kLanes, high);
+    store_pixels<BFloat16>(part.to, out, c + kLanes, high, count - kLanes);
   }
 }
 #endif
 
-/// kS = 0 is the general block.
+/// kS = 0 is the general block. border: not all the columns lie within the picture.
 template <class T, int kS, int kStride, int kPixels>
-void block(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, bool border) {
-  const auto run = [&](auto with_border) __attribute__((always_inline)) {
-    if constexpr (kS == 0) {
-      general_block<T, kPixels, with_border()>(p, to, b);
-    } else {
-      sliding_block<T, kS, kStride, kPixels, with_border()>(p, to, b);
-    }
-  };
+XSEP_INLINE void block(const DepthwiseFprop& p, const RowPart<T>& part, int64_t column, void* out, bool border) {
+  int64_t c = part.channels.begin, c_end = part.channels.end;
 #if defined(__AVX512BW__)
   if constexpr (std::is_same_v<T, BFloat16> && has_pairs(kS)) {
-    const int64_t paired = b.w_pairs && b.c_begin % kPairChannels == 0 ? paired_channels(b.c_end - b.c_begin) : 0;
+    const int64_t paired = part.w_pairs && c % kPairChannels == 0 ? paired_channels(c_end - c) : 0;
     if (paired > 0) {
-      const int64_t c_end = b.c_end;
-      b.c_end = b.c_begin + paired;
-      with_border<kPairChannels>(border, b.c_begin, b.c_end, [&](auto with) __attribute__((always_inline)) {
-        pair_block<kS, kStride, kPixels, with()>(p, to, b);
+      c_end = c + paired;
+      with_border<kPairChannels>(border, c, c_end, [&](auto with) __attribute__((always_inline)) {
+        pair_block<kS, kStride, kPixels, with()>(p, part, column, out, {c, c_end});
       });
-      b.c_begin = b.c_end;
-      b.c_end = c_end;
-      if (b.c_begin == b.c_end) return;
+      c = c_end;
+      c_end = part.channels.end;
     }
   }
 #endif
-  with_border<kLanes>(border, b.c_begin, b.c_end, run);
+  with_border<kLanes>(border, c, c_end, [&](auto with) __attribute__((always_inline)) {
+    if constexpr (kS == 0) {
+      general_block<T, kPixels, with()>(p, part, column, out, {c, c_end});
+    } else {
+      sliding_block<T, kS, kStride, kPixels, with()>(p, part, column, out, {c, c_end});
+    }
+  });
 }
 
-/// A row's outputs [begin, end) in blocks as long as fit; b.out is the first one's.
+/// In blocks as long as fit.
 template <class T, int kS, int kStride>
-void run_row(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, Range outputs, Range inside, int64_t origin) {
-  const int64_t element = to.storage == Storage::kFloat ? 4 : 2;
-  for (int64_t q = outputs.begin; q < outputs.end;) {
-    b.q = q;
-    b.column = q * p.shape.geometry.stride_w - origin;
+void run_row(const DepthwiseFprop& p, const RowPart<T>& part) {
+  const int64_t output_bytes = part.to.stride * element_bytes(part.to.storage);
+  auto* out = static_cast<char*>(part.to.out);
+  for (int64_t q = part.outputs.begin; q < part.outputs.end;) {
     const auto take = [&](auto count) __attribute__((always_inline)) {
-      const bool border = q < inside.begin || q + count > inside.end;
-      block<T, kS, kStride, count()>(p, to, b, border);
-      b.out = static_cast<char*>(b.out) + count * to.stride * element;
+      const bool border = q < part.inside.begin || q + count > part.inside.end;
+      block<T, kS, kStride, count()>(p, part, q * p.shape.geometry.stride_w - part.origin, out, border);
+      out += count * output_bytes;
       q += count;
     };
-    const int64_t left = outputs.end - q;
+    const int64_t left = part.outputs.end - q;
     if (left >= 8) {
       take(std::integral_constant<int, 8>{});
     } else if (left >= 4) {
@@ -261,11 +274,36 @@ void run_row(const DepthwiseFprop& p, const RunOutput& to, Block<T> b, Range out
   }
 }
 
+/// Part `i` of a row whose filter has a dilation d: the outputs from the i-th on that lie d apart. They and the columns
+/// that they read are a row by themselves, in longer steps, and its filter has no dilation. rows and ahead are memory
+/// for what the part points to.
+template <class T>
+RowPart<T> take_apart(const RowPart<T>& whole, int64_t d, int64_t i, const T** rows, Ahead& ahead) {
+  // The first output's first tap is column `first` of a row that begins with column `at` of the whole one.
+  const int64_t q = whole.outputs.begin + i, column = q - whole.origin;
+  const int64_t first = floor_div(column, d), at = column - first * d;
+  const auto output = [&](int64_t of_whole) { return first + ceil_div(of_whole - q, d); };
+  for (int64_t t = 0; t < whole.r_end - whole.r_begin; ++t) rows[t] = whole.rows[t] + at * whole.pixel_step;
+  ahead = *whole.ahead;
+  if (ahead.row) ahead.row = ahead.at(q - first * d, 0);
+  ahead.pixel_bytes *= d;
+  RowPart<T> part = whole;
+  part.rows = rows;
+  part.pixel_step *= d;
+  part.width = ceil_div(whole.width - at, d);
+  part.origin = 0;
+  part.ahead = &ahead;
+  part.outputs = {first, output(whole.outputs.end)};
+  part.inside = {output(whole.inside.begin), output(whole.inside.end)};
+  part.to.out = static_cast<char*>(whole.to.out) + i * whole.to.stride * element_bytes(whole.to.storage);
+  part.to.stride *= d;
+  return part;
+}
+
 template <class T, int kS, int kStride>
 void run_rows(const DepthwiseFprop& p, Range pixels, Range channels, const RunOutput& to, RowWindow& window) {
   const DepthwiseShape& shape = p.shape;
   const Geometry& g = shape.geometry;
-  const int64_t element = to.storage == Storage::kFloat ? 4 : 2;
   const bool brought = p.input.bring != nullptr;
   // Brought rows have the padding with them.
   const Range inside =
@@ -273,24 +311,30 @@ void run_rows(const DepthwiseFprop& p, Range pixels, Range channels, const RunOu
   const int64_t row_elements = shape.w * shape.c;
   constexpr int64_t kBytes = sizeof(T);
   std::vector<const T*> rows(static_cast<size_t>(shape.r));
-  Block<T> b{};
-  b.rows = rows.data();
-  b.pixel_step = brought ? p.input.pixel_step : shape.c;
-  b.width = brought ? p.input.row_columns : shape.w;
-  b.c_begin = channels.begin;
-  b.c_end = channels.end;
+  RowPart<T> part{};
+  part.rows = rows.data();
+  part.pixel_step = brought ? p.input.pixel_step : shape.c;
+  part.width = brought ? p.input.row_columns : shape.w;
+  part.origin = brought ? 0 : g.pad_left;
+  part.channels = channels;
+  part.inside = inside;
+  part.to = to;
   Ahead ahead{0, shape.c * kBytes, kBytes, row_elements * kBytes, false};
-  b.ahead = &ahead;
+  part.ahead = &ahead;
+  const int64_t apart = kS > 0 && kStride == 1 ? g.dilation_w : 1;
+  std::vector<const T*> rows_apart(apart > 1 ? rows.size() : 0);
+  Ahead ahead_apart{};
   // Below the last row of taps, right of the first output's last tap but for what the output to its left has read.
-  const int64_t ahead_shift = (row_elements + (shape.s - g.stride_w - g.pad_left) * shape.c) * kBytes;
+  const int64_t reach = (shape.s - 1) * g.dilation_w + 1 - g.stride_w - g.pad_left;
+  const int64_t ahead_shift = (row_elements + reach * shape.c) * kBytes;
   for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
     const int64_t row = pixel / shape.q;
     const Range outputs{pixel - row * shape.q, std::min(shape.q, pixels.end - row * shape.q)};
     const int64_t picture = row / shape.p;
     const int64_t h = (row % shape.p) * g.stride_h - g.pad_top;
     const Range taps = taps_inside(h, shape.h, shape.r, g.dilation_h);
-    b.r_begin = taps.begin;
-    b.r_end = taps.end;
+    part.r_begin = taps.begin;
+    part.r_end = taps.end;
     if (brought && taps.begin < taps.end) {
       window.need(picture, {h + taps.begin * g.dilation_h, h + (taps.end - 1) * g.dilation_h + 1}, channels);
     }
@@ -306,13 +350,21 @@ void run_rows(const DepthwiseFprop& p, Range pixels, Range channels, const RunOu
       ahead.row = reinterpret_cast<uintptr_t>(rows[static_cast<size_t>(taps.end - taps.begin - 1)]) + ahead_shift;
     }
     for (int64_t pass = 0; pass < shape.multiplier; ++pass) {
-      b.w = p.w + pass * shape.taps() * p.c_pad;
-      b.w_pairs = p.w_pairs ? p.w_pairs + pass * pair_weights_size(shape.r, shape.s, p.c_pairs) : nullptr;
-      b.output = p.output;
-      if (b.output.scale) b.output.scale += pass * p.c_pad;
-      if (b.output.shift) b.output.shift += pass * p.c_pad;
-      b.out = static_cast<char*>(to.out) + ((pixel - pixels.begin) * to.stride + pass * shape.c) * element;
-      run_row<T, kS, kStride>(p, to, b, outputs, inside, brought ? 0 : g.pad_left);
+      part.w = p.w + pass * shape.taps() * p.c_pad;
+      part.w_pairs = p.w_pairs ? p.w_pairs + pass * pair_weights_size(shape.r, shape.s, p.c_pairs) : nullptr;
+      part.output = p.output;
+      if (part.output.scale) part.output.scale += pass * p.c_pad;
+      if (part.output.shift) part.output.shift += pass * p.c_pad;
+      const int64_t before = (pixel - pixels.begin) * to.stride + pass * shape.c;
+      part.to.out = static_cast<char*>(to.out) + before * element_bytes(to.storage);
+      part.outputs = outputs;
+      if (apart == 1) {
+        run_row<T, kS, kStride>(p, part);
+        continue;
+      }
+      for (int64_t i = 0; i < std::min(apart, outputs.end - outputs.begin); ++i) {
+        run_row<T, kS, kStride>(p, take_apart(part, apart, i, rows_apart.data(), ahead_apart));
+      }
     }
     pixel += outputs.end - outputs.begin;
   }

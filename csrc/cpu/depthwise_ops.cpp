@@ -73,7 +73,7 @@ Tensor depthwise_fprop(const Tensor& x, const Tensor& w_dw, const OptionalTensor
       const Range pixels{pixel, std::min(pixel + step, last)};
       char* to = planes ? tile : out + pixel * pixel_bytes;
       const RunOutput run = in_passes ? RunOutput{mine, c_mid, Storage::kFloat, 0}
-                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), planes ? 0 : shape.q};
+                                      : RunOutput{to, c_mid, storage_of(y.scalar_type()), planes ? 0 : shape.q * c_mid};
       with_storage(inputs.dtype(),
                    [&](auto t) { depthwise_fprop_run<decltype(t)>(inputs.params, pixels, {0, shape.c}, run, window); });
       with_storage(y.scalar_type(), [&](auto t) {

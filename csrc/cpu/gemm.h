@@ -98,7 +98,7 @@ constexpr int64_t kSumDepth = 256;
 
 /// sum = a * b as a sum of shorter sums. On its own, so that it takes no registers from accumulate's loop.
 template <bool kPairs, int kRows, int kVectors>
-__attribute__((noinline)) void accumulate_in_parts(Product p, Vec (&sum)[kRows][kVectors]) {
+XSEP_NOINLINE void accumulate_in_parts(Product p, Vec (&sum)[kRows][kVectors]) {
   for (int64_t left = p.depth; left > 0; left -= kSumDepth) {
     p.depth = std::min(left, kSumDepth);
     Vec part[kRows][kVectors];

@@ -12,6 +12,8 @@
 #endif
 
 #define XSEP_INLINE inline __attribute__((always_inline))
+/// Of a kernel whose speed hangs on its registers: who calls it, and from where, does not change how it is compiled.
+#define XSEP_NOINLINE __attribute__((noinline))
 
 namespace xsep::cpu {
 
@@ -193,6 +195,11 @@ XSEP_INLINE bool incomplete(int64_t lanes) {
 }
 
 XSEP_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+/// load, which the compiler does not do once for several uses: it costs no register meanwhile.
+XSEP_INLINE Vec load_for_this_use(const float* p) {
+  __asm__("" : "+r"(p));
+  return load(p);
+}
 #if defined(__AVX512BW__)
 /// Where each 16-bit half of 16 floats comes from: the high ones from BFloat16, the low ones (masked out) from nowhere.
 alignas(64) inline constexpr uint16_t kHighHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,

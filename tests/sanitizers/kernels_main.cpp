@@ -378,6 +378,7 @@ int main() {
       {"3x3 at stride 2, TensorFlow's padding", {1, 65, 8, 10, 0, 0, 3, 3, one, {2, 2, 0, 1, 0, 1, 1, 1}}, 5},
       {"5x5 with a depth multiplier", {2, 5, 7, 8, 0, 0, 5, 5, 2, {1, 1, 2, 2, 2, 2, 1, 1}}, 33},
       {"7x7 wider than the picture", {1, 16, 3, 2, 0, 0, 7, 7, one, {1, 1, 3, 3, 3, 3, 1, 1}}, 64},
+      {"3x3, taken apart", {1, 70, 8, 23, 0, 0, 3, 3, one, {3, 1, 2, 0, 1, 1, 2, 3}}, 17},
       {"2x3, dilated", {1, 19, 8, 9, 0, 0, 2, 3, one, {3, 1, 2, 0, 1, 1, 2, 3}}, 17},
       {"3x3, wider than one turning", {2, 21, 7, 70, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 30},
       {"3x3, each picture once for every group of panels",
