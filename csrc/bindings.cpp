@@ -122,6 +122,17 @@ PYBIND11_MODULE(_C, m) {
       "kernels come to them, or all of them beforehand; visits: how often each is read, once for every group of "
       "panels.");
   m.def(
+      "cpu_spreads_pixels",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads, int64_t visits,
+         int lanes, int64_t element_bytes) {
+        const auto shape = make_shape(x, filter, multiplier, geometry);
+        return xsep::cpu_spreads_pixels(shape, threads, visits, lanes, element_bytes);
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
+      py::arg("visits"), py::arg("lanes"), py::arg("element_bytes"),
+      "Whether rows of an input that is NHWC and has no prologue are brought as the kernels come to them, because its "
+      "pixels share sets of the first-level cache where they lie; lanes: floats of a vector.");
+  m.def(
       "cpu_turns_in_units",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry) {
         return xsep::cpu_turns_in_units(make_shape(x, filter, multiplier, geometry));

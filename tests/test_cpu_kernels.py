@@ -130,6 +130,13 @@ def _matrix() -> list[Case]:
             some = {"filter": (3, size), "dilation": (1 + size // 4, d), "padding": pad, "dtype": dtype, "h": 9, "w": w}
             add(op="depthwise", c_in=200, **some)
             add(c_in=(70, 96)[d % 2], multiplier=1 + w % 2, c_out=20, **some)
+    # Pixels a page apart, or half a page, whose rows are brought with them further apart.
+    for dtype in TYPES:
+        for c_in, w, size, d in ((1024, 9, 3, 1), (512, 13, 5, 1), (1024, 11, 3, 2), (2048, 8, 3, 1)):
+            some = {"n": 2, "h": 6, "w": w, "filter": (size, size), "dilation": (1, d), "dtype": dtype,
+                    "layout": "channels_last", "activations": (None, None, None)}  # fmt: skip
+            add(op="depthwise", c_in=c_in, padding=(d, 1, 1, 2), **some)
+        add(c_in=1024, c_out=7, padding=(1, 1, 2, 1), **(some | {"dilation": (1, 1)}))
     # So many pixels that the pointwise weights' gradient is added up of several groups' sums.
     for dtype in (torch.float32, torch.bfloat16):
         for c_in in (64, 57):
@@ -355,6 +362,21 @@ def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> 
         if c.n and (c.layout == "contiguous" if nchw else c.layout != "contiguous" and c.activations[0])
     ]  # fmt: skip
     assert min(by_rows.count(True), by_rows.count(False)) > 10
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_the_matrix_has_inputs_whose_pixels_are_moved_apart(lanes: int) -> None:
+    module = planner()
+    moved = [
+        c.dtype
+        for c in MATRIX
+        if c.n and c.layout == "channels_last" and c.activations[0] is None
+        if module.cpu_spreads_pixels(
+            *sizes(c), threads=2, visits=1, lanes=lanes, element_bytes=c.dtype.itemsize,
+        )
+    ]  # fmt: skip
+    assert set(moved) == (set(TYPES) if lanes == 8 else {torch.float32})
+    assert moved.count(torch.float32) >= 4
 
 
 def test_the_matrix_has_gradients_of_nchw_turned_round_in_tiles_and_as_a_whole() -> None:

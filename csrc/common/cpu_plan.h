@@ -304,6 +304,24 @@ inline bool cpu_brings_rows(const DepthwiseShape& s, bool nchw, int threads, int
   return visits == 1 && 4 * shared * threads <= s.n * s.h && (large || !nchw);
 }
 
+/// Whether each thread brings the rows of an NHWC x although it could read them where they lie: with the columns of
+/// neighbouring taps a page apart, all that a block reads falls into one set of the first-level cache, and what it
+/// reads of a line is gone before the rest is wanted. Rows are brought with pixels a line further apart. lanes: floats
+/// of a vector. Measured: worth it for blocks that read many lines, of few columns' rows; with half a line to a vector
+/// for two sets as for one, of the 16-bit types only there.
+inline bool cpu_spreads_pixels(const DepthwiseShape& s, int threads, int64_t visits, int lanes, int64_t element_bytes) {
+  constexpr int64_t kPage = 4096, kLeastLines = 20, kMostBytes = 1024 * 1024;
+  const Geometry& g = s.geometry;
+  const bool whole_lines = lanes >= 16;
+  if (visits != 1 || g.stride_h != 1 || g.stride_w != 1 || (whole_lines && element_bytes < 4)) return false;
+  const int64_t sets = whole_lines || element_bytes < 4 ? 1 : 2;
+  if (sets * g.dilation_w * s.c * element_bytes % kPage != 0) return false;
+  const int64_t block = s.q >= 8 ? 8 : s.q >= 4 ? 4 : 1;
+  const int64_t brought = rows_read(s) * plan_cpu_rows(s, false).columns * s.c * element_bytes;
+  const int64_t shared = 4 * (rows_read(s) - 1) * (threads - 1);
+  return s.r * (block + s.s - 1) >= kLeastLines && brought <= kMostBytes && shared <= s.n * s.h;
+}
+
 inline CpuWgradPlan plan_cpu_wgrad(const DepthwiseShape& shape, int64_t c_out, int threads, int64_t z_bytes) {
   constexpr int64_t kTileBytes = 512 * 1024;            // of dv, to stay in the second-level cache
   constexpr int64_t kGroupProducts = int64_t{1} << 25;  // multiply-adds worth partial sums of their own

@@ -172,7 +172,8 @@ class DepthwiseInputs {
   InputRows input_rows(const DepthwiseShape& s, int64_t visits) {
     const ChannelAffine& a = prologue_.affine();
     const bool nchw = is_nchw(x_);
-    const bool by_rows = cpu_brings_rows(s, nchw, at::get_num_threads(), visits, x_.element_size());
+    const int threads = at::get_num_threads();
+    const bool by_rows = cpu_brings_rows(s, nchw, threads, visits, x_.element_size());
     if (!nchw || (a.is_identity() && !by_rows)) x_ = to_nhwc(x_);
     InputRows in{};
     in.x = x_.const_data_ptr();
@@ -180,7 +181,9 @@ class DepthwiseInputs {
     in.c = s.c, in.h = s.h, in.w = s.w;
     in.x_element_bytes = x_.element_size();
     in.prologue = a;
-    if (!in.nchw && a.is_identity()) return in;
+    const bool lies_ready = !in.nchw && a.is_identity();
+    const bool spread = lies_ready && cpu_spreads_pixels(s, threads, visits, kLanes, x_.element_size());
+    if (lies_ready && !spread) return in;
     const bool clamps = a.activation == Activation::kRelu || a.activation == Activation::kRelu6;
     const bool exact = a.is_identity() || (clamps && !a.scale && !a.shift);
     if (!exact) dtype_ = at::kFloat;
@@ -189,7 +192,7 @@ class DepthwiseInputs {
       using T = decltype(t);
       in.bring = dtype_ == at::kFloat ? bring_rows<T, float> : bring_rows<T, T>;
     });
-    if (!by_rows) return brought_beforehand(in, s);
+    if (!by_rows && !spread) return brought_beforehand(in, s);
     const CpuRowsPlan plan = plan_cpu_rows(s, in.nchw);
     in.slots = plan.slots;
     in.at_once = plan.at_once;

@@ -133,8 +133,14 @@ class CpuBackend(Backend):
     def _turned(p: Problem, where: tuple[Any, ...], threads: int, visits: int) -> str:
         """What is said of x's layout."""
         module = extension.binding()
-        if p.channels_last or module is None:
+        if module is None:
             return ""
+        if p.channels_last:
+            lanes = LANES[extension.load_cpu().level]
+            spread = module.cpu_spreads_pixels(
+                *where, threads=threads, visits=visits, lanes=lanes, element_bytes=p.dtype.itemsize
+            )
+            return ", x's pixels moved apart row by row" if spread else ""
         if module.cpu_brings_rows(*where, nchw=True, threads=threads, visits=visits, element_bytes=p.dtype.itemsize):
             return ", x turned to NHWC row by row"
         return ", x converted to NHWC"
