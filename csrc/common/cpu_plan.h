@@ -17,6 +17,8 @@ constexpr int64_t kPanelColumns = 64;
 /// packed weights, so few large ones read least.
 constexpr int64_t kMaxTileBytes = 512 * 1024;
 
+inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2_bytes / 2); }
+
 /// All of z, where it is made before anything is multiplied: to stay in a share of the third-level cache.
 constexpr int64_t kMaxWholeZBytes = 4 * 1024 * 1024;
 /// And how much of it is multiplied by a panel at a time.
@@ -108,18 +110,45 @@ inline int64_t plane_piece(const DepthwiseShape& s) {
   return round_up(ceil_div(columns, g.stride_w), kLine);
 }
 
-/// As many rows as stay in the first-level cache, fewer where there would be too few units for the threads.
-inline CpuPlanesPlan plan_cpu_planes(const DepthwiseShape& s, int threads) {
+/// Rows of outputs whose rows of the input stay in the first-level cache.
+inline int64_t plane_rows_fitting(const DepthwiseShape& s) {
   constexpr int64_t kElements = 16 * 1024 / 4;
   const Geometry& g = s.geometry;
-  const int64_t planes = std::max<int64_t>(s.n * s.c, 1);
   const int64_t rows = kElements / (g.stride_w * plane_piece(s)), above = (s.r - 1) * g.dilation_h + 1;
-  const int64_t fitting = rows > above ? (rows - above) / g.stride_h + 1 : 1;
-  const int64_t parts = planes >= 4 * threads ? 1 : ceil_div(4 * threads, planes);
-  int64_t group = std::min(fitting / kPlaneRows * kPlaneRows, round_up(ceil_div(s.p, parts), kPlaneRows));
+  return rows > above ? (rows - above) / g.stride_h + 1 : 1;
+}
+
+/// So many rows at most, fewer where there would be too few tasks for the threads; `each` tasks come of one group.
+inline int64_t plane_group_rows(const DepthwiseShape& s, int64_t most, int64_t each, int threads) {
+  const int64_t parts = each >= 4 * threads ? 1 : ceil_div(4 * threads, each);
+  int64_t group = std::min(most / kPlaneRows * kPlaneRows, round_up(ceil_div(s.p, parts), kPlaneRows));
   group = std::max<int64_t>(group, kPlaneRows);
-  group = round_up(ceil_div(s.p, ceil_div(s.p, group)), kPlaneRows);  // of about the same size
+  return round_up(ceil_div(s.p, ceil_div(s.p, group)), kPlaneRows);  // of about the same size
+}
+
+inline CpuPlanesPlan plan_cpu_planes(const DepthwiseShape& s, int threads) {
+  const int64_t planes = std::max<int64_t>(s.n * s.c, 1);
+  const int64_t group = plane_group_rows(s, plane_rows_fitting(s), planes, threads);
   return {group, ceil_div(s.p, group), planes};
+}
+
+/// The fused forward of NCHW, plane by plane.
+struct CpuSeparablePlanesPlan {
+  int64_t group_rows;  // output rows of one task
+  int64_t row_groups;  // of a picture
+  int64_t pictures;
+  int64_t z_step;  // floats from a plane of z to the next
+  int64_t tasks() const { return pictures * row_groups; }
+};
+
+/// Rows whose z, of all channels, stays in the second-level cache.
+inline CpuSeparablePlanesPlan plan_cpu_separable_planes(const DepthwiseShape& s, int threads, int64_t l2_bytes) {
+  constexpr int64_t kLine = 16;
+  const int64_t row_bytes = std::max<int64_t>(4 * s.c * s.multiplier * s.q, 1);
+  const int64_t fitting = std::min(plane_rows_fitting(s), tile_budget(l2_bytes) / row_bytes);
+  const int64_t group = plane_group_rows(s, fitting, std::max<int64_t>(s.n, 1), threads);
+  const int64_t lines = ceil_div(std::min(group, s.p) * s.q, kLine);
+  return {group, ceil_div(s.p, group), s.n, (lines | 1) * kLine};  // an odd number: planes of z share no set of a cache
 }
 
 /// The same of a depthwise convolution alone, which is one call beside one of PyTorch's: measured, so many channels and
@@ -194,8 +223,6 @@ inline int64_t l2_cache_bytes() {
   const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
   return reported > 0 ? static_cast<int64_t>(reported) : int64_t{512} * 1024;
 }
-
-inline int64_t tile_budget(int64_t l2_bytes) { return std::min(kMaxTileBytes, l2_bytes / 2); }
 
 /// Tile and panel groups with the least estimated time of the slowest thread.
 ///

@@ -163,18 +163,16 @@ PlaneRowsOut<T> rows_out_of(const DepthwiseShape& s) {
 
 }  // namespace detail
 
-/// Unit `unit` of p.plan: some rows of outputs of one picture's channel, for all its filters. scratch:
-/// p.scratch_bytes(), zero or left by another unit.
-template <class T>
-void plane_fprop_unit(const PlaneFprop& p, int64_t unit, void* scratch) {
+/// Rows of outputs of one plane of x, of all pictures' planes, for all its filters: filter i's at y + i * step, one row
+/// after the other. scratch: p.scratch_bytes(), zero or left by another call.
+template <class T, class Y>
+void plane_outputs(const PlaneFprop& p, int64_t plane, Range of, void* scratch, Y* y, int64_t step) {
   const DepthwiseShape& s = p.shape;
-  const int64_t plane = unit / p.plan.row_groups, c = plane % s.c;  // of all pictures
-  const int64_t first = unit % p.plan.row_groups * p.plan.group_rows;
-  const int64_t count = std::min(p.plan.group_rows, s.p - first);
+  const int64_t c = plane % s.c, count = of.end - of.begin;
   float* const rows = static_cast<float*>(scratch) + p.rows.lead;
   const T* const x = static_cast<const T*>(p.x) + plane * s.h * s.w;
   const detail::OfOneChannel prologue(p.prologue, c);
-  const int64_t h = first * s.geometry.stride_h - s.geometry.pad_top;
+  const int64_t h = of.begin * s.geometry.stride_h - s.geometry.pad_top;
   for (int64_t i = 0; i < p.rows_in(count); ++i) {
     float* const to = rows + i * p.rows.row_elements();
     if (h + i < 0 || h + i >= s.h) {
@@ -183,12 +181,22 @@ void plane_fprop_unit(const PlaneFprop& p, int64_t unit, void* scratch) {
       bring_plane_row(p.rows, x + (h + i) * s.w, prologue.affine, to);
     }
   }
-  const detail::PlaneRowsOut<T> rows_out = detail::rows_out_of<T>(s);
+  const detail::PlaneRowsOut<Y> rows_out = detail::rows_out_of<Y>(s);
   for (int64_t i = 0; i < s.multiplier; ++i) {
     const detail::OfOneChannel output(p.output, c * s.multiplier + i);
-    T* const y = static_cast<T*>(p.y) + (plane * s.multiplier + i) * s.p * s.q + first * s.q;
-    rows_out(p, rows, count, p.w + (c * s.multiplier + i) * s.taps(), output.affine, y);
+    rows_out(p, rows, count, p.w + (c * s.multiplier + i) * s.taps(), output.affine, y + i * step);
   }
+}
+
+/// Unit `unit` of p.plan: some rows of outputs of one picture's channel, for all its filters. scratch as there.
+template <class T>
+void plane_fprop_unit(const PlaneFprop& p, int64_t unit, void* scratch) {
+  const DepthwiseShape& s = p.shape;
+  const int64_t plane = unit / p.plan.row_groups;  // of all pictures
+  const int64_t first = unit % p.plan.row_groups * p.plan.group_rows;
+  const Range rows{first, std::min(first + p.plan.group_rows, s.p)};
+  T* const y = static_cast<T*>(p.y) + plane * s.multiplier * s.p * s.q + first * s.q;
+  plane_outputs<T>(p, plane, rows, scratch, y, s.p * s.q);
 }
 
 }  // namespace xsep::cpu

@@ -9,6 +9,7 @@
 #include "glue.h"
 #include "packed_pointwise.h"
 #include "pair_gemm.h"
+#include "separable_planes.h"
 
 namespace xsep::cpu {
 
@@ -99,6 +100,34 @@ void all_of_z_first(const SeparableFprop& p, const Tensor& w_pw, const Pointwise
                         });
 }
 
+/// x, residual and y in NCHW, plane by plane.
+void separable_fprop_of_planes(SeparableOfPlanes& p, const Tensor& x, const Tensor& w_dw, const Tensor& w_pw,
+                               const OptionalTensor& residual, Tensor& y) {
+  const Tensor image = x.contiguous();
+  const Tensor taps = w_dw.to(at::kFloat).contiguous(), mixing = w_pw.to(at::kFloat).contiguous();
+  const Tensor added = residual ? residual->contiguous() : Tensor();
+  const DepthwiseShape& shape = p.depthwise.shape;
+  p.plan = plan_cpu_separable_planes(shape, at::get_num_threads(), l2_cache_bytes());
+  p.depthwise.plan.group_rows = p.plan.group_rows;
+  p.depthwise.rows = plane_rows(shape, p.depthwise.plan);
+  p.depthwise.rows.ahead = shape.h * shape.w;  // the next channel's
+  p.depthwise.x = image.const_data_ptr();
+  p.depthwise.w = taps.const_data_ptr<float>();
+  p.c_out = w_pw.size(0);
+  p.w_pw = mixing.const_data_ptr<float>();
+  p.residual = residual ? added.const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  const int64_t thread_bytes = round_up(p.scratch_bytes(), 64);
+  const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
+  at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
+    std::fill(mine, mine + thread_bytes, char{0});
+    with_storage(x.scalar_type(), [&](auto t) {
+      for (int64_t task = begin; task < end; ++task) separable_planes_task<decltype(t)>(p, task, mine);
+    });
+  });
+}
+
 Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const OptionalTensor& residual,
                        const OptionalTensor& scale_p, const OptionalTensor& shift_p, const OptionalTensor& scale_m,
                        const OptionalTensor& shift_m, const OptionalTensor& scale_e, const OptionalTensor& shift_e,
@@ -112,18 +141,31 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   TORCH_CHECK(c_out > 0 && w_pw.size(1) == c_mid && w_pw.size(2) == 1 && w_pw.size(3) == 1, "w_pw must be [C_out, ",
               c_mid, ", 1, 1], but is ", w_pw.sizes());
   const bool nchw = !wants_nhwc({x, w_dw, w_pw});
-  const bool planes = nchw && stores_planes(shape);
+  const PairGemm pair = pair_gemm(x.scalar_type());
+  const bool pairs = pair != PairGemm::kNone;
+  const bool by_planes = nchw && !pairs && getenv("BYPLANES");
+  const bool planes = by_planes || (nchw && stores_planes(shape));
   Tensor y = empty_image({shape.n, c_out, shape.p, shape.q}, x, planes);
   Tensor residual_rows;
   if (residual) {
     check_input(*residual, x.scalar_type(), 4, "residual");
     TORCH_CHECK(residual->sizes() == y.sizes(), "residual must be ", y.sizes(), ", but is ", residual->sizes());
-    residual_rows = to_nhwc(*residual);
+    if (!by_planes) residual_rows = to_nhwc(*residual);
   }
   if (shape.n == 0) return y;
+  if (by_planes) {
+    const AffineBuffers prologue(scale_p, shift_p, shape.c, 1, shape.c, activations[0], alphas[0]);
+    const AffineBuffers middle(scale_m, shift_m, c_mid, 1, c_mid, activations[1], alphas[1]);
+    const AffineBuffers epilogue(scale_e, shift_e, c_out, 1, c_out, activations[2], alphas[2]);
+    SeparableOfPlanes p{};
+    p.depthwise.shape = shape;
+    p.depthwise.prologue = prologue.affine();
+    p.depthwise.output = middle.affine();
+    p.epilogue = epilogue.affine();
+    separable_fprop_of_planes(p, x, w_dw, w_pw, residual, y);
+    return y;
+  }
 
-  const PairGemm pair = pair_gemm(x.scalar_type());
-  const bool pairs = pair != PairGemm::kNone;
   const PointwisePacking packing = pointwise_packing(w_pw, shape.multiplier);
   const bool was_packed = is_packed(packed, packing);
   SeparableFprop p{};
