@@ -74,6 +74,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("group_rows", &xsep::CpuPlanesPlan::group_rows)
       .def_readonly("row_groups", &xsep::CpuPlanesPlan::row_groups)
       .def_property_readonly("units", &xsep::CpuPlanesPlan::units);
+  py::class_<xsep::CpuSeparablePlanesPlan>(m, "CpuSeparablePlanesPlan")
+      .def_readonly("group_rows", &xsep::CpuSeparablePlanesPlan::group_rows)
+      .def_readonly("row_groups", &xsep::CpuSeparablePlanesPlan::row_groups)
+      .def_readonly("z_step", &xsep::CpuSeparablePlanesPlan::z_step)
+      .def_property_readonly("tasks", &xsep::CpuSeparablePlanesPlan::tasks);
   py::class_<xsep::CpuBackwardPlan>(m, "CpuBackwardPlan")
       .def_readonly("group_rows", &xsep::CpuBackwardPlan::group_rows)
       .def_readonly("row_groups", &xsep::CpuBackwardPlan::row_groups)
@@ -172,6 +177,27 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
       py::arg("lanes"), "Whether the depthwise forward takes NCHW plane by plane, with so many lanes in a vector.");
+  m.def(
+      "cpu_separates_planes",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, bool nchw, bool pairs,
+         int threads, int lanes, int64_t l2_bytes) {
+        return xsep::cpu_separates_planes(make_shape(x, filter, multiplier, geometry), nchw, pairs, threads, lanes,
+                                          l2_bytes ? l2_bytes : xsep::l2_cache_bytes());
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("nchw"),
+      py::arg("pairs"), py::arg("threads"), py::arg("lanes"), py::arg("l2_bytes") = 0,
+      "Whether the fused forward takes an NCHW input plane by plane; pairs: BFloat16 would else be multiplied in "
+      "pairs; "
+      "lanes: floats of a vector; l2_bytes of second-level cache, 0 for this machine's.");
+  m.def(
+      "plan_cpu_separable_planes",
+      [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads,
+         int64_t l2_bytes) {
+        return xsep::plan_cpu_separable_planes(make_shape(x, filter, multiplier, geometry), threads,
+                                               l2_bytes ? l2_bytes : xsep::l2_cache_bytes());
+      },
+      py::arg("x"), py::arg("filter"), py::arg("multiplier"), py::arg("geometry"), py::kw_only(), py::arg("threads"),
+      py::arg("l2_bytes") = 0, "How the fused forward by planes is cut into tasks: some rows of a picture each.");
   m.def(
       "plan_cpu_planes",
       [](const Sizes& x, const Sizes& filter, int64_t multiplier, const Sizes& geometry, int threads) {

@@ -148,23 +148,27 @@ def test_nchw_of_few_channels_is_turned_round_as_a_whole_in_the_backward(channel
     assert module.cpu_turns_in_units((2, channels, 19, 19), (3, 3), 1, SAME) == in_units
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("channels", "size", "nchw", "idle"),
+    ("channels", "size", "nchw", "stride", "idle"),
     [
-        (1, 64, True, True), (1, 64, False, True), (1, 19, False, False), (7, 64, True, True), (7, 64, False, False),
-        (8, 64, True, False), (7, 19, True, False),
+        (1, 64, True, 1, (False, True)), (1, 64, False, 1, (True, True)), (1, 19, False, 1, (False, False)),
+        (3, 224, True, 1, (False, False)), (3, 224, True, 2, (False, True)), (3, 64, True, 2, (False, False)),
+        (3, 224, False, 2, (False, False)), (4, 224, True, 2, (False, False)),
     ],
 )  # fmt: skip
 def test_vectors_are_all_but_empty_where_channels_are_few(
-    channels: int, size: int, nchw: bool, idle: bool, training: bool
+    channels: int, size: int, nchw: bool, stride: int, idle: tuple[bool, bool]
 ) -> None:
+    """In a forward by itself, and in a training step, where a large filter changes it but for one channel."""
     module = extension.binding()
     assert module is not None, "the extension is not built"
-    x = (2, channels, size, size)
-    assert module.cpu_leaves_lanes_idle(x, (3, 3), 1, SAME, nchw=nchw, training=training) == idle
-    large = module.cpu_leaves_lanes_idle(x, (5, 5), 1, SAME, nchw=nchw, training=training)
-    assert large == (idle and (channels == 1 or not training))
+    x, geometry = (2, channels, size, size), (stride, stride, 2, 2, 2, 2, 1, 1)
+    for filter in (3, 5):
+        found = tuple(
+            module.cpu_leaves_lanes_idle(x, (filter, filter), 1, geometry, nchw=nchw, training=training)
+            for training in (False, True)
+        )
+        assert found == ((idle[0], False) if filter == 5 and channels > 1 else idle)
 
 
 STRIDED = (2, 2, 1, 1, 1, 1, 1, 1)
@@ -263,6 +267,54 @@ def test_which_pictures_are_taken_plane_by_plane(
     assert tuple(taken(lanes, True) for lanes in (4, 8, 16)) == planes
     assert all(taken(lanes, False) == (channels == 1) for lanes in (4, 8, 16))
     assert taken(8, True, multiplier=2) and not taken(8, False, multiplier=2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "multiplier", "size", "filter", "geometry", "planes"),
+    [
+        (1, 1, 7, 5, STRIDED, (True, True, True, True)), (7, 3, 19, 7, STRIDED, (True, True, True, True)),
+        (8, 1, 28, 5, SAME, (True, True, True, True)), (12, 1, 28, 3, STRIDED, (False, False, True, False)),
+        (16, 1, 28, 3, SAME, (False, False, False, False)), (16, 2, 28, 3, SAME, (True, True, True, False)),
+        (64, 1, 48, 3, SAME, (True, True, True, False)), (64, 1, 47, 3, SAME, (False, False, False, False)),
+        (64, 1, 96, 3, STRIDED, (False, False, False, False)), (65, 1, 56, 3, SAME, (False, False, False, False)),
+        (900, 4, 56, 3, SAME, (False, False, False, False)),
+    ],
+)  # fmt: skip
+def test_which_fused_forwards_go_plane_by_plane(
+    channels: int, multiplier: int, size: int, filter: int, geometry: tuple[int, ...], planes: tuple[bool, ...]
+) -> None:
+    """With vectors of 4, 8 and 16 lanes, and where bfloat16 could be multiplied in pairs."""
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+
+    def taken(lanes: int, pairs: bool = False, nchw: bool = True, threads: int = 2) -> bool:
+        x = (2, channels, size, size)
+        return bool(
+            module.cpu_separates_planes(
+                x, (filter, filter), multiplier, geometry, nchw=nchw, pairs=pairs, threads=threads, lanes=lanes,
+                l2_bytes=2**20,
+            )
+        )  # fmt: skip
+
+    assert (taken(4), taken(8), taken(16), taken(16, pairs=True)) == planes
+    assert not taken(16, nchw=False)
+    assert taken(16, threads=999) == (planes[2] and channels < 16)  # else with a task for each thread
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("x", [(1, 1, 224, 224), (2, 3, 40, 3000), (1, 200, 7, 7), (4, 64, 56, 56), (0, 3, 8, 8)])
+@pytest.mark.parametrize("geometry", [SAME, (2, 3, 24, 25, 12, 13, 2, 4)])
+def test_rows_of_z_stay_in_the_cache(x: tuple[int, int, int, int], geometry: tuple[int, ...], threads: int) -> None:
+    module = extension.binding()
+    assert module is not None, "the extension is not built"
+    stride, _, left, right, top, bottom, dilation, _ = geometry
+    rows = (x[2] + top + bottom - 2 * dilation - 1) // stride + 1
+    columns = (x[3] + left + right - 2 * geometry[7] - 1) // geometry[1] + 1
+    plan = module.plan_cpu_separable_planes(x, (3, 3), 2, geometry, threads=threads, l2_bytes=2**20)
+    assert plan.tasks == x[0] * plan.row_groups and plan.group_rows % 4 == 0
+    assert (plan.row_groups - 1) * plan.group_rows < rows <= plan.row_groups * plan.group_rows
+    assert plan.z_step >= min(plan.group_rows, rows) * columns and plan.z_step % 32 == 16
+    assert plan.group_rows == 4 or 8 * x[1] * plan.group_rows * columns <= 2**19
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])

@@ -22,25 +22,28 @@ def test_auto_takes_the_fused_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "layout", "runs_on"),
-    [(3, 48, torch.contiguous_format, "aten"), (3, 48, torch.channels_last, "cpu"),
-     (1, 48, torch.channels_last, "aten"), (8, 48, torch.contiguous_format, "cpu"),
-     (3, 9, torch.contiguous_format, "cpu")],
+    ("channels", "size", "layout", "stride", "left"),
+    [(1, 48, torch.contiguous_format, 1, True), (1, 19, torch.contiguous_format, 1, False),
+     (3, 192, torch.contiguous_format, 2, True), (3, 192, torch.contiguous_format, 1, False),
+     (3, 192, torch.channels_last, 2, False), (4, 192, torch.contiguous_format, 2, False)],
 )  # fmt: skip
-def test_channels_that_leave_vectors_empty_are_left_to_pytorch(
-    channels: int, size: int, layout: torch.memory_format, runs_on: str, monkeypatch: pytest.MonkeyPatch
+def test_training_of_channels_that_leave_vectors_empty_is_left_to_pytorch(
+    channels: int, size: int, layout: torch.memory_format, stride: int, left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XSEP_BACKEND", raising=False)
-    x = torch.randn(2, channels, size, size).contiguous(memory_format=layout).requires_grad_()
+    x = torch.randn(2, channels, size, size).contiguous(memory_format=layout)
     w_dw, w_pw = torch.randn(channels, 1, 3, 3), torch.randn(4, channels, 1, 1)
-    text = xsep.explain(x, w_dw, w_pw, padding=1)
-    assert f"runs on   {runs_on}" in text and (runs_on == "cpu" or "leave most lanes of a vector idle" in text)
-    assert "backward" not in text  # goes the same way
+    text = xsep.explain(x, w_dw, w_pw, padding=1, stride=stride)
+    assert "runs on   cpu" in text
+    assert ("backward  aten: PyTorch's convolutions are faster" in text) == left
+    alone = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, stride=stride)
+    x.requires_grad_()
     for _ in range(2):  # the second time by the calls that were checked once
-        y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1)
-        if runs_on == "aten":
-            plain = torch.nn.functional.conv2d(x, w_dw, padding=1, groups=channels)
-            assert torch.equal(y, torch.nn.functional.conv2d(plain, w_pw))
+        y = xsep.separable_conv2d(x, w_dw, w_pw, padding=1, stride=stride)
+        plain = torch.nn.functional.conv2d(x, w_dw, None, stride, 1, groups=channels)
+        # PyTorch's own two convolutions, whose gradients are theirs, or what a forward by itself is.
+        assert torch.equal(y, torch.nn.functional.conv2d(plain, w_pw) if left else alone)
+        assert (y.grad_fn is not None and "Convolution" in type(y.grad_fn).__name__) == left
         y.sum().backward()
 
 

@@ -75,7 +75,7 @@ def first(
         maker = makers[forward.name]
     if settled and (forward is backward or left) and backward.is_one_call(args) and backward.is_one_backward(args):
         training = makers[backward.name]
-    elif backward is ATEN and is_bare(args) and _may_keep(args, left):
+    elif backward is ATEN and is_bare(args) and _may_keep(args, problem, name):
         training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
     activations, alphas = args.activations, args.alphas
     if isinstance(args, DepthwiseArgs):  # nothing stands in the middle
@@ -85,8 +85,9 @@ def first(
     return y
 
 
-def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], left: bool) -> bool:
+def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], problem: Problem, name: str) -> bool:
     """Whether PyTorch may keep for its own gradients what it wants to."""
     if isinstance(args, DepthwiseArgs):  # the same as the op
         return args.x.dtype != torch.bfloat16  # of which ATEN mends the weights' gradient
-    return left  # z as well, which nobody asked it for: making so few channels again costs more than keeping them
+    # z as well, which nobody asked it for: making so few channels again costs more than keeping them.
+    return dispatch.choice(problem, name, "backward").left

@@ -57,15 +57,16 @@ inline CpuTilePlan cut_into_tiles(int64_t pixels, int64_t most, int64_t panels, 
 /// From here on PyTorch's gradients take so long that ours are faster with most lanes idle.
 constexpr int64_t kLargeFilter = 25;
 
-/// Whether PyTorch's own two convolutions do better. Ours hold channels in the lanes of a vector, and one channel, or
-/// so few of NCHW that turning them round fills no vector either, leaves most lanes idle. Of few pixels a call is
-/// mostly checks and dispatch, which is one where PyTorch's are two. training: beside a backward, where several
-/// channels under a large filter are ours, but one channel is left whatever its filter.
+/// Whether PyTorch's own two convolutions do better, as measured. Ours hold channels in the lanes of a vector, and one
+/// channel, or in a backward two or three of NCHW that are turned round, leave most lanes idle: it is a stride that
+/// makes that count, for few outputs and much input. Of few pixels a call is mostly checks and dispatch, which is one
+/// where PyTorch's are two. A forward of NCHW goes plane by plane (cpu_separates_planes). training: beside a backward.
 inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training) {
-  constexpr int64_t kLeastChannels = 8, kLeastPixels = 4096;
-  if (s.pixels_out() < kLeastPixels) return false;
+  constexpr int64_t kFewChannels = 3, kLeastPixels = 4096, kManyPixels = 8192;
+  if (s.pixels_out() < kLeastPixels || (nchw && !training)) return false;
   if (s.c == 1) return true;
-  return nchw && s.c < kLeastChannels && !(training && s.taps() >= kLargeFilter);
+  const bool strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
+  return nchw && s.c <= kFewChannels && strided && s.pixels_out() >= kManyPixels && s.taps() < kLargeFilter;
 }
 
 /// The same of bfloat16 in NHWC where a chip multiplies pairs, which PyTorch's convolutions then do, too: measured,
@@ -141,7 +142,7 @@ struct CpuSeparablePlanesPlan {
   int64_t tasks() const { return pictures * row_groups; }
 };
 
-/// Rows whose z, of all channels, stays in the second-level cache.
+/// Rows whose z, of all channels, stays in the second-level cache where that is not less than kPlaneRows.
 inline CpuSeparablePlanesPlan plan_cpu_separable_planes(const DepthwiseShape& s, int threads, int64_t l2_bytes) {
   constexpr int64_t kLine = 16;
   const int64_t row_bytes = std::max<int64_t>(4 * s.c * s.multiplier * s.q, 1);
@@ -149,6 +150,22 @@ inline CpuSeparablePlanesPlan plan_cpu_separable_planes(const DepthwiseShape& s,
   const int64_t group = plane_group_rows(s, fitting, std::max<int64_t>(s.n, 1), threads);
   const int64_t lines = ceil_div(std::min(group, s.p) * s.q, kLine);
   return {group, ceil_div(s.p, group), s.n, (lines | 1) * kLine};  // an odd number: planes of z share no set of a cache
+}
+
+/// Whether the fused forward takes NCHW plane by plane, and multiplies in float what chips would else multiply in
+/// pairs. Measured: where channels are few, faster by the less of a vector they would fill; with a multiplier, whose
+/// passes would else be put in order; and where rows are long and channels so few that turning x and y round is much of
+/// the work.
+inline bool cpu_separates_planes(const DepthwiseShape& s, bool nchw, bool pairs, int threads, int lanes,
+                                 int64_t l2_bytes) {
+  constexpr int64_t kFewest = 8, kFewChannels = 16, kSomeChannels = 64, kLongRow = 48;
+  if (!nchw) return false;
+  const bool dense = s.geometry.stride_h == 1 && s.geometry.stride_w == 1;
+  if (s.c < kFewest || (s.c < kFewChannels && (dense || (lanes >= 16 && !pairs)))) return true;
+  const bool turning = s.r <= 3 && s.s <= 3 && dense && s.q >= kLongRow && s.c <= kSomeChannels;
+  if (pairs || !(s.multiplier > 1 || turning)) return false;
+  const CpuSeparablePlanesPlan plan = plan_cpu_separable_planes(s, threads, l2_bytes);
+  return plan.tasks() >= threads && 4 * s.c * s.multiplier * plan.z_step <= tile_budget(l2_bytes);
 }
 
 /// The same of a depthwise convolution alone, which is one call beside one of PyTorch's: measured, so many channels and

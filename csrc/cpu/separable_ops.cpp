@@ -143,7 +143,7 @@ Tensor separable_fprop(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, 
   const bool nchw = !wants_nhwc({x, w_dw, w_pw});
   const PairGemm pair = pair_gemm(x.scalar_type());
   const bool pairs = pair != PairGemm::kNone;
-  const bool by_planes = nchw && !pairs && getenv("BYPLANES");
+  const bool by_planes = cpu_separates_planes(shape, nchw, pairs, at::get_num_threads(), kLanes, l2_cache_bytes());
   const bool planes = by_planes || (nchw && stores_planes(shape));
   Tensor y = empty_image({shape.n, c_out, shape.p, shape.q}, x, planes);
   Tensor residual_rows;

@@ -118,6 +118,10 @@ class CpuBackend(Backend):
             how += self._turned(p, where, threads, 1)
             return f"depthwise, {staged.tasks} tasks of {staged.run_pixels} pixels, {how}"
         paired = p.dtype == torch.bfloat16 and torch.ops.xsep.cpu_has_bfloat16_gemm()
+        lanes = LANES[extension.load_cpu().level]
+        if module.cpu_separates_planes(*where, nchw=not p.channels_last, pairs=paired, threads=threads, lanes=lanes):
+            rows = module.plan_cpu_separable_planes(*where, threads=threads)
+            return f"fused, plane by plane, {rows.tasks} tasks of {rows.group_rows} rows, float32 GEMM, {how}"
         fused = module.plan_cpu_separable(*where, c_out=p.c_out, threads=threads, z_bytes=2 if paired else 4)
         how += self._turned(p, where, threads, fused.panel_groups)
         gemm = f"{'bfloat16' if paired else 'float32'} GEMM, {how}"
