@@ -120,6 +120,20 @@ def _matrix() -> list[Case]:
         add(op="depthwise", n=1, c_in=19, h=11, w=70, dtype=dtype, layout="contiguous", vectors=VECTORS[:2])
         add(op="depthwise", c_in=7, h=18, w=40, filter=(3, 4), stride=(2, 3), dilation=(1, 2), padding=(3, 4, 1, 0),
             dtype=dtype, layout="contiguous")  # fmt: skip
+    # The fused forward of NCHW plane by plane: rows of pixels and of channels that end anywhere in a block, several
+    # tasks to a picture, more channels than one sum is long, and all that can stand around the products.
+    for dtype in TYPES:
+        for c_in, multiplier, h, w, size, stride, c_out in (
+            (1, 1, 9, 21, 3, 1, 5), (3, 1, 70, 61, 3, 2, 32), (5, 2, 33, 40, 5, 1, 13), (7, 1, 21, 150, 7, 2, 18),
+            (12, 1, 37, 50, 3, 1, 24), (40, 1, 26, 49, 3, 1, 7), (20, 3, 18, 31, 3, 2, 66), (64, 1, 14, 60, 3, 1, 130),
+            (100, 3, 9, 17, 3, 1, 20), (6, 1, 1, 1, 1, 1, 6),
+        ):  # fmt: skip
+            some = {"n": 2, "c_in": c_in, "multiplier": multiplier, "h": h, "w": w, "filter": (size, size),
+                    "stride": (stride, stride), "padding": (size // 2, size // 2, size - 1, 0), "c_out": c_out,
+                    "dtype": dtype, "layout": "contiguous"}  # fmt: skip
+            add(activations=(None, None, None), bias=True, **some)
+            add(activations=(None, "relu", "relu"), vectors=VECTORS[2:], **some)
+            add(activations=("relu", "silu", "relu6"), vectors=VECTORS, residual=True, bias=True, **some)
     # Outputs a dilation apart are rows by themselves: padding that its steps do not divide, less of it than the filter
     # reaches and more, rows that tiles begin anywhere in; and a dilation more than half as long as a row.
     for dtype in TYPES:
@@ -362,6 +376,23 @@ def test_the_matrix_has_inputs_brought_row_by_row_and_beforehand(nchw: bool) -> 
         if c.n and (c.layout == "contiguous" if nchw else c.layout != "contiguous" and c.activations[0])
     ]  # fmt: skip
     assert min(by_rows.count(True), by_rows.count(False)) > 10
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_the_matrix_has_fused_forwards_plane_by_plane(lanes: int) -> None:
+    module = planner()
+    cases = [c for c in MATRIX if c.op == "separable" and c.n and c.layout == "contiguous"]
+    by_planes = [
+        module.cpu_separates_planes(
+            *sizes(c), nchw=True, pairs=False, threads=2, lanes=lanes
+        )
+        for c in cases
+    ]  # fmt: skip
+    assert min(by_planes.count(True), by_planes.count(False)) > 90
+    taken = [c for c, planes in zip(cases, by_planes, strict=True) if planes]
+    assert any(c.c_in * c.multiplier > 256 for c in taken) and any(c.multiplier == 1 and c.c_in > 16 for c in taken)
+    tasks = [module.plan_cpu_separable_planes(*sizes(c), threads=1).tasks // c.n for c in taken]
+    assert 1 in tasks and max(tasks) > 3
 
 
 @pytest.mark.parametrize("lanes", [8, 16])

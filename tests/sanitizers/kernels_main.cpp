@@ -13,6 +13,7 @@
 #include "cpu/pack.h"
 #include "cpu/plane_fprop.h"
 #include "cpu/separable_fprop.h"
+#include "cpu/separable_planes.h"
 #include "cpu/separable_wgrad.h"
 
 namespace {
@@ -255,6 +256,53 @@ bool planes(const Problem& problem, bool with_affines) {
   return good;
 }
 
+/// The fused forward of NCHW, plane by plane, alone and by several threads; the affines come with a residual.
+bool fused_planes(const Problem& problem, bool with_affines) {
+  const DepthwiseShape& s = problem.shape;
+  const int64_t c_mid = s.c * s.multiplier, c_out = problem.c_out;
+  Random next;
+  const std::vector<float> x = random_values(s.pixels_in() * s.c, next);
+  const std::vector<float> w_dw = random_values(c_mid * s.taps(), next), w_pw = random_values(c_out * c_mid, next);
+  const std::vector<float> scale = random_values(std::max(s.c, c_out), next);
+  const std::vector<float> shift = random_values(std::max(s.c, c_out), next);
+  const std::vector<float> residual = random_values(s.pixels_out() * c_out, next);
+  const std::vector<float> x_planes = in_planes(s, x);
+  SeparableOfPlanes p{};
+  p.depthwise.shape = s;
+  p.depthwise.x = x_planes.data();
+  p.depthwise.w = w_dw.data();
+  p.c_out = c_out;
+  p.w_pw = w_pw.data();
+  if (with_affines) {
+    p.depthwise.prologue = {scale.data(), shift.data(), Activation::kRelu, 0};
+    p.epilogue = {scale.data(), shift.data(), Activation::kIdentity, 0};
+    p.residual = residual.data();
+  }
+  const std::vector<double> truth = plain(problem, x, p.depthwise.prologue, w_dw, w_pw);
+  const std::vector<float> added = in_pixels(s.n, c_out, s.p * s.q, residual);
+  bool good = true;
+  for (const int threads : {1, kThreads}) {
+    p.plan = plan_cpu_separable_planes(s, threads, 64 * 1024);
+    p.depthwise.plan.group_rows = p.plan.group_rows;
+    p.depthwise.rows = plane_rows(s, p.depthwise.plan);
+    std::vector<float> y(static_cast<size_t>(s.pixels_out() * c_out), std::nanf(""));
+    p.y = y.data();
+    std::vector<std::vector<float>> scratch(static_cast<size_t>(threads));
+    for (auto& mine : scratch) mine.assign(static_cast<size_t>(p.scratch_bytes() / 4), 0.0f);
+    run_tasks(p.plan.tasks(), threads, [&](int64_t task, int thread) {
+      separable_planes_task<float>(p, task, scratch[static_cast<size_t>(thread)].data());
+    });
+    y = in_pixels(s.n, c_out, s.p * s.q, y);
+    for (size_t i = 0; i < truth.size(); ++i) {
+      const size_t c = i % static_cast<size_t>(c_out);
+      const double affine = truth[i] * static_cast<double>(scale[c]) + static_cast<double>(shift[c]);
+      const double right = with_affines ? affine + static_cast<double>(added[i]) : truth[i];
+      good = good && std::fabs(static_cast<double>(y[i]) - right) <= 1e-4 * (1 + std::fabs(right));
+    }
+  }
+  return good;
+}
+
 /// The depthwise backward with all it can give: dx, dw and the prologue's gradients. The same of x and to dx in NCHW,
 /// in any combination.
 bool backward(const Problem& problem) {
@@ -391,7 +439,8 @@ int main() {
   for (Problem& problem : problems) {
     problem.shape.set_output_size();
     const bool there = forward(problem, Rows::kWhereTheyLie) && forward(problem, Rows::kTurned) &&
-                       forward(problem, Rows::kWithPrologue) && planes(problem, false) && planes(problem, true);
+                       forward(problem, Rows::kWithPrologue) && planes(problem, false) && planes(problem, true) &&
+                       fused_planes(problem, false) && fused_planes(problem, true);
     const bool back = backward(problem) && weight_gradient(problem);
     std::printf("%s: forward %s, backward %s\n", problem.name, there ? "right" : "WRONG", back ? "right" : "WRONG");
     wrong += !there + !back;
