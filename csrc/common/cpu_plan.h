@@ -119,9 +119,10 @@ inline int64_t plane_rows_fitting(const DepthwiseShape& s) {
   return rows > above ? (rows - above) / g.stride_h + 1 : 1;
 }
 
-/// So many rows at most, fewer where there would be too few tasks for the threads; `each` tasks come of one group.
-inline int64_t plane_group_rows(const DepthwiseShape& s, int64_t most, int64_t each, int threads) {
-  const int64_t parts = each >= 4 * threads ? 1 : ceil_div(4 * threads, each);
+/// So many rows at most, fewer where there would be too few tasks for the threads, of which each group of rows makes so
+/// many.
+inline int64_t plane_group_rows(const DepthwiseShape& s, int64_t most, int64_t tasks, int threads) {
+  const int64_t parts = tasks >= 4 * threads ? 1 : ceil_div(4 * threads, tasks);
   int64_t group = std::min(most / kPlaneRows * kPlaneRows, round_up(ceil_div(s.p, parts), kPlaneRows));
   group = std::max<int64_t>(group, kPlaneRows);
   return round_up(ceil_div(s.p, ceil_div(s.p, group)), kPlaneRows);  // of about the same size
@@ -351,8 +352,8 @@ inline bool cpu_brings_rows(const DepthwiseShape& s, bool nchw, int threads, int
 /// Whether each thread brings the rows of an NHWC x although it could read them where they lie: with the columns of
 /// neighbouring taps a page apart, all that a block reads falls into one set of the first-level cache, and what it
 /// reads of a line is gone before the rest is wanted. Rows are brought with pixels a line further apart. lanes: floats
-/// of a vector. Measured: worth it for blocks that read many lines, of few columns' rows; with half a line to a vector
-/// for two sets as for one, of the 16-bit types only there.
+/// of a vector. Measured: worth it at stride 1 where a block reads many lines and what is brought stays in the
+/// second-level cache; vectors of half a line gain at half a page, too, and with no others do the 16-bit types gain.
 inline bool cpu_spreads_pixels(const DepthwiseShape& s, int threads, int64_t visits, int lanes, int64_t element_bytes) {
   constexpr int64_t kPage = 4096, kLeastLines = 20, kMostBytes = 1024 * 1024;
   const Geometry& g = s.geometry;

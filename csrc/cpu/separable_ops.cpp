@@ -121,7 +121,7 @@ void separable_fprop_of_planes(SeparableOfPlanes& p, const Tensor& x, const Tens
   const Tensor scratch = empty_bytes(thread_bytes * at::get_num_threads());
   at::parallel_for(0, p.plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     char* const mine = static_cast<char*>(scratch.mutable_data_ptr()) + at::get_thread_num() * thread_bytes;
-    std::fill(mine, mine + thread_bytes, char{0});
+    std::fill(mine + p.z_bytes(), mine + thread_bytes, char{0});
     with_storage(x.scalar_type(), [&](auto t) {
       for (int64_t task = begin; task < end; ++task) separable_planes_task<decltype(t)>(p, task, mine);
     });

@@ -141,7 +141,8 @@ void multiply_planes(const SeparableOfPlanes& p, const float* z, int64_t pixels,
 
 }  // namespace detail
 
-/// Task `task` of p.plan: some rows of one picture. scratch: p.scratch_bytes(), zero or left by another task.
+/// Task `task` of p.plan: some rows of one picture. scratch: p.scratch_bytes(), behind the first p.z_bytes() of them
+/// zero or left by another task.
 template <class T>
 void separable_planes_task(const SeparableOfPlanes& p, int64_t task, void* scratch) {
   const DepthwiseShape& s = p.depthwise.shape;

@@ -288,7 +288,10 @@ bool fused_planes(const Problem& problem, bool with_affines) {
     std::vector<float> y(static_cast<size_t>(s.pixels_out() * c_out), std::nanf(""));
     p.y = y.data();
     std::vector<std::vector<float>> scratch(static_cast<size_t>(threads));
-    for (auto& mine : scratch) mine.assign(static_cast<size_t>(p.scratch_bytes() / 4), 0.0f);
+    for (auto& mine : scratch) {
+      mine.assign(static_cast<size_t>(p.scratch_bytes() / 4), 0.0f);
+      std::fill(mine.begin(), mine.begin() + p.z_bytes() / 4, std::nanf(""));
+    }
     run_tasks(p.plan.tasks(), threads, [&](int64_t task, int thread) {
       separable_planes_task<float>(p, task, scratch[static_cast<size_t>(thread)].data());
     });
