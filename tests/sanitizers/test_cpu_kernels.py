@@ -120,6 +120,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         testing.check(Case(c_in=33, c_out=67, h=8, w=9, vectors=VECTORS, dtype=dtype, layout=layout, residual=True,
                            bias=True, activations=("relu", "silu", "relu")), "cpu")
         count += 1
+    # Plane by plane, with a multiplier too; outputs a dilation apart; pixels moved apart.
+    for fields in (dict(c_in=3, h=41, w=37, stride=(2, 2), c_out=19, layout="contiguous", residual=True, bias=True),
+                   dict(c_in=20, multiplier=3, c_out=13, h=13, w=29, layout="contiguous"),
+                   dict(c_in=70, c_out=13, h=9, w=41, dilation=(1, 3), padding=(2, 3, 1, 1)),
+                   dict(c_in=1024, c_out=3, h=6, w=9, layout="channels_last", activations=(None, None, None))):
+        testing.check(Case(dtype=dtype, **fields), "cpu")
+        count += 1
 print(count, "cases")
 """
 
@@ -157,4 +164,4 @@ def test_the_library_through_python() -> None:
             timeout=1800,
         )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert "61 cases" in done.stdout and "runtime error" not in done.stderr
+    assert "73 cases" in done.stdout and "runtime error" not in done.stderr
