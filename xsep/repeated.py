@@ -64,7 +64,8 @@ def first(
     module = extension.repeated()
     assert module is not None  # who else said that it does not know the call
     forward, left = dispatch.select(problem, name), dispatch.choice(problem, name).left
-    backward = dispatch.choice(problem, name, "backward").backend
+    training_step = dispatch.choice(problem, name, "backward")
+    backward = training_step.backend
     makers = {"cpu": module.Maker.CPU, "cuda": module.Maker.CUDA}
     maker = training = module.Maker.PYTHON
     # The settings by which a GPU multiplies float32 may change from call to call.
@@ -75,7 +76,7 @@ def first(
         maker = makers[forward.name]
     if settled and (forward is backward or left) and backward.is_one_call(args) and backward.is_one_backward(args):
         training = makers[backward.name]
-    elif backward is ATEN and is_bare(args) and _may_keep(args, problem, name):
+    elif backward is ATEN and is_bare(args) and _may_keep(args, training_step.left):
         training = module.Maker.CONVOLUTIONS  # and PyTorch's own gradients
     activations, alphas = args.activations, args.alphas
     if isinstance(args, DepthwiseArgs):  # nothing stands in the middle
@@ -85,9 +86,8 @@ def first(
     return y
 
 
-def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], problem: Problem, name: str) -> bool:
+def _may_keep(args: Union[SeparableArgs, DepthwiseArgs], left: bool) -> bool:
     """Whether PyTorch may keep for its own gradients what it wants to."""
     if isinstance(args, DepthwiseArgs):  # the same as the op
         return args.x.dtype != torch.bfloat16  # of which ATEN mends the weights' gradient
-    # z as well, which nobody asked it for: making so few channels again costs more than keeping them.
-    return dispatch.choice(problem, name, "backward").left
+    return left  # z as well, which nobody asked it for: making so few channels again costs more than keeping them

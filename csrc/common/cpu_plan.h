@@ -63,10 +63,10 @@ constexpr int64_t kLargeFilter = 25;
 /// where PyTorch's are two. A forward of NCHW goes plane by plane (cpu_separates_planes). training: beside a backward.
 inline bool cpu_leaves_lanes_idle(const DepthwiseShape& s, bool nchw, bool training) {
   constexpr int64_t kFewChannels = 3, kLeastPixels = 4096, kManyPixels = 8192;
-  if (s.pixels_out() < kLeastPixels || (nchw && !training)) return false;
+  if (s.pixels_out() < kLeastPixels || (training ? s.taps() >= kLargeFilter : nchw)) return false;
   if (s.c == 1) return true;
   const bool strided = s.geometry.stride_h > 1 || s.geometry.stride_w > 1;
-  return nchw && s.c <= kFewChannels && strided && s.pixels_out() >= kManyPixels && s.taps() < kLargeFilter;
+  return nchw && s.c <= kFewChannels && strided && s.pixels_out() >= kManyPixels;
 }
 
 /// The same of bfloat16 in NHWC where a chip multiplies pairs, which PyTorch's convolutions then do, too: measured,

@@ -31,7 +31,7 @@ namespace detail {
 /// Pixels of a block's products, which stay in the first-level cache until they are finished.
 constexpr int64_t kPlaneProducts = 128;
 
-/// y at [0, pixels) of one channel from its products.
+/// y at [0, pixels) of one channel, which is the epilogue's in all lanes, from its products.
 template <class T>
 void finish_plane_row(const ChannelAffine& epilogue, const float* products, int64_t pixels, const T* residual, T* y) {
   constexpr int kVectors = 4;
@@ -39,12 +39,7 @@ void finish_plane_row(const ChannelAffine& epilogue, const float* products, int6
     Vec v[kVectors];
     const auto lanes = [&](int j) { return std::clamp<int64_t>(pixels - i - j * kLanes, 0, kLanes); };
     unroll<kVectors>([&](auto j) __attribute__((always_inline)) { v[j] = load(products + i + j * kLanes); });
-    if (epilogue.scale) {
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { v[j] = v[j] * load(epilogue.scale); });
-    }
-    if (epilogue.shift) {
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { v[j] = v[j] + load(epilogue.shift); });
-    }
+    scale_and_shift(epilogue, 0, v);
     if (residual) {
       unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
         if (lanes(j) > 0) v[j] = v[j] + load_lanes(residual + i + j * kLanes, lanes(j));
