@@ -132,9 +132,9 @@ def ship(check: Check) -> None:
     with contextlib.suppress(OSError, ValueError):  # not measured yet: what is verified is worth a table of its own
         measured = findings.from_json((check.out / "table.json").read_text())
         measured.verified = made.verified
-        for key, entry in measured.entries.items() if made.verified and measured.card == made.card else ():
-            times = {d: {n: us for n, us in t.items() if measured.vouches_for(n)} for d, t in entry.times.items()}
-            made.entries[key] = findings.Finding(entry.problem, times, entry.refused)
+        if made.verified and measured.card == made.card:
+            made.entries = {key: measured.vouched(entry) for key, entry in measured.entries.items()}
+            made.probes = {key: measured.vouched(probe) for key, probe in measured.probes.items()}
     try:
         target.parent.mkdir(exist_ok=True)
         findings.write_whole(target, findings.to_json(made))

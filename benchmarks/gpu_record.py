@@ -95,10 +95,10 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged_tables(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A new table, with the problems of the old one that it has not; alone where they are of other sources or cards."""
+    """A new table, with what of the old one it has not; alone where they are of other sources or cards."""
     if any(old.get(k) != new.get(k) for k in ("format", "card", "architecture", "versions", "digests")):
         return new
-    return {**new, "entries": {**old["entries"], **new["entries"]}}
+    return {**new, **{kind: {**old.get(kind, {}), **new[kind]} for kind in ("entries", "probes")}}
 
 
 def _recompute_sepconv(record: dict[str, Any]) -> None:

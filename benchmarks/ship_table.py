@@ -12,7 +12,7 @@ import common
 import micro
 import torch
 
-from xsep import dispatch
+from xsep import card_check, dispatch
 from xsep.measuring import Effort, measure
 from xsep.problem import IDENTITY, RELU, Problem
 from xsep.tuning import findings
@@ -20,8 +20,11 @@ from xsep.tuning import findings
 DESCRIPTION = """\
 Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with and without the
 ReLU before it, and writes table.json, anew after each: what xsep's `auto` looks a problem up in on such a card, once
-`make gpu-check` has added there which backends are verified. A backend that is wrong on a layer gets no time there, is
+`make gpu-check` has added there which backends are verified; on a GPU first the layers by which the cost model is
+corrected for all others. A backend that is wrong on a layer gets no time there, is
 named at the end, and makes the exit code 1; 3 means that time was over before all were measured."""
+
+PROBING = Effort(10, 0.02)
 
 
 def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Problem]:
@@ -40,19 +43,23 @@ def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Pro
     return found
 
 
-def known(path: Optional[Path], table: findings.Findings) -> set[str]:
-    """Problems that an earlier table of the same card, versions and sources has, with nothing wrong there."""
-    if path is None or not path.exists():
-        return set()
-    found = findings.from_json(path.read_text())
-    if any(getattr(found, k) != getattr(table, k) for k in ("card", "architecture", "versions", "digests")):
-        return set()
-    return {key for key, entry in found.entries.items() if not wrong_in(entry)}
+def earlier(path: Optional[Path], table: findings.Findings) -> findings.Findings:
+    """An earlier table of the same card, versions and sources; an empty one where there is none."""
+    if path is not None and path.exists():
+        found = findings.from_json(path.read_text())
+        if all(getattr(found, k) == getattr(table, k) for k in ("card", "architecture", "versions", "digests")):
+            return found
+    return findings.Findings(table.card, table.architecture, table.versions, table.digests)
 
 
 def wrong_in(found: findings.Finding) -> dict[str, str]:
     """Backends that could have run and were wrong, or raised."""
     return {name: why for name, why in found.refused.items() if why.startswith(("wrong", "failed"))}
+
+
+def write(out: Path, table: findings.Findings) -> None:
+    with common.whole_files(out) as temporary:
+        common.write_json(temporary("table.json"), findings.to_dict(table))
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -74,9 +81,15 @@ def main(argv: Optional[list[str]] = None) -> int:
     table = findings.fresh(card)
     table.date = str(common.environment(device)["date"])
     started, failures = time.monotonic(), []
-    done_before = known(args.known, table)
+    before = earlier(args.known, table)
+    done_before = {key for key, entry in before.entries.items() if not wrong_in(entry)}
     asked = problems(device.type, args.dtype, args.batch, args.quick)
     wanted = [problem for problem in asked if findings.problem_key(problem) not in done_before]
+    if device.type == "cuda" and not before.probes:
+        dtypes = [common.DTYPES[kind] for kind in args.dtype]
+        table.probes = card_check.time_probes(findings.VERIFIED_BY_CARDS, dtypes, PROBING, min(args.seconds / 4, 40.0))
+        print(f"{len(table.probes)} layers for the cost model", flush=True)
+        write(out, table)
     late = False
     for done, problem in enumerate(wanted):
         if time.monotonic() - started > args.seconds:
@@ -93,8 +106,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         for direction, times in found.times.items():
             told = ", ".join(f"{name} {us:.0f}" for name, us in times.items())
             print(f"{problem.c_in}->{problem.c_out} @{problem.h} {direction}, us: {told}", flush=True)
-        with common.whole_files(out) as temporary:
-            common.write_json(temporary("table.json"), findings.to_dict(table))
+        write(out, table)
     for failure in failures:
         print(f"wrong, so not timed: {failure}")
     return 1 if failures else common.LATE if late else 0

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,10 +23,10 @@ from xsep.cli.main import main as cli
 from xsep.models.blocks import MaxPool
 from xsep.modules import FusedSeparableConv2d
 from xsep.problem import Geometry, Problem
-from xsep.tuning import card_checks, findings
+from xsep.tuning import card_checks, findings, probes
 from xsep.tuning.card_checks import Answer
 from xsep.tuning.device import H200
-from xsep.tuning.findings import Card
+from xsep.tuning.findings import Card, Finding
 
 CARD = Card(H200.name, H200.architecture)
 RIGHT, WRONG, UNKNOWN = Answer("", 34, 9.0), Answer("y: error 1, PyTorch's 0.1, allowed 0.2"), Answer(None, why="busy")
@@ -240,6 +241,10 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
     return install
 
 
+#: Before `ask` puts something in its place.
+run_here = card_checks.run
+
+
 def problem(n: int = 64) -> Problem:
     geometry = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
     return Problem("separable", "cuda", torch.bfloat16, True, n, 128, 74, 74, 1, 3, 3, 128, geometry, (0, 0, 0))
@@ -254,6 +259,22 @@ def test_the_first_problem_asks_and_no_other(ask: Callable[..., Asked], capsys: 
     forget()  # as in another process
     assert dispatch.select(problem(), "auto").name == "cuda"
     assert asked.subjects == ["cuda"] and capsys.readouterr().err == ""
+
+
+def test_what_it_timed_is_kept_and_followed(
+    ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said by the process, read here, kept in the file: kernels that are right, and slower than PyTorch's."""
+    times = {d: {"aten": 1.0, "aten, NCHW": 1.0, "cuda": 99.0} for d in findings.DIRECTIONS}
+    timed = {findings.problem_key(p): asdict(Finding(str(p), times)) for p in probes.LAYERS}
+    said = json.dumps({"problems": 5, "wrong": "", "why": "", "probes": timed})
+    program(tmp_path, monkeypatch, f"print({said!r})")
+    asked = ask(cuda=run_here("cuda", 0))
+    assert dispatch.select(problem(), "auto") is ATEN
+    assert f"right on 5 problems; {len(probes.LAYERS)} layers timed (" in capsys.readouterr().err
+    assert "corrected by what 128->128 @147 took on this card" in dispatch.explain(problem())
+    forget()  # as in another process
+    assert dispatch.select(problem(), "auto") is ATEN and asked.subjects == ["cuda"]
 
 
 def test_what_is_wrong_is_not_taken(ask: Callable[..., Asked]) -> None:
@@ -347,7 +368,7 @@ def test_a_cache_that_cannot_be_written_lasts_a_process(
 
 
 def test_findings_and_answers_are_kept_side_by_side() -> None:
-    finding = findings.Finding("a layer", {"forward": {"aten": 2.0, "cuda": 1.0}, "backward": {}})
+    finding = Finding("a layer", {"forward": {"aten": 2.0, "cuda": 1.0}, "backward": {}})
     findings.remember(CARD, {"a layer": finding}, "today")
     findings.remember(CARD, {}, "today", {"cuda": ""})
     findings.forget()
@@ -393,9 +414,8 @@ def test_the_command(
     assert (found, out.splitlines()) == (code, lines + (missing if not arguments else []))
     known: Optional[int] = None if answers[0] is UNKNOWN else 2
     _, out, _ = run_cli(capsys, *arguments, "--json")
-    assert (
-        json.loads(out)["backends"]["cuda"]["state"] == {RIGHT: "right", WRONG: "wrong", UNKNOWN: "unknown"}[answers[0]]
-    )
+    state = "right" if answers[0] is RIGHT else "unknown"
+    assert json.loads(out)["backends"]["cuda"]["state"] == state
     assert known is None or len(asked.subjects) == known, "what is known is not asked again"
     run_cli(capsys, *arguments, "--again")
     assert known is None or len(asked.subjects) == 2 * known

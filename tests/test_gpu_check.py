@@ -251,6 +251,7 @@ def measured(check: Check, **digests: str) -> None:
     table.digests.update(digests)
     times = {"aten": 5.0, "aten, NCHW": 6.0, "cuda": 4.0, "triton": 3.0}
     table.entries["layer"] = findings.Finding("layer", {"forward": times, "backward": {"aten": 1.0, "triton": 2.0}})
+    table.probes["probe"] = findings.Finding("probe", {"forward": times, "backward": {}})
     gpu_record.write_json(check.out, "table.json", findings.to_dict(table))
 
 
@@ -266,6 +267,8 @@ def test_a_shipped_table_has_what_is_verified_and_follows_it(check: Check, card:
     gpu_check.ship(check)
     times = findings.from_json(card.read_text()).entries["layer"].times
     assert times == {"forward": {"aten": 5.0, "aten, NCHW": 6.0, "cuda": 4.0}, "backward": {"aten": 1.0}}
+    probe = findings.from_json(card.read_text()).probes["probe"].times
+    assert probe == {"forward": times["forward"], "backward": {}}
     check.record["verified"]["triton"] = proof("triton")
     gpu_check.ship(check)
     shipped = findings.from_json(card.read_text())
@@ -273,7 +276,7 @@ def test_a_shipped_table_has_what_is_verified_and_follows_it(check: Check, card:
     check.record["verified"] = {}
     gpu_check.ship(check)
     shipped = findings.from_json(card.read_text())
-    assert shipped.verified == [] and shipped.entries == {}
+    assert shipped.verified == [] and shipped.entries == shipped.probes == {}
     assert [p.name for p in card.parent.iterdir()] == ["nvidia-h200.json"]
 
 
@@ -347,18 +350,45 @@ def test_what_a_program_wrote_before_it_was_ended_is_kept(check: Check, monkeypa
     def python(check: Check, *arguments: str) -> Done:
         into = Path(arguments[-1])
         into.mkdir()
-        (into / "table.json").write_text('{"format": 1, "entries": {"b": 2}}')
+        (into / "table.json").write_text('{"format": 1, "entries": {"b": 2}, "probes": {}}')
         return Done(next(codes), "")
 
     codes = iter((None, common.LATE))
 
     monkeypatch.setattr(gpu_phases, "python", python)
-    (check.out / "table.json").write_text('{"format": 1, "entries": {"a": 1, "b": 1}}')
+    (check.out / "table.json").write_text('{"format": 1, "entries": {"a": 1, "b": 1}, "probes": {"c": 1}}')
     assert gpu_check.table(check).status == "unfinished"
-    assert json.loads((check.out / "table.json").read_text())["entries"] == {"a": 1, "b": 2}
+    table = json.loads((check.out / "table.json").read_text())
+    assert table["entries"] == {"a": 1, "b": 2} and table["probes"] == {"c": 1}
     (check.out / "table.json").write_text('{"format": 1, "digests": {"cuda": "old"}, "entries": {"a": 1}}')
     assert gpu_check.table(check).status == "unfinished"
     assert json.loads((check.out / "table.json").read_text())["entries"] == {"b": 2}, "other sources"
+
+
+def test_a_gpus_table_has_the_cost_models_layers_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def timed(backends: Any, dtypes: Any, effort: Any, seconds: float) -> dict[str, findings.Finding]:
+        asked.append((backends, dtypes, seconds))
+        return {"probe": findings.Finding("probe", {"forward": {"aten": 1.0}, "backward": {}})}
+
+    monkeypatch.setattr(common, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(common, "environment", lambda device: {"date": "today"})
+    monkeypatch.setattr(dispatch, "card_of", lambda device, place: findings.Card("NVIDIA H200", "sm_90"))
+    monkeypatch.setattr(ship_table.card_check, "time_probes", timed)
+    monkeypatch.setattr(ship_table, "measure", lambda p, effort: findings.Finding(str(p), {"forward": {"aten": 1.0}}))
+    few = ["--quick", "--dtype", "bfloat16", "--seconds", "60", "--known", str(tmp_path / "a" / "table.json")]
+    before = torch.backends.cudnn.benchmark
+    for out in ("a", "b"):
+        assert ship_table.main([*few, "--out", str(tmp_path / out)]) == 0
+    torch.backends.cudnn.benchmark = before
+    assert asked == [(("cuda", "triton"), [torch.bfloat16], 15.0)], "a quarter of the time, and never again"
+    assert "1 layers for the cost model" in capsys.readouterr().out
+    table = findings.from_json((tmp_path / "a" / "table.json").read_text())
+    assert list(table.probes) == ["probe"] and len(table.entries) == 2
+    assert not (tmp_path / "b" / "table.json").exists(), "there was nothing to add"
 
 
 def sepconv(names: list[str], mode: str = "forward", **environment: str) -> dict[str, Any]:

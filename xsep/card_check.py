@@ -2,8 +2,9 @@
 
 Separable and depthwise problems with a plan of each kind; of ``cuda-chain``, a training step of a small network as a
 chain. Forward and every gradient are held to float64 (:mod:`xsep.testing`), with memory that is NaN beforehand: the
-tests' rule on a small share of the tests; ``make gpu-check`` runs all of them. The process prints one line of JSON,
-and :mod:`xsep.tuning.card_checks` reads it.
+tests' rule on a small share of the tests; ``make gpu-check`` runs all of them. Where all is right, a few layers are
+timed beside PyTorch's convolutions (:mod:`xsep.tuning.probes`). The process prints one line of JSON, which
+:mod:`xsep.tuning.card_checks` reads.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import contextlib
 import copy
 import json
 import sys
+import time
 import warnings
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+from . import dispatch
 from .cases import Case, generate
+from .measuring import Effort, pytorchs_ways, time_ways
 from .models.blocks import Block, Design, MaxPool
 from .testing import failures, float32_products, held_as, norm_violation, poisoned_memory
+from .tuning import findings, probes
 from .tuning.card_checks import CHAIN, backend_of
 
+Timed = dict[str, findings.Finding]
 SAME = {3: (1, 1, 1, 1), 5: (2, 2, 2, 2), 7: (3, 3, 3, 3)}
 
 
@@ -51,6 +57,8 @@ CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
 #: ReLU's jump or of a tie in a pool, where rounding, PyTorch's or ours, would decide over a whole share of the
 #: gradients. In 16 bits there are so many such that both have their part.
 FLOAT32_SEED, FLOAT32_PICTURES, SEED = 15, (2, 11, 10), 5
+#: The cost model is corrected by what is measured so: a few runs of each, for whoever waits is at their first call.
+PROBING, PROBING_SECONDS = Effort(rounds=7, seconds=0.0), 20.0
 
 
 def types_of(backend: str, device: str) -> tuple[torch.dtype, ...]:
@@ -157,6 +165,30 @@ def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, N
                 yield f"{case.id}, TF32", failures(case, backend, device, kind)
 
 
+def time_probes(backends: Iterable[str], dtypes: Iterable[torch.dtype], effort: Effort, seconds: float) -> Timed:
+    """Times, on the current GPU, of backends known to be right and of PyTorch on the layers of tuning/probes.py.
+
+    PyTorch has cuDNN's fastest algorithms and TF32, as it would at its best. Left out are a backend where it cannot run
+    a layer, layers for which the card has no memory, and all that remain after so many seconds.
+    """
+    found: Timed = {}
+    able = [dispatch.backend(name) for name in backends]
+    started, benchmark = time.monotonic(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with float32_products("tf32"):
+            for layer in (layer for dtype in dtypes for layer in probes.of_type(dtype)):
+                if time.monotonic() - started > seconds:
+                    break
+                ways = pytorchs_ways(layer)
+                ways |= {b.name: (b, layer.channels_last) for b in able if not b.not_supported_reasons(layer)}
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    found[findings.problem_key(layer)] = findings.Finding(str(layer), time_ways(layer, ways, effort))
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    return found
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser("python -m xsep.card_check", description=(__doc__ or "").split("\n")[0])
     names = [name + part for name in ("cuda", "triton", "cpu", "aten") for part in ("", CHAIN)]
@@ -176,6 +208,10 @@ def main(argv: Optional[list[str]] = None) -> int:
                     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
                     result["wrong"] = f"{name}: {'; '.join(wrong[:3])}{more}"
                     break
+        if not result["wrong"] and args.device != "cpu" and args.subject == backend_of(args.subject):
+            name = "layers that were timed"
+            timed = time_probes([args.subject], types_of(args.subject, args.device), PROBING, PROBING_SECONDS)
+            result["probes"] = {key: asdict(found) for key, found in timed.items()}
     except torch.OutOfMemoryError:
         result["why"] = f"the card's memory ran out after {result['problems']} problems"
     except RuntimeError as error:

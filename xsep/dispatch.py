@@ -1,10 +1,11 @@
 """Which backend runs which problem, and why the others do not.
 
 ``auto`` asks, in this order: what was measured for this very problem on this card (by ``xsep.autotune`` or a shipped
-table); on a GPU the cost model of :mod:`xsep.plans`; else a fixed order, with ``aten`` first where a backend says of
-itself that it is slower. On a GPU a backend takes part only where the sources at hand were verified on a card of that
-architecture, or have been checked on this very one, so that nobody's network runs on kernels no card has tested. The
-first problem that could run on it has it checked (:mod:`xsep.tuning.card_checks`).
+table); on a GPU the cost model of :mod:`xsep.plans`, corrected by what a few layers took on the card; else a fixed
+order, with ``aten`` first where a backend says of itself that it is slower. On a GPU a backend takes part only where
+the sources at hand were verified on a card of that architecture, or have been checked on this very one, so that
+nobody's network runs on kernels no card has tested. The first problem that could run on it has it checked
+(:mod:`xsep.tuning.card_checks`).
 """
 
 from __future__ import annotations
@@ -168,9 +169,11 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
     if eligible == ["aten"]:
         return Choice(ATEN, "no other backend has been verified on such a card")
     from . import plans
+    from .tuning import probes
 
-    tf32 = plans.tf32_allowed(problem.dtype)
-    name, why = plans.choose(problem, running(index), tuple(eligible), direction, tf32)
+    device, tf32 = running(index), plans.tf32_allowed(problem.dtype)
+    fit = probes.fit(problem, card, device, direction, tf32)
+    name, why = plans.choose(problem, device, tuple(eligible), direction, tf32, fit)
     return Choice(backend(name), why)
 
 

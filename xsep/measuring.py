@@ -31,6 +31,8 @@ LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
 FLUSH_BYTES = 2**29
 
 Args = Union[SeparableArgs, DepthwiseArgs]
+#: By name: a backend, and whether on channels_last tensors.
+Ways = dict[str, tuple[Backend, bool]]
 
 
 class Effort(NamedTuple):
@@ -119,11 +121,15 @@ def gate(problem: Problem, backend: Backend) -> list[str]:
     return testing.violations(ours, truth, _results(ATEN, args, dy), kind)
 
 
-def _candidates(problem: Problem) -> tuple[dict[str, tuple[Backend, bool]], dict[str, str]]:
-    """Ways to measure (a backend, and whether on channels_last tensors), PyTorch's two layouts first; and refusals."""
+def pytorchs_ways(problem: Problem) -> Ways:
+    """PyTorch's convolutions in the problem's memory layout, and in the other one."""
     own = problem.channels_last
-    found: dict[str, tuple[Backend, bool]] = {"aten": (ATEN, own), f"aten, {layout_name(not own)}": (ATEN, not own)}
-    refused = {}
+    return {"aten": (ATEN, own), f"aten, {layout_name(not own)}": (ATEN, not own)}
+
+
+def _candidates(problem: Problem) -> tuple[Ways, dict[str, str]]:
+    """Ways to measure, PyTorch's two first; and refusals."""
+    found, refused = pytorchs_ways(problem), {}
     for name in dispatch.AUTO.get(problem.device, ("aten",)):
         if name == "aten":
             continue
@@ -138,7 +144,7 @@ def _candidates(problem: Problem) -> tuple[dict[str, tuple[Backend, bool]], dict
         if reasons:
             refused[name] = "; ".join(reasons)
         else:
-            found[name] = (candidate, own)
+            found[name] = (candidate, problem.channels_last)
     return found, refused
 
 
@@ -212,13 +218,14 @@ def _timed_on_gpu(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[s
     return {name: statistics.median(1e3 * a.elapsed_time(b) for a, b in pairs) for name, pairs in taken.items()}
 
 
-def measure(problem: Problem, effort: Effort = QUICK, directions: Iterable[str] = DIRECTIONS) -> Finding:
-    """Times of every way of running a problem that is right, and why each other backend was left out."""
+def time_ways(
+    problem: Problem, ways: Ways, effort: Effort, directions: Iterable[str] = DIRECTIONS
+) -> dict[str, dict[str, float]]:
+    """Microseconds by direction and way, for backends that are known to be right."""
     timed = _timed_on_gpu if problem.device == "cuda" else _timed_on_cpu
-    finding = Finding(str(problem), {})
+    found: dict[str, dict[str, float]] = {}
     with torch.no_grad(), torch._C._DisableAutocast():
-        ways, finding.refused = _candidates(problem)
-        inputs = {layout: random_arguments(problem, layout) for layout in (True, False)}
+        inputs = {layout: random_arguments(problem, layout) for layout in {layout for _, layout in ways.values()}}
         for direction in directions:
             calls: dict[str, Callable[[], Any]] = {}
             for name, (candidate, layout) in ways.items():
@@ -227,5 +234,12 @@ def measure(problem: Problem, effort: Effort = QUICK, directions: Iterable[str] 
                     calls[name] = partial(forward, candidate, args)
                 else:
                     calls[name] = partial(backward, candidate, args, dy, _saved(args, candidate))
-            finding.times[direction] = timed(calls, effort)
-    return finding
+            found[direction] = timed(calls, effort)
+    return found
+
+
+def measure(problem: Problem, effort: Effort = QUICK, directions: Iterable[str] = DIRECTIONS) -> Finding:
+    """Times of every way of running a problem that is right, and why each other backend was left out."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        ways, refused = _candidates(problem)
+    return Finding(str(problem), time_ways(problem, ways, effort, directions), refused)

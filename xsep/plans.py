@@ -5,7 +5,8 @@ or staged is asked of the backend's own planner, the one its launcher asks.
 
 The model is a roofline: a kernel takes the longer of moving its bytes and of computing, kernels follow one another at
 a launch's cost, and the host must be able to enqueue them. Its constants are assumptions with their source beside
-them; a measurement (a shipped table, or xsep.autotune) always comes before it.
+them; a measurement (a shipped table, or xsep.autotune) always comes before it, and what a card took for layers it was
+timed on (xsep.tuning.probes) corrects it there.
 """
 
 from __future__ import annotations
@@ -72,9 +73,27 @@ class Prediction(NamedTuple):
     note: str
     refused: str = ""
     launches: tuple[int, int] = (0, 0)  # forward and backward, of those that Python makes
+    card: tuple[float, float] = (math.inf, math.inf)  # what the card needs of it, forward and backward
+    host: tuple[float, float] = (0.0, 0.0)  # what the host needs to enqueue it
 
-    def time(self, direction: str) -> float:
-        return self.forward if direction == "forward" else self.backward
+    def on_card(self, direction: str) -> float:
+        return self.card[direction != "forward"]
+
+    def time(self, direction: str, factor: float = 1.0) -> float:
+        """The longer of card and host, the card's time corrected by a factor."""
+        return max(factor * self.on_card(direction), self.host[direction != "forward"])
+
+
+class Fit(NamedTuple):
+    """What a layer took on a card over what the model has for its part there, to correct it by for layers like it."""
+
+    layer: str
+    factors: dict[str, float]  # by backend; PyTorch's by way, "aten, NCHW"
+
+    def factor(self, p: Prediction) -> float:
+        """A backend that was not timed beside the others is given no advantage over them."""
+        mine = self.factors.get(p.way if p.backend == "aten" else p.backend)
+        return max(self.factors.values()) if mine is None else mine
 
 
 @dataclass(frozen=True)
@@ -336,7 +355,10 @@ def predictions(problem: Problem, device: DeviceProperties, tf32: bool = False) 
         op = HOST_US_BY_PYTHON if by_python else HOST_US[p.backend]
         host, back = op + p.launches[0] * HOST_LAUNCH_US, 2 * op + p.launches[1] * HOST_LAUNCH_US
         note = p.note if p.forward >= host else f"the host's {host:.0f} us to enqueue it outlast the kernels"
-        return p._replace(forward=max(p.forward, host), backward=max(p.backward, back), note=note)
+        return p._replace(
+            forward=max(p.forward, host), backward=max(p.backward, back), note=note, card=(p.forward, p.backward),
+            host=(host, back),
+        )  # fmt: skip
 
     return tuple(p if p.refused else no_faster_than_the_host(p) for p in found)
 
@@ -347,30 +369,33 @@ def choose(
     eligible: tuple[str, ...],
     direction: str = "forward",
     tf32: bool = False,
+    fit: Optional[Fit] = None,
 ) -> tuple[str, str]:
     """The backend to take among those that may run, and why, in words. ``aten`` may always run.
 
-    Another one is taken only where the model has it faster by MARGIN than PyTorch in the problem's own layout.
+    Another one is taken only where the model, corrected by ``fit`` where a card was timed, has it faster by MARGIN than
+    PyTorch in the problem's own layout.
     """
     runnable = [
         p for p in predictions(problem, device, tf32)
         if p.chosen_way and not p.refused and p.backend in (*eligible, "aten")
     ]  # fmt: skip
+    times = {p: p.time(direction, 1.0 if fit is None else fit.factor(p)) for p in runnable}
+    model = "the cost model" if fit is None else f"the cost model, corrected by what {fit.layer} took on this card,"
     baseline = next(p for p in runnable if p.backend == "aten")
-    best = min(runnable, key=lambda p: p.time(direction))
-    if best.backend == "aten" or best.time(direction) * MARGIN > baseline.time(direction):
+    best = min(runnable, key=times.__getitem__)
+    if best.backend == "aten" or times[best] * MARGIN > times[baseline]:
         others = [p for p in runnable if p.backend != "aten"]
         if not others:
             return "aten", "no other backend may run it"
-        second = min(others, key=lambda p: p.time(direction))
+        second = min(others, key=times.__getitem__)
         return "aten", (
-            f"the cost model has {second.way} at {second.time(direction):.0f} us and PyTorch at "
-            f"{baseline.time(direction):.0f}: not {MARGIN:.1f} times as fast, which is what it takes"
+            f"{model} has {second.way} at {times[second]:.0f} us and PyTorch at "
+            f"{times[baseline]:.0f}: not {MARGIN:.1f} times as fast, which is what it takes"
         )
     note = best.note if direction == "forward" else "z is made anew, then two GEMMs and one pass for dx and dw_dw"
     return best.backend, (
-        f"the cost model has {best.way} at {best.time(direction):.0f} us and PyTorch at "
-        f"{baseline.time(direction):.0f}: {note}"
+        f"{model} has {best.way} at {times[best]:.0f} us and PyTorch at {times[baseline]:.0f}: {note}"
     )
 
 

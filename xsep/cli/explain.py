@@ -12,6 +12,7 @@ from .. import dispatch, plans
 from ..backends import cuda as cuda_backend
 from ..backends.chain_cuda_launch import describe_backward
 from ..problem import Problem
+from ..tuning import probes
 from ..tuning.device import DeviceProperties, published, running
 from ..tuning.findings import DIRECTIONS, Card
 from . import screen
@@ -45,7 +46,8 @@ def on_card(problem: Problem, device: DeviceProperties) -> dict[str, Any]:
         result["ways"].append(way)
     for direction in DIRECTIONS:
         for key, candidates in (("model_takes", able), ("auto_takes", eligible)):
-            name, why = plans.choose(problem, device, candidates, direction, tf32)
+            fit = probes.fit(problem, card, device, direction, tf32)
+            name, why = plans.choose(problem, device, candidates, direction, tf32, fit)
             if key == "auto_takes" and withheld and not eligible:
                 why = "no other backend has been verified on such a card"
             result[key][direction] = {"backend": name, "why": why}

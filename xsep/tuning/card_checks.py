@@ -1,8 +1,9 @@
 """Whether a GPU backend is right on the card at hand: asked of a process of its own, once, and kept in the cache.
 
-What that process does is :mod:`xsep.card_check`. A kernel that takes the device's context down takes that process with
-it and no other. A subject is a backend, ``cuda`` or ``triton``, or its training chain, ``cuda-chain``: most people
-never need the latter, and what is wrong there is no reason to do without the rest.
+What that process does is :mod:`xsep.card_check`; where all is right it times a few layers, too. A kernel that takes the
+device's context down takes that process with it and no other. A subject is a backend, ``cuda`` or ``triton``, or its
+training chain, ``cuda-chain``: most people never need the latter, and what is wrong there is no reason to do without
+the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional
 
 from . import findings
-from .findings import Card
+from .findings import Card, Finding
 
 CHAIN = "-chain"
 #: Seconds after which a check counts as hanging. Triton compiles for a minute or two.
@@ -43,6 +45,7 @@ class Answer(NamedTuple):
     problems: int = 0
     seconds: float = 0.0
     why: str = ""
+    probes: Mapping[str, Finding] = MappingProxyType({})  # what it timed
 
 
 def backend_of(subject: str) -> str:
@@ -87,10 +90,11 @@ def ask(subject: str, index: int, card: Card, say: Callable[[str], Any], again: 
             folder = findings.cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(findings.locked(folder / f"check-{subject}"))
-        other = None if again else findings.checked_on_disk(card).get(subject)
-        if other is not None:
-            findings.cached(card).checked[subject] = other
-            return other
+        if not again:
+            findings.learn(card)
+            other = known(subject, card)
+            if other is not None:
+                return other
         say(
             f"checking the {subject} kernels on this {card.name}, once"
             + ("; Triton compiles them, which may take minutes" if backend_of(subject) == "triton" else "")
@@ -103,7 +107,7 @@ def ask(subject: str, index: int, card: Card, say: Callable[[str], Any], again: 
             return None
         _unanswered.pop((subject, card), None)
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        findings.remember(card, {}, date, {subject: answer.wrong})
+        findings.remember(card, {}, date, {subject: answer.wrong}, answer.probes)
     if answer.wrong:
         warnings.warn(
             f"xsep's {subject} kernels are wrong on {card.name}, and auto leaves them alone: {answer.wrong}",
@@ -111,7 +115,8 @@ def ask(subject: str, index: int, card: Card, say: Callable[[str], Any], again: 
             stacklevel=2,
         )
     else:
-        say(f"they are right on {answer.problems} problems ({answer.seconds:.0f} s)")
+        timed = f"; {len(answer.probes)} layers timed" if answer.probes else ""
+        say(f"they are right on {answer.problems} problems{timed} ({answer.seconds:.0f} s)")
     return answer.wrong
 
 
@@ -141,12 +146,13 @@ def run(subject: str, index: int) -> Answer:
     try:
         result = json.loads(out.splitlines()[-1])
         wrong, problems, why = str(result["wrong"]), int(result["problems"]), str(result["why"])
+        probes = findings.entries_from(result.get("probes", {}))
     except (IndexError, KeyError, TypeError, ValueError):
         if -process.returncode in FATAL:
             return Answer(f"their check died of {signal.Signals(-process.returncode).name}")
         last = complaints.strip().splitlines()[-1:] or ["it said nothing"]
         return Answer(None, why=f"the process ended with exit code {process.returncode}: {last[0][:300]}")
-    return Answer(None if why else wrong, problems, time.monotonic() - started, why)
+    return Answer(None if why else wrong, problems, time.monotonic() - started, why, probes)
 
 
 def forget() -> None:

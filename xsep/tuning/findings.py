@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -69,6 +69,7 @@ class Findings:
     verified: list[str] = field(default_factory=list)  # by all GPU tests
     checked: dict[str, str] = field(default_factory=dict)  # by xsep.card_check: what was wrong, "" for nothing
     entries: dict[str, Finding] = field(default_factory=dict)
+    probes: dict[str, Finding] = field(default_factory=dict)  # xsep.tuning.probes, each backend as right as it then was
     format: int = FORMAT
 
     def trusted(self, backend: str) -> bool:
@@ -80,6 +81,11 @@ class Findings:
         """Whether its times may be followed: it is trusted, and where only a card can verify it, it has been."""
         name = backend.split(",")[0]
         return self.trusted(backend) and (name not in VERIFIED_BY_CARDS or name in self.verified)
+
+    def vouched(self, found: Finding) -> Finding:
+        """A finding of this file with those of its times that may be followed."""
+        times = {d: {n: us for n, us in t.items() if self.vouches_for(n)} for d, t in found.times.items()}
+        return Finding(found.problem, times, found.refused)
 
 
 def problem_key(problem: Problem) -> str:
@@ -97,19 +103,25 @@ def to_json(findings: Findings) -> str:
     return json.dumps(to_dict(findings), indent=1, sort_keys=True) + "\n"
 
 
+def entries_from(raw: dict[str, Any]) -> dict[str, Finding]:
+    """Findings by name from what JSON holds of them; raises what a wrong type raises."""
+    found = {}
+    for key, entry in raw.items():
+        times = {d: {str(n): float(us) for n, us in entry["times"].get(d, {}).items()} for d in DIRECTIONS}
+        found[str(key)] = Finding(str(entry["problem"]), times, dict(entry["refused"]))
+    return found
+
+
 def from_json(text: str) -> Findings:
     """Raises ValueError for what is no such file, whatever else it may be."""
     try:
         raw = json.loads(text)
         if raw["format"] != FORMAT:
             raise ValueError(f"format {raw['format']} is not {FORMAT}")
-        entries = {}
-        for key, entry in raw["entries"].items():
-            times = {d: {str(n): float(us) for n, us in entry["times"].get(d, {}).items()} for d in DIRECTIONS}
-            entries[str(key)] = Finding(str(entry["problem"]), times, dict(entry["refused"]))
         return Findings(
             str(raw["card"]), str(raw["architecture"]), dict(raw["versions"]), dict(raw["digests"]), str(raw["date"]),
-            [str(name) for name in raw["verified"]], {str(k): str(v) for k, v in raw["checked"].items()}, entries,
+            [str(name) for name in raw["verified"]], {str(k): str(v) for k, v in raw["checked"].items()},
+            entries_from(raw["entries"]), entries_from(raw.get("probes", {})),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no record of xsep's ({type(error).__name__}: {error})") from None
@@ -195,10 +207,20 @@ def lookup(problem: Problem, card: Card) -> Optional[tuple[Finding, str]]:
         found = table.entries.get(problem_key(problem))
         if found is None:
             continue
-        times = {d: {n: us for n, us in t.items() if table.vouches_for(n)} for d, t in found.times.items()}
-        if any("aten" in t for t in times.values()):
-            return Finding(found.problem, times, found.refused), f"the shipped table for {table.card}, {table.date}"
+        known = table.vouched(found)
+        if any("aten" in t for t in known.times.values()):
+            return known, f"the shipped table for {table.card}, {table.date}"
     return None
+
+
+def timed(probe: Problem, card: Card) -> Optional[Finding]:
+    """What a probe took on this card, by its own check or by the shipped table of such cards."""
+    key = problem_key(probe)
+    found = cached(card).probes.get(key)
+    for table in tables() if found is None else ():
+        if table.card == card.name and key in table.probes:
+            return table.vouched(table.probes[key])
+    return found
 
 
 @contextlib.contextmanager
@@ -224,14 +246,31 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def checked_on_disk(card: Card) -> dict[str, str]:
-    """What card checks have found by now, other processes' too."""
+def learn(card: Card) -> None:
+    """Adds what other processes' card checks have found by now to this one's knowledge."""
     found = _read(cache_path(card), warn=False)
-    return found.checked if found else {}
+    if found is not None:
+        known = cached(card)
+        known.checked.update(found.checked)
+        known.probes = _with(known.probes, found.probes)
+
+
+def _with(probes: Mapping[str, Finding], more: Mapping[str, Finding]) -> dict[str, Finding]:
+    """Probes with more ways of running them, which come from checks of other backends."""
+    found = dict(probes)
+    for key, new in more.items():
+        old = found.get(key, Finding(new.problem, {}))
+        times = {d: {**old.times.get(d, {}), **new.times.get(d, {})} for d in DIRECTIONS}
+        found[key] = Finding(new.problem, times, {**old.refused, **new.refused})
+    return found
 
 
 def remember(
-    card: Card, entries: dict[str, Finding], date: str, checked: Optional[dict[str, str]] = None
+    card: Card,
+    entries: dict[str, Finding],
+    date: str,
+    checked: Optional[dict[str, str]] = None,
+    probes: Optional[Mapping[str, Finding]] = None,
 ) -> Optional[Path]:
     """Adds findings to this process's knowledge and to the cache file, merged with what others wrote meanwhile.
 
@@ -241,6 +280,7 @@ def remember(
     known = cached(card)
     known.entries.update(entries)
     known.checked.update(checked or {})
+    known.probes = _with(known.probes, probes or {})
     path = cache_path(card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +290,7 @@ def remember(
             merged.date = date
             merged.entries = {**(on_disk.entries if on_disk else {}), **known.entries}
             merged.checked = {**(on_disk.checked if on_disk else {}), **known.checked}
+            merged.probes = _with(on_disk.probes if on_disk else {}, known.probes)
             write_whole(path, to_json(merged))
     except OSError as error:
         if path not in _complained:
