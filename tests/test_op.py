@@ -61,6 +61,10 @@ def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
             op="depthwise", c_in=64, h=16, w=1, multiplier=2, filter=(5, 2), stride=(1, 2), padding_form=(0, 1),
             dtype=torch.bfloat16, layout="contiguous", weights_layout="sliced",
         ),
+        Case(
+            n=1, c_in=5, h=3, w=2, multiplier=3, c_out=2, stride=(1, 2), dtype=torch.bfloat16, layout="permuted",
+            weights_layout="unaligned",
+        ),
         # gelu's gradient nearly vanishes: written out in float16 it would be off by more than it is large.
         Case(
             n=1, c_in=8, h=2, w=2, c_out=8, filter=(7, 5), stride=(2, 2), padding=(3, 4, 2, 3), dilation=(1, 2),

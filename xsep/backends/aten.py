@@ -44,7 +44,7 @@ class AtenBackend(Backend):
         """bias is [C_mid], of x's type."""
         padded, padding = pad(apply_affine(x, prologue), geometry)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _is_misread(padded, w_dw, padding, geometry):
-            padded, w_dw = padded.contiguous(), w_dw.contiguous()
+            padded, w_dw = _surely_contiguous(padded), _surely_contiguous(w_dw)
         return F.conv2d(padded, w_dw, bias, geometry.stride, padding, geometry.dilation, x.shape[1])
 
     def pointwise(self, z: Tensor, w_pw: Tensor) -> Tensor:
@@ -114,11 +114,16 @@ def _is_misread(x: Tensor, w_dw: Tensor, padding: list[int], g: Geometry) -> boo
     """Whether the bfloat16 convolution of PyTorch 2.13's CPU build reads the wrong pixels of a channels_last x.
 
     Seen with a depth multiplier where a horizontal stride leaves one column of output: 3x3 over [1, 2, 5, 1] at stride
-    (1, 2) and padding 1 is off by as much as it is large. Contiguous pictures are right.
+    (1, 2) and padding 1 is off by as much as it is large. Contiguous pictures and weights are right.
     """
     if w_dw.shape[0] == x.shape[1] or g.stride_w == 1:
         return False
     return bool(x.shape[3] + 2 * padding[1] - g.dilation_w * (w_dw.shape[3] - 1) - 1 < g.stride_w)
+
+
+def _surely_contiguous(t: Tensor) -> Tensor:
+    """With strides that are channels_last by no reading, which those of a dimension of size 1 may otherwise be."""
+    return t.reshape(-1).view(t.shape)
 
 
 def _convolution_backward(
