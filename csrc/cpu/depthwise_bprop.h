@@ -295,8 +295,8 @@ void run_rows(const DepthwiseBprop& p, Range rows, const InputBlock<T>& unit, Un
         };
         // All but the last are of even length, so that the phase stays what it is. With a stride there are fewer
         // lengths, to keep the code small.
-        constexpr bool kFours = How::kStride == 1 || kLanes < 16;
-        if (kLanes == 16 && shape.w - w >= 8) {
+        constexpr bool kFours = How::kStride == 1 || kRegisters < 32;
+        if (kRegisters == 32 && shape.w - w >= 8) {
           take(std::integral_constant<int, 8>{});
         } else if (kFours && shape.w - w >= 4) {
           take(std::integral_constant<int, 4>{});

@@ -131,7 +131,7 @@ XSEP_NOINLINE void sliding_block(const DepthwiseFprop& p, const RowPart<T>& part
   constexpr int kColumns = (kPixels - 1) * kStride + kS;
   static_assert(kColumns >= kS);
   // Eight sums, seven weights and an input would be all the registers of a level with sixteen: GCC would spill many.
-  constexpr int kHeld = kLanes <= 8 && kPixels + kS >= 15 ? kS - 1 : kS;
+  constexpr int kHeld = kRegisters == 16 && kPixels + kS >= 15 ? kS - 1 : kS;
   const int64_t step = part.pixel_step;
   const int64_t c_pad = p.c_pad;
   const int64_t first = std::max<int64_t>(-column, 0);

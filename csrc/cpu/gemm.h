@@ -57,9 +57,9 @@ struct Soon {
   }
 };
 
-/// Rows and vectors of a block kept in registers: with what is loaded they take 29 of AVX-512's 32, 15 of AVX2's 16.
+/// Rows and vectors of a block kept in registers: with what is loaded they take 29 of 32, or 15 of 16.
 constexpr int kProductRows = 6;
-constexpr int kProductVectors = kLanes == 16 ? 4 : 2;
+constexpr int kProductVectors = kRegisters == 32 ? 4 : 2;
 
 namespace detail {
 
@@ -166,6 +166,18 @@ XSEP_INLINE void with_rows(int64_t rows, F&& f) {
   }
 }
 
+/// f(integral_constant vectors) for as many vectors as a block takes of those that are left.
+template <class F>
+XSEP_INLINE void with_vectors(int64_t left, F&& f) {
+  if (left >= kProductVectors) {
+    f(std::integral_constant<int, kProductVectors>{});
+  } else if (left >= 2) {
+    f(std::integral_constant<int, 2>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
 }  // namespace detail
 
 /// The whole product, and meanwhile as much of what is read soon as its steps allow. n is taken in whole vectors.
@@ -177,24 +189,18 @@ void multiply(Product p, int64_t m, int64_t n, Soon& soon) {
   const int64_t a_block = p.a_block ? p.a_block : kProductRows * p.a_row;
   const int64_t all_vectors = (n + kLanes - 1) / kLanes;
   for (int64_t j = 0; j < all_vectors;) {
-    const int64_t left = all_vectors - j;
-    const int64_t vectors = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
     p.b = b + j * kLanes;
-    for (int64_t i = 0; i < m; i += kProductRows) {
-      p.a = a + i / kProductRows * a_block;
-      p.c = c + i * p.c_row + j * kLanes;
-      soon.give(p);
-      detail::with_rows(std::min<int64_t>(m - i, kProductRows), [&](auto rows) __attribute__((always_inline)) {
-        if (vectors == 1) {
-          detail::multiply_block<kPairs, rows(), 1>(p);
-        } else if (vectors == 2) {
-          detail::multiply_block<kPairs, rows(), 2>(p);
-        } else {
-          detail::multiply_block<kPairs, rows(), kProductVectors>(p);
-        }
-      });
-    }
-    j += vectors;
+    detail::with_vectors(all_vectors - j, [&](auto vectors) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < m; i += kProductRows) {
+        p.a = a + i / kProductRows * a_block;
+        p.c = c + i * p.c_row + j * kLanes;
+        soon.give(p);
+        detail::with_rows(std::min<int64_t>(m - i, kProductRows), [&](auto rows) __attribute__((always_inline)) {
+          detail::multiply_block<kPairs, rows(), vectors()>(p);
+        });
+      }
+      j += vectors();
+    });
   }
 }
 

@@ -12,7 +12,7 @@
 namespace xsep::cpu {
 
 /// Vectors of a row whose sums are in registers together, of kPlaneRows rows.
-constexpr int kPlaneVectors = kLanes == 16 ? 2 : 1;
+constexpr int kPlaneVectors = kRegisters == 32 ? 2 : 1;
 
 struct PlaneFprop {
   DepthwiseShape shape;

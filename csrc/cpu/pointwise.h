@@ -132,20 +132,13 @@ void multiply_panel(const Pointwise& p, const void* z, const void* w, Soon soon,
     product.a = static_cast<const uint32_t*>(z) + row * z_stride;
     int64_t done = 0;
     while (in_registers && rows == kProductRows && done < columns) {
-      const int64_t left = ceil_div(columns - done, kLanes);
-      const int64_t vectors = left >= kProductVectors ? kProductVectors : left >= 2 ? 2 : 1;
-      const int64_t some = std::min(columns - done, vectors * kLanes);
       product.b = static_cast<const uint32_t*>(w) + done;
       soon.give(product);
-      const PanelOutput<T> to{out + done, y.step};
-      if (vectors == kProductVectors) {
-        multiply_and_finish<T, kPairs, kProductVectors>(p, product, n0 + done, some, to);
-      } else if (vectors == 2) {
-        multiply_and_finish<T, kPairs, 2>(p, product, n0 + done, some, to);
-      } else {
-        multiply_and_finish<T, kPairs, 1>(p, product, n0 + done, some, to);
-      }
-      done += some;
+      with_vectors(ceil_div(columns - done, kLanes), [&](auto vectors) __attribute__((always_inline)) {
+        const int64_t some = std::min<int64_t>(columns - done, vectors() * kLanes);
+        multiply_and_finish<T, kPairs, vectors()>(p, product, n0 + done, some, {out + done, y.step});
+        done += some;
+      });
     }
     if (done == columns) continue;
     product.b = static_cast<const uint32_t*>(w) + done;

@@ -108,18 +108,11 @@ void multiply_planes(const SeparableOfPlanes& p, const float* z, int64_t pixels,
       }
       product.b = z + i;
       if (from_registers) {
-        const int64_t vectors = ceil_div(count, kLanes);
-        if (vectors == kProductVectors) {
-          multiply_and_finish_planes<T, kProductVectors>(p, product, c, count, to, plane);
-          i += count;
-        } else if (vectors >= 2) {
-          const int64_t some = std::min<int64_t>(count, 2 * kLanes);
-          multiply_and_finish_planes<T, 2>(p, product, c, some, to, plane);
+        with_vectors(ceil_div(count, kLanes), [&](auto vectors) __attribute__((always_inline)) {
+          const int64_t some = std::min<int64_t>(count, vectors() * kLanes);
+          multiply_and_finish_planes<T, vectors()>(p, product, c, some, to, plane);
           i += some;
-        } else {
-          multiply_and_finish_planes<T, 1>(p, product, c, count, to, plane);
-          i += count;
-        }
+        });
         continue;
       }
       Soon nothing;

@@ -9,6 +9,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define XSEP_INLINE inline __attribute__((always_inline))
@@ -33,6 +35,12 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
+/// Vectors in registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 /// Floats in a vector.
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(float));
 /// Per-channel float arrays are padded to a multiple of this, so that they are read in whole vectors at every level.
@@ -88,6 +96,9 @@ XSEP_INLINE Vec fma_for_certain(Vec a, Vec b, Vec c) {
 #elif defined(__FMA__) && defined(__AVX2__)
   return reinterpret_cast<Vec>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec>(
+      vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
 #else
   return fma(a, b, c);
 #endif
@@ -143,6 +154,11 @@ XSEP_INLINE Vec half_to_float(Vec16 v) { return reinterpret_cast<Vec>(_mm256_cvt
 XSEP_INLINE Vec16 float_to_half(Vec v) {
   return reinterpret_cast<Vec16>(
       _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+XSEP_INLINE Vec half_to_float(Vec16 v) { return reinterpret_cast<Vec>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(v))); }
+XSEP_INLINE Vec16 float_to_half(Vec v) {
+  return reinterpret_cast<Vec16>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
 }
 #else
 /// By integer arithmetic on the exponent; subnormals become exact through one subtraction in float.
