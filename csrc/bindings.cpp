@@ -1,6 +1,9 @@
 // xsep._C: build info and planners for Python. Knows nothing of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <string>
 #include <vector>
@@ -15,12 +18,20 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
+#if defined(__x86_64__)
+/// Clang's __builtin_cpu_supports does not know this one.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 /// Levels that this chip and its operating system can run, worst first.
 std::vector<std::string> cpu_levels_here() {
   std::vector<std::string> levels{"default"};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2) levels.push_back("avx2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -51,7 +62,11 @@ xsep::DepthwiseShape make_shape(const Sizes& x, const Sizes& filter, int64_t mul
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build info and planners of xsep's compiled backends.";
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
   m.attr("compiler") = "g++ " __VERSION__;
+#endif
   m.attr("cpu_levels_built") = XSEP_CPU_LEVELS;
   m.def("cpu_levels_here", &cpu_levels_here, "CPU levels that this chip can run, worst first.");
 

@@ -188,7 +188,8 @@ void multiply(Product p, int64_t m, int64_t n, Soon& soon) {
   float* c = p.c;
   const int64_t a_block = p.a_block ? p.a_block : kProductRows * p.a_row;
   const int64_t all_vectors = (n + kLanes - 1) / kLanes;
-  for (int64_t j = 0; j < all_vectors;) {
+  int64_t j = 0;
+  while (j < all_vectors) {
     p.b = b + j * kLanes;
     detail::with_vectors(all_vectors - j, [&](auto vectors) __attribute__((always_inline)) {
       for (int64_t i = 0; i < m; i += kProductRows) {

@@ -96,7 +96,8 @@ XSEP_INLINE void plane_sums(const PlaneFprop& p, const float* in, const float* w
 template <class T, int kTaps, int kStride, int kRows>
 void plane_row_block(const PlaneFprop& p, const float* in, const float* w, const ChannelAffine& output, T* y) {
   const int64_t width = p.shape.q;
-  for (int64_t q = 0; q < width;) {
+  int64_t q = 0;
+  while (q < width) {
     const auto take = [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = vectors();
       Vec sum[kRows * kVectors];

@@ -70,10 +70,28 @@ std::vector<float> run(int64_t c, int64_t h, int64_t w, int threads) {
   return all;
 }
 
+/// Where scale * x + shift is a rounding error, whether ReLU's value and its gradient are of one mind.
+int kinks() {
+  constexpr int64_t kChannels = 64, kPixels = 8;
+  const std::vector<float> scale = values<float>(table_row(kChannels)), ones(kPixels * kChannels, 1.0f);
+  std::vector<float> x = values<float>(kPixels * kChannels), shift(scale.size()), y(x.size()), dx = ones;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = 0.1f + 0.7f * x[i];
+  for (size_t c = 0; c < kChannels; ++c) {
+    shift[c] = -(scale[c] * x[3 * kChannels + c]);
+    asm volatile("" : : "m"(shift[c]));  // rounded
+  }
+  const ChannelAffine load{scale.data(), shift.data(), Activation::kRelu, 0};
+  chain_apply<float>({kChannels, x.data(), load, nullptr, y.data()}, {0, kPixels});
+  input_gradient<float>({kChannels, kPixels, 1, dx.data(), nullptr, false, x.data(), load}, {0, kPixels});
+  int wrong = 0;
+  for (size_t i = 0; i < x.size(); ++i) wrong += (y[i] > 0) != (dx[i] != 0) && scale[i % kChannels] != 0;
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
-  int wrong = 0;
+  int wrong = kinks();
   for (const int64_t c : {1, 13, 64, 150}) {
     for (const int64_t w : {1, 6}) {
       wrong += run<float>(c, 5, w, 1) != run<float>(c, 5, w, 4);

@@ -42,9 +42,9 @@ def runtime(name: str) -> str:
     return found.stdout.strip() if os.path.isabs(found.stdout.strip()) else ""
 
 
-def built(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
+def built(name: str, sources: list[Path], flags: list[str], link: list[str], compiler: str = "g++") -> Path:
     """A program or library, compiled once for each content of the sources."""
-    digest = hashlib.sha256(" ".join([*flags, *link]).encode())
+    digest = hashlib.sha256(" ".join([compiler, *flags, *link]).encode())
     headers = [p for folder in ("cpu", "common") for p in sorted((ROOT / "csrc" / folder).iterdir())]
     for file in [*headers, *sources]:
         digest.update(file.name.encode() + file.read_bytes())
@@ -57,13 +57,13 @@ def built(name: str, sources: list[Path], flags: list[str], link: list[str]) -> 
 
         def compile_unit(source: Path) -> str:
             out = str(Path(scratch) / f"{source.stem}.o")
-            run(["g++", *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", out])
+            run([compiler, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", out])
             return out
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_unit, sources))
         out = str(Path(scratch) / name)
-        run(["g++", *flags, *objects, *link, "-o", out])
+        run([compiler, *flags, *objects, *link, "-o", out])
         os.replace(out, target)
     return target
 
