@@ -20,9 +20,9 @@ from xsep.tuning import findings
 DESCRIPTION = """\
 Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with and without the
 ReLU before it, and writes table.json, anew after each: what xsep's `auto` looks a problem up in on such a card, once
-`make gpu-check` has added there which backends are verified; on a GPU first the layers by which the cost model is
-corrected for all others. A backend that is wrong on a layer gets no time there, is
-named at the end, and makes the exit code 1; 3 means that time was over before all were measured."""
+`make gpu-check` has added there which backends are verified. On a GPU the layers come first by which the cost model is
+corrected for all other problems. A backend that is wrong on a layer gets no time there, is named at the end, and makes
+the exit code 1; 3 means that time was over before all were measured."""
 
 PROBING = Effort(10, 0.02)
 
