@@ -320,6 +320,7 @@ def test_what_is_right_is_timed(
             raise raised
         return {"a": Finding("a", {})}
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(card_check, "check", lambda *args: (case for case in [("a case", wrong)]))
     monkeypatch.setattr(card_check, "time_probes", timed)

@@ -199,6 +199,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     name = ""
     try:
         if args.device != "cpu":
+            if not torch.cuda.is_available():
+                raise RuntimeError("PyTorch sees no GPU here")
             torch.cuda.set_device(args.device)
         with warnings.catch_warnings(), contextlib.closing(check(args.subject, args.device)) as checked:
             warnings.simplefilter("ignore")  # PyTorch's, about what of it is not deterministic
