@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.pretended_card import CARD, forget, pretend
 from xsep import card_check, dispatch
 from xsep.backends.aten import ATEN
 from xsep.cli.main import main as cli
@@ -25,18 +26,9 @@ from xsep.modules import FusedSeparableConv2d
 from xsep.problem import Geometry, Problem
 from xsep.tuning import card_checks, findings, probes
 from xsep.tuning.card_checks import Answer
-from xsep.tuning.device import H200
-from xsep.tuning.findings import Card, Finding
+from xsep.tuning.findings import Finding
 
-CARD = Card(H200.name, H200.architecture)
 RIGHT, WRONG, UNKNOWN = Answer("", 34, 9.0), Answer("y: error 1, PyTorch's 0.1, allowed 0.2"), Answer(None, why="busy")
-
-
-def forget() -> None:
-    dispatch.forget_choices()
-    dispatch.card_of.cache_clear()
-    findings.forget()
-    card_checks.forget()
 
 
 def precision() -> list[str]:
@@ -228,10 +220,7 @@ class Asked:
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
-    monkeypatch.setattr(dispatch, "running", lambda index: H200)
-    for name in ("cuda", "triton"):
-        monkeypatch.setattr(dispatch.backend(name), "not_supported_reasons", lambda p: [])
-        monkeypatch.setattr(dispatch.backend(name), "plan", lambda p: "pretended")
+    pretend(monkeypatch)
 
     def install(**answers: Answer) -> Asked:
         asked = Asked(**answers)

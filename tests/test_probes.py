@@ -12,6 +12,8 @@ from typing import Any, Optional
 import pytest
 import torch
 
+from tests.pretended_card import CARD, forget, pretend
+from tests.pretended_card import GPU_BACKENDS as BOTH
 from xsep import card_check, dispatch, measuring, plans
 from xsep.backends.aten import ATEN
 from xsep.measuring import Effort
@@ -19,15 +21,6 @@ from xsep.problem import IDENTITY, Problem
 from xsep.tuning import findings, probes
 from xsep.tuning.device import A100, H200, PUBLISHED, RTX_4090, T4, DeviceProperties
 from xsep.tuning.findings import Card, Finding
-
-CARD = Card(H200.name, H200.architecture)
-BOTH = ("cuda", "triton")
-
-
-def forget() -> None:
-    dispatch.forget_choices()
-    dispatch.card_of.cache_clear()
-    findings.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -194,10 +187,7 @@ def test_the_host_is_not_corrected() -> None:
 
 
 def test_auto_follows_what_a_check_has_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "running", lambda index: H200)
-    for name in BOTH:
-        monkeypatch.setattr(dispatch.backend(name), "not_supported_reasons", lambda p: [])
-        monkeypatch.setattr(dispatch.backend(name), "plan", lambda p: "pretended")
+    pretend(monkeypatch)
     findings.remember(CARD, {}, "today", {"cuda": ""})
     assert dispatch.select(LARGE, "auto").name == "cuda"
     remember(backends=("cuda",), cuda=9.0)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import xsep
+from tests.pretended_card import forget, pretend
 from xsep import autotuner, dispatch, measuring, testing
 from xsep.backends.aten import ATEN
 from xsep.problem import Geometry, Problem
@@ -54,12 +55,6 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
     yield
     forget()
-
-
-def forget() -> None:
-    dispatch.forget_choices()
-    dispatch.card_of.cache_clear()
-    findings.forget()
 
 
 def card() -> Card:
@@ -204,11 +199,7 @@ def test_nothing_is_hashed_where_nothing_was_kept(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both GPU backends could run, on an H200."""
-    monkeypatch.setattr(dispatch, "running", lambda index: H200)
-    for name in ("cuda", "triton"):
-        monkeypatch.setattr(dispatch.backend(name), "not_supported_reasons", lambda p: [])
-        monkeypatch.setattr(dispatch.backend(name), "plan", lambda p: "pretended")
+    pretend(monkeypatch)
 
 
 def gpu_problem() -> Problem:
