@@ -67,17 +67,29 @@ class Prediction(NamedTuple):
 
     way: str  # "aten, channels_last", "cuda, fused", ...
     backend: str
-    forward: float
-    backward: float
+    card_forward: float  # what the card needs of it
+    card_backward: float
     chosen_way: bool  # whether this is how the backend would run it
     note: str
     refused: str = ""
     launches: tuple[int, int] = (0, 0)  # forward and backward, of those that Python makes
-    card: tuple[float, float] = (math.inf, math.inf)  # what the card needs of it, forward and backward
     host: tuple[float, float] = (0.0, 0.0)  # what the host needs to enqueue it
 
+    @property
+    def forward(self) -> float:
+        return self.time("forward")
+
+    @property
+    def backward(self) -> float:
+        return self.time("backward")
+
+    @property
+    def timed_as(self) -> str:
+        """PyTorch's ways are told apart; another backend has the one that its planner takes."""
+        return self.way if self.backend == "aten" else self.backend
+
     def on_card(self, direction: str) -> float:
-        return self.card[direction != "forward"]
+        return self.card_forward if direction == "forward" else self.card_backward
 
     def time(self, direction: str, factor: float = 1.0) -> float:
         """The longer of card and host, the card's time corrected by a factor."""
@@ -88,12 +100,11 @@ class Fit(NamedTuple):
     """What a layer took on a card over what the model has for its part there, to correct it by for layers like it."""
 
     layer: str
-    factors: dict[str, float]  # by backend; PyTorch's by way, "aten, NCHW"
+    factors: dict[str, float]  # by Prediction.timed_as
 
     def factor(self, p: Prediction) -> float:
         """A backend that was not timed beside the others is given no advantage over them."""
-        mine = self.factors.get(p.way if p.backend == "aten" else p.backend)
-        return max(self.factors.values()) if mine is None else mine
+        return self.factors.get(p.timed_as, max(self.factors.values()))
 
 
 @dataclass(frozen=True)
@@ -355,10 +366,7 @@ def predictions(problem: Problem, device: DeviceProperties, tf32: bool = False) 
         op = HOST_US_BY_PYTHON if by_python else HOST_US[p.backend]
         host, back = op + p.launches[0] * HOST_LAUNCH_US, 2 * op + p.launches[1] * HOST_LAUNCH_US
         note = p.note if p.forward >= host else f"the host's {host:.0f} us to enqueue it outlast the kernels"
-        return p._replace(
-            forward=max(p.forward, host), backward=max(p.backward, back), note=note, card=(p.forward, p.backward),
-            host=(host, back),
-        )  # fmt: skip
+        return p._replace(note=note, host=(host, back))
 
     return tuple(p if p.refused else no_faster_than_the_host(p) for p in found)
 

@@ -45,8 +45,8 @@ def on_card(problem: Problem, device: DeviceProperties) -> dict[str, Any]:
             way.update({f"{d}_us": p.time(d) for d in DIRECTIONS})
         result["ways"].append(way)
     for direction in DIRECTIONS:
+        fit = probes.fit(problem, card, device, direction, tf32)
         for key, candidates in (("model_takes", able), ("auto_takes", eligible)):
-            fit = probes.fit(problem, card, device, direction, tf32)
             name, why = plans.choose(problem, device, candidates, direction, tf32, fit)
             if key == "auto_takes" and withheld and not eligible:
                 why = "no other backend has been verified on such a card"

@@ -19,7 +19,6 @@ from .findings import Card, Finding
 
 #: Pictures: enough that the host's time does not count, few enough for a card with little memory.
 BATCH = 16
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Which type's times stand for those of a type that was not timed: matrix units and bytes are the same.
 STANDS_FOR = {torch.float16: torch.bfloat16}
 
@@ -64,7 +63,7 @@ def _factors(probe: Problem, found: Finding, device: DeviceProperties, direction
     for p in plans.predictions(probe, device, tf32):
         name = p.backend if p.backend != "aten" or p.chosen_way else p.way
         if name in took and (p.chosen_way or p.backend == "aten"):
-            factors[p.way if p.backend == "aten" else p.backend] = took[name] / p.on_card(direction)
+            factors[p.timed_as] = took[name] / p.on_card(direction)
     return {name: factor for name, factor in factors.items() if 0 < factor < math.inf}
 
 
