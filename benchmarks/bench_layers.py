@@ -97,7 +97,7 @@ def parser() -> common.Parser:
     add("--seconds", type=float, default=0.3, help="for each figure (default: 0.3)")
     add("--below", type=float, default=math.inf, help="print only ratios below this")
     add("--quick", action="store_true", help="two small layers, few repetitions")
-    add("--out", type=Path, help="folder for the JSON (default: benchmarks/results/<cpu>/)")
+    add("--out", type=Path, help="folder for the figures and their chart (default: benchmarks/results/<cpu>/)")
     return made
 
 
@@ -212,10 +212,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         "layers": rows,
         "figure": "least of calls that took turns: processor time on one thread, else time",
     }  # fmt: skip
-    name = "layers.json" if options.op == "separable" else "depthwise.json"
-    with common.whole_files(out) as temporary:
-        common.write_json(temporary(name), record)
-    print(f"written: {out / name}")
+    name = "layers" if options.op == "separable" else "depthwise"
+    print(f"written: {common.write_results(out, name, record, 'layers_chart')}")
     return 1 if failures else 0
 
 

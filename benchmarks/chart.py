@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-INK, QUIET, GRID = "#1f2933", "#6b7785", "#e3e8ee"
+INK, QUIET, GRID, LOSS = "#1f2933", "#6b7785", "#e3e8ee", "#c0392b"
 PYTORCH = {
     "nchw": ("PyTorch NCHW", "#c3ccd6"),
     "channels_last": ("PyTorch channels_last", "#93a1b0"),
@@ -86,7 +86,7 @@ def _panel(ax: Any, groups: list[tuple[str, dict[str, Any]]], names: list[str]) 
             if name not in PYTORCH:
                 ax.annotate(
                     f"{speed:.2f}×", (x, speed), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5,
-                    fontweight="bold", color="#c0392b" if speed < 1 else INK, zorder=6,
+                    fontweight="bold", color=LOSS if speed < 1 else INK, zorder=6,
                     bbox={"boxstyle": "square,pad=0.08", "fc": "white", "ec": "none", "alpha": 0.8},
                 )  # fmt: skip
     ax.axhline(1, color=INK, linewidth=0.9, zorder=4)

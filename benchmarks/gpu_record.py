@@ -118,7 +118,9 @@ def _recompute_sepconv(record: dict[str, Any]) -> None:
 
 
 #: Which module draws what is in a file.
-CHARTS = {"sepconv": "chart", "xception": "xception_chart"}
+CHARTS = {
+    "sepconv": "chart", "xception": "xception_chart", "layers": "layers_chart", "depthwise": "layers_chart"
+}  # fmt: skip
 
 
 def merge_file(source: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from chart import GRID, INK, QUIET
+from chart import GRID, INK, LOSS, QUIET
 from kinds import KINDS
 
 NETWORK_COLOURS = ("#93a1b0", "#1769aa", "#cfa85a", "#2a9d8f")
@@ -66,7 +66,7 @@ def _speeds(ax: Any, record: dict[str, Any], kind: str, mode: str) -> None:
             if i == 1 and record["networks"][0] in speed:
                 gain = speed[name] / speed[record["networks"][0]]
                 ax.annotate(f"{gain:.2f}×", (x, speed[name]), xytext=(0, 3), textcoords="offset points", ha="center",
-                            fontsize=8.5, fontweight="bold", color="#c0392b" if gain < 1 else INK)  # fmt: skip
+                            fontsize=8.5, fontweight="bold", color=LOSS if gain < 1 else INK)  # fmt: skip
     ax.set_xticks(range(len(ways)), ways, fontsize=9, color=INK)
     ax.set_ylim(0, 1.15 * top or 1)
     ax.set_title(
