@@ -315,13 +315,13 @@ def test_the_chain_is_asked_for_apart(ask: Callable[..., Asked], monkeypatch: py
     for name in ("cuda", "triton"):
         monkeypatch.setattr(selection.chain_backend(name), "not_supported_reasons", lambda p: [])
     monkeypatch.setattr(selection, "place", lambda device: 0)
-    selection._eligible.cache_clear()
+    dispatch.forget_choices()
     asked = ask(cuda=RIGHT, cuda_chain=WRONG, triton_chain=RIGHT)
     with pytest.warns(RuntimeWarning, match="cuda-chain kernels are wrong"):
         assert selection.select(problem(), "auto").name == "triton"
     assert dispatch.select(problem(), "auto").name == "cuda", "for what is no chain"
     assert asked.subjects == ["cuda-chain", "triton-chain", "cuda"]
-    selection._eligible.cache_clear()
+    dispatch.forget_choices()
 
 
 def test_two_at_once_make_one_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ nobody's network runs on kernels no card has tested. The first problem that coul
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from functools import cache, lru_cache
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 
@@ -34,8 +35,19 @@ ALWAYS = ("cpu", "aten")
 
 NAMES = ("cuda", "triton", "cpu", "aten")
 
+Answer = TypeVar("Answer")
+
+#: Empties what :func:`remembered` keeps.
+_forgetting: list[Callable[[], None]] = []
 #: Problems that ran while :func:`recording`, in order; None while nobody records.
 _recorded: Optional[dict[Problem, None]] = None
+
+
+def remembered(decide: Callable[..., Answer]) -> functools._lru_cache_wrapper[Answer]:
+    """Decides each question once, until :func:`forget_choices`."""
+    kept = functools.lru_cache(maxsize=8192)(decide)
+    _forgetting.append(kept.cache_clear)
+    return kept
 
 
 @cache
@@ -177,7 +189,7 @@ def _decide(problem: Problem, direction: str, index: int) -> Choice:
     return Choice(backend(name), why)
 
 
-@lru_cache(maxsize=8192)
+@remembered
 def _select(problem: Problem, name: str, direction: str, index: int) -> Choice:
     if name == "auto":
         return _decide(problem, direction, index)
@@ -224,7 +236,8 @@ def recording() -> Iterator[dict[Problem, None]]:
 
 def forget_choices() -> None:
     """Lets every problem be decided anew, by what is known now."""
-    _select.cache_clear()
+    for forget in _forgetting:
+        forget()
     forget_repeated()
 
 

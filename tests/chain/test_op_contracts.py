@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd.profiler import profile
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.chain.support import last, same
 from tests.chain.test_backward_ops import CASES, Case
@@ -17,7 +19,7 @@ from xsep.backends.chain import ChainBackend, Load, RawGradient, Shortcut
 from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.chain_triton import TRITON_CHAIN
 from xsep.backends.cuda import DeviceFacts
-from xsep.ops.training import bn_finalize, bn_pool_add, calls, forward, selection, sep_backward, sep_fprop
+from xsep.ops.training import bn_finalize, bn_pool_add, calls, forward, registry, selection, sep_backward, sep_fprop
 from xsep.problem import RELU, Geometry
 
 OPS: Any = torch.ops.xsep
@@ -94,6 +96,56 @@ def test_opcheck(name: str, backend: str) -> None:
 def test_every_op_is_checked() -> None:
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "xsep::chain_" in name}
     assert registered == {op for op, _ in CONTRACTS.values()}
+
+
+def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_past_the_dispatcher_an_op_gives_the_same(name: str, backend: str) -> None:
+    op, make = CONTRACTS[name]
+    arguments = make()
+    asked, straight = copied(arguments), copied(arguments)
+    expected = getattr(OPS, op)(*asked, backend)
+    with torch.no_grad(), profile() as seen:
+        getattr(registry.OPS, op)(*copied(arguments), backend)
+    assert f"xsep::{op}" in {event.name for event in seen.function_events}, "a profiler is shown the op"
+    versions = [a._version for a in straight if isinstance(a, torch.Tensor)]
+    with torch.no_grad():
+        found = getattr(registry.OPS, op)(*straight, backend)
+    single = isinstance(expected, torch.Tensor)
+    for got, want in zip((found,) if single else found, (expected,) if single else expected, strict=True):
+        assert torch.equal(got, want) and got.stride() == want.stride() and got.dtype == want.dtype
+    changed = [a._version for a in straight if isinstance(a, torch.Tensor)] != versions
+    assert changed == (name == "bn_finalize-running"), "whoever saved a running statistic is told"
+    for got, want in zip(straight, asked, strict=True):
+        if isinstance(got, torch.Tensor):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+class Seen(TorchDispatchMode):
+    """Notes each op that is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_op() -> None:
+    x = images(2, 5, 6, 6)
+    with torch.no_grad(), Seen() as seen:
+        calls.statistics(x)
+    assert seen.names[0] == "xsep::chain_statistics"
+    with torch.no_grad(), FakeTensorMode() as mode:
+        assert calls.statistics(mode.from_tensor(x))[0].shape == (1, 3, 5)
+    x.requires_grad_()
+    assert calls.apply(x, Load()).requires_grad, "where gradients are recorded PyTorch says that the op has none"
 
 
 GOOD: dict[str, Any] = dict(

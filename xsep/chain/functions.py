@@ -40,7 +40,7 @@ class LayerSpec(NamedTuple):
 
 def centres_of(mean: Tensor, *more: Tensor) -> Tensor:
     """[1 + K, C], the first row unused: it only stands where the plain sum of du arrives."""
-    return torch.stack([torch.zeros_like(mean), mean, *more])
+    return torch.stack((mean, mean, *more))
 
 
 def _like(gradient: Optional[Tensor], parameter: Optional[Tensor], wanted: bool) -> Optional[Tensor]:

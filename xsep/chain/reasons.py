@@ -28,7 +28,6 @@ __all__ = [
 
 #: Other subclasses may give the ops a meaning of their own.
 KNOWN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def call_reasons(x: Tensor) -> list[str]:
@@ -54,7 +53,7 @@ def call_reasons(x: Tensor) -> list[str]:
 def module_reasons(module: nn.Module) -> list[str]:
     """Hooks, or a forward put in place of the class's."""
     found = []
-    if any(getattr(module, kind) for kind in HOOKS):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         found.append("has hooks")
     if "forward" in vars(module):
         found.append("has a forward of its own")
@@ -77,10 +76,9 @@ def weight_reasons(conv: nn.Conv2d, dtype: torch.dtype) -> list[str]:
     weight = conv.weight
     if not torch.compiler.is_compiling() and type(weight) not in KNOWN_TENSORS:
         return [f"has a weight that is a {type(weight).__name__}"]
-    mixed = autocasts(weight.device.type) and torch.float64 not in (dtype, weight.dtype)
-    if weight.dtype != dtype and not mixed:
-        return [f"has a {weight.dtype} weight for a {dtype} image"]
-    return []
+    if weight.dtype == dtype or (autocasts(weight.device.type) and torch.float64 not in (dtype, weight.dtype)):
+        return []
+    return [f"has a {weight.dtype} weight for a {dtype} image"]
 
 
 def convolution_reasons(conv: Any, dtype: Optional[torch.dtype] = None) -> list[str]:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ..activations import output_determines_gradient
 from ..problem import IDENTITY, Problem
 from .definitions import DEPTHWISE, LIBRARY, SEPARABLE, Args, ConvOp
+from .inside import skip_autograd, unwatched
 
 
 def y_is_needed(activations: Sequence[int], alphas: Sequence[float]) -> bool:
@@ -51,7 +52,7 @@ class Differentiable:
             tensors: tuple[Any, ...] = args[: self.op.tensors]
             for t in tensors:
                 if t is not None and t.requires_grad:
-                    left = self.op.left_to_pytorch(args, backend, problem) if _unwatched(tensors) else None
+                    left = self.op.left_to_pytorch(args, backend, problem) if unwatched(tensors) else None
                     return self.eager.apply(*args, backend, problem) if left is None else left
         return self.below_autograd(args, backend, problem)
 
@@ -61,8 +62,8 @@ class Differentiable:
 
     def below_autograd(self, args: Args, backend: str, problem: Problem) -> Tensor:
         """y without a gradient: straight to the kernel where nobody can be watching the op, which saves 80 us."""
-        if _unwatched(args[: self.op.tensors]):
-            with _below_autograd():
+        if unwatched(args[: self.op.tensors]):
+            with skip_autograd():
                 return self.op.forward(args, backend, problem)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op.forward_op(*args, backend)
@@ -70,9 +71,9 @@ class Differentiable:
     def eager_backward(self, dy: Tensor, y: Optional[Tensor], *inputs: Any) -> Sequence[Optional[Tensor]]:
         """The backward op on its schema's arguments and their problem: as directly, where none differentiates it."""
         *flat, backend, problem, wanted = inputs
-        if torch.is_grad_enabled() or not _unwatched((dy, y, *flat[: self.op.tensors])):
+        if torch.is_grad_enabled() or not unwatched((dy, y, *flat[: self.op.tensors])):
             return self.op.backward_op(dy, y, *flat, backend, wanted)
-        with _below_autograd():
+        with skip_autograd():
             return self.op.backward(dy, y, self.op.args(*flat), backend, problem, wanted)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,18 +116,6 @@ class Differentiable:
         if direct and op.residual is not None:
             gradients[op.residual] = dy
         return (*gradients, *[None] * len(ctx.rest))
-
-
-#: Below autograd, and below what takes note of views: a y that was laid out by one could else not be changed in place.
-_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
-
-
-def _unwatched(tensors: Sequence[Any]) -> bool:
-    """Whether these are plain tensors and no dispatch mode or tracer looks on."""
-    for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return False
-    return not torch._C._len_torch_dispatch_stack() and not torch._C._get_tracing_state()
 
 
 def _refuse_tangents(op: ConvOp, args: Args) -> None:

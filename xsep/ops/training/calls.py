@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from ...backends.chain import Backward, Forward, Load, RawGradient, Shortcut
 from ...problem import Geometry
-
-OPS: Any = torch.ops.xsep
+from .registry import OPS
 
 
 def sep_fprop(

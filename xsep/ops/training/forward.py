@@ -47,8 +47,8 @@ def _sep_fprop_fake(
     r = images(x, x.shape[0], w_pw.shape[0], *problem.output_size)
     partials, counts = nothing(x), nothing(x).int()
     if statistics:
-        # Where the batch is a symbol, nobody can say into how many tiles a plan will cut it.
-        known = isinstance(problem.n, int)
+        # Where a size is a symbol, nobody can say into how many tiles a plan will cut it.
+        known = all(isinstance(size, int) for size in (problem.n, problem.h, problem.w))
         tiles = select(problem, backend).tiles(problem) if known else torch.library.get_ctx().new_dynamic_size()
         partials, counts = fake_statistics(r, tiles)
     return r, partials, counts, nothing(x) if residual is None else images(x, *x.shape)

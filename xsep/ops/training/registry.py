@@ -1,8 +1,9 @@
-"""How the chain's ops are registered, and the tensors that their fakes make."""
+"""How the chain's ops are registered and called, and the tensors that their fakes make."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import torch
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from ...backends.chain import wide
 from ..definitions import LIBRARY
-from ..inside import inside_op
+from ..inside import inside_op, skip_autograd, unwatched
 from ..layout import conform
 
 Outputs = tuple[Tensor, ...]
 
 #: How an image is read, in the schemas.
 LOAD = "Tensor x, Tensor? vec, int activation, float alpha"
+
+
+#: What calls each op, by its name: straight where no gradient is recorded and nobody can be watching, since the
+#: dispatcher takes longer than the op does.
+OPS: Any = SimpleNamespace()
 
 
 def define(name: str, schema: str, outputs: int, run: Callable[..., Outputs], fake: Callable[..., Outputs]) -> None:
@@ -34,6 +40,16 @@ def define(name: str, schema: str, outputs: int, run: Callable[..., Outputs], fa
     LIBRARY.define(f"{name}({schema}, str backend) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"xsep::{name}", fake_call, lib=LIBRARY)
+    registered = getattr(torch.ops.xsep, name).default
+
+    def op(*arguments: Any) -> Any:
+        # A compiler cannot trace the other questions.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not unwatched(arguments):
+            return registered(*arguments)
+        with skip_autograd():
+            return call(*arguments)
+
+    setattr(OPS, name, op)
 
 
 def images(like: Tensor, n: int, c: int, h: int, w: int, dtype: Optional[torch.dtype] = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from ...backends.chain import ChainBackend
 from ...backends.chain_aten import ATEN_CHAIN
-from ...dispatch import card_of, may_take, place, requested, trusting
+from ...dispatch import card_of, may_take, place, remembered, requested, trusting
 from ...problem import Geometry, Problem
 from ...tuning.card_checks import CHAIN
 
@@ -53,24 +53,26 @@ def select(problem: Problem, name: str) -> ChainBackend:
     Raises:
         RuntimeError: one was asked for by name and cannot run it; the message carries all its reasons.
     """
-    reasons = not_supported_reasons(problem, name)
-    if reasons:
-        raise RuntimeError(f"the training chain cannot run {problem}: {'; '.join(reasons)}")
-    name = requested(name)
+    return _select(problem, requested(name), place(problem.device), trusting())
+
+
+@remembered
+def _select(problem: Problem, name: str, index: int, trusted: bool) -> ChainBackend:
+    """Whether the user trusts what no card has verified is part of the question."""
     if name != "auto":
-        return chain_backend(name)
+        found = chain_backend(name)
+        reasons = found.not_supported_reasons(problem)
+        if reasons:
+            raise RuntimeError(f"the training chain cannot run {problem}: {'; '.join(reasons)}")
+        return found
     for candidate in AUTO.get(problem.device, ()):
         found = chain_backend(candidate)
-        if not found.not_supported_reasons(problem) and _eligible(
-            candidate, problem.device, place(problem.device), trusting()
-        ):
+        if not found.not_supported_reasons(problem) and _may_take(candidate, problem.device, index):
             return found
     return ATEN_CHAIN
 
 
-@cache
-def _eligible(name: str, device: str, index: int, trusted: bool) -> bool:
-    """Asked once: whether the user trusts what no card has verified is part of the question."""
+def _may_take(name: str, device: str, index: int) -> bool:
     return device != "cuda" or may_take(name + CHAIN, card_of(device, index), index)
 
 
