@@ -166,6 +166,33 @@ def test_a_member_that_is_replaced_or_wrapped_is_obeyed() -> None:
     assert fused_calls(model, x) == 0
 
 
+def test_what_only_handed_a_value_on_may_be_replaced() -> None:
+    model = nn.Sequential(depthwise(5), nn.Identity(), pointwise(5, 4), nn.Identity())
+    truth = copy.deepcopy(model)
+    assert len(swap_separable_convs(model, report=False)) == 1
+    x = picture()
+    assert fused_calls(model, x) == 1
+    for place, fused in ((3, 1), (1, 0)):  # behind all members it never mattered
+        for m in (model, truth):
+            m[place] = nn.Tanh()
+        torch.testing.assert_close(model(x), truth(x), rtol=1e-5, atol=1e-5)
+        assert fused_calls(model, x) == fused
+
+
+def test_one_more_module_among_the_members_is_obeyed() -> None:
+    model = nn.Sequential(nn.Sequential(depthwise(5)), pointwise(5, 4))
+    truth = copy.deepcopy(model)
+    assert len(swap_separable_convs(model, report=False)) == 1
+    x = picture()
+    for m in (model, truth):
+        m.append(nn.Tanh())
+    assert fused_calls(model, x) == 1, "at the end of all it is none of theirs"
+    for m in (model, truth):
+        m[0].append(nn.Tanh())  # type: ignore[operator]
+    torch.testing.assert_close(model(x), truth(x), rtol=1e-5, atol=1e-5)
+    assert fused_calls(model, x) == 0
+
+
 class WithOption(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,8 +14,7 @@ skip_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def unwatched(arguments: Iterable[Any]) -> bool:
-    """Whether the tensors among these are plain ones and no dispatch mode, tracer, profiler or functorch transform looks
-    on."""
+    """Whether the tensors among these are plain ones and no dispatch mode, tracer, profiler or transform looks on."""
     for t in arguments:
         kind = type(t)
         if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(t, Tensor):

@@ -10,8 +10,8 @@ member gets the true value. The host is a subclass of its own class, too, whose 
 run in this call.
 
 A chain steps back, and its members run one by one, where the middle value could be seen or is not defined by vectors:
-a hook on a member or on a module around one, a member that was replaced by another module, a batch norm in training
-mode, arguments of the host other than those it was traced with.
+a hook on a member or on a module around one, a member or what lay between two of them replaced by another module, a
+batch norm or a dropout in training mode, arguments of the host other than those it was traced with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,12 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..arguments import ChannelAffine
 from ..functional import depthwise_conv2d, separable_conv2d
-from .folding import Activation, FoldedNorm
+from .activations import Activation
+from .folding import FoldedNorm
 
 Span = tuple[int, int]
+#: What hands a value on unless it is in training mode.
+DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
 class Stage(NamedTuple):
@@ -69,6 +72,13 @@ class Link(NamedTuple):
     child: nn.Module
 
 
+class Length(NamedTuple):
+    """A container whose modules are called in turn, so that one more would be called among the members."""
+
+    holder: Union[nn.Sequential, nn.ModuleList]
+    modules: int
+
+
 class Chain:
     """Members in the order they are called, and how many of them may run as one in a call of the host.
 
@@ -83,8 +93,10 @@ class Chain:
             member saved its output, may be changed in place later, so a call that records gradients goes without.
         middle: what stands between.
         after: ``after[i]`` is what the i members behind the pointwise convolution do together.
-        links: every step from the host down to the members.
+        links: every step from the host down to the members, and to what only hands a value on between them.
+        lengths: containers of some of the members.
         watched: ``watched[i]`` are the modules on which a hook would show the value between members i and i + 1.
+        dropouts: ``dropouts[i]`` are those between members i and i + 1.
     """
 
     def __init__(
@@ -99,11 +111,13 @@ class Chain:
         middle: Stage,
         after: tuple[Stage, ...],
         links: tuple[Link, ...],
+        lengths: tuple[Length, ...],
         watched: tuple[tuple[nn.Module, ...], ...],
+        dropouts: tuple[tuple[Any, ...], ...],
     ) -> None:
         self.host, self.arity, self.members, self.dw, self.pw = host, arity, members, dw, pw
         self.prologue, self.private, self.middle, self.after = prologue, private, middle, after
-        self.links, self.watched = links, watched
+        self.links, self.lengths, self.watched, self.dropouts = links, lengths, watched, dropouts
         # Per thread, which members are absorbed in the call of the host that is under way.
         self.spans: dict[int, Span] = {}
 
@@ -130,23 +144,30 @@ class Chain:
         for holder, name, child in self.links:
             if holder._modules.get(name) is not child:
                 return None
+        for container, modules in self.lengths:
+            if len(container._modules) != modules:
+                return None
         if not self.middle.is_ready() or _global_forward_hooks or _global_forward_pre_hooks:
             return 0, 0
         for i in range(self.dw, self.pw):
-            if hooked(self.watched[i]) is not None:
+            if self._is_shown(i):
                 return 0, 0
         first = self.dw
-        if first > 0 and (self.private or not torch.is_grad_enabled()) and hooked(self.watched[0]) is None:
+        if first > 0 and (self.private or not torch.is_grad_enabled()) and not self._is_shown(0):
             first = 0
         last = self.pw
         for i in range(1, len(self.after)):
             stage = self.after[i]
-            if hooked(self.watched[last]) is not None or not stage.is_ready():
+            if self._is_shown(last) or not stage.is_ready():
                 break
             if torch.is_grad_enabled() and not stage.is_fit_for_backward():
                 break
             last += 1
         return first, last + 1
+
+    def _is_shown(self, i: int) -> bool:
+        """Whether the value between members i and i + 1 must be there: a hook sees it, or a dropout changes it."""
+        return hooked(self.watched[i]) is not None or any(d.training and d.p > 0 for d in self.dropouts[i])
 
     def enter(self, key: int, host: nn.Module, arguments: tuple[Any, ...]) -> Optional[Span]:
         """Begins a call of the host; returns what ``leave`` must be given."""

@@ -1,4 +1,4 @@
-"""What a norm or an activation module does, said as the vectors and the name the op takes."""
+"""What a norm module does, said as the vectors that the op takes."""
 
 from __future__ import annotations
 
@@ -8,33 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-Activation = tuple[str, Optional[float]]
 Norm = Union[nn.BatchNorm2d, nn.SyncBatchNorm]
 
 #: The forwards of modules whose eval mode is F.batch_norm with running statistics and nothing else.
 _NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-
-
-def activation_of(module: nn.Module) -> Optional[Activation]:
-    """(name, alpha) of a module that applies one of the op's activations and nothing else, or None."""
-    if "forward" in vars(module):
-        return None
-    forward: Any = type(module).forward
-    if isinstance(module, nn.ReLU) and forward is nn.ReLU.forward:
-        return "relu", None
-    if isinstance(module, nn.ReLU6) and forward is nn.ReLU6.forward:
-        return "relu6", None
-    if isinstance(module, nn.SiLU) and forward is nn.SiLU.forward:
-        return "silu", None
-    if isinstance(module, nn.Hardswish) and forward is nn.Hardswish.forward:
-        return "hardswish", None
-    if isinstance(module, nn.GELU) and forward is nn.GELU.forward:
-        return ("gelu_tanh" if module.approximate == "tanh" else "gelu"), None
-    if isinstance(module, nn.ELU) and forward is nn.ELU.forward:
-        return "elu", module.alpha
-    if isinstance(module, nn.LeakyReLU) and forward is nn.LeakyReLU.forward:
-        return "leaky_relu", module.negative_slope
-    return None
 
 
 def modules_of_norm(norm: Norm) -> Union[tuple[nn.Module, ...], str]:

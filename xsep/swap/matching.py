@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from ..modules import FusedSeparableConv2d, not_a_pair_reasons
-from .chain import Link
+from .activations import Activation, activation_of
+from .chain import DROPOUTS, Link
 from .dataflow import Dataflow, Trace, has_forward, why_closed
-from .folding import Activation, Norm, activation_of, modules_of_norm
+from .folding import Norm, modules_of_norm
 
 #: Activations cheap enough to apply once for each tap that loads the value.
 _PROLOGUES = ("relu", "relu6", "leaky_relu")
@@ -42,7 +43,7 @@ class Match:
     private: bool = False  # whether nothing but ``before`` sees its input
     between: list[Part] = field(default_factory=list)
     after: list[Part] = field(default_factory=list)
-    # Modules that only hand the value on, by the number of the member before them.
+    # Modules that only hand the value on, if only in eval mode, by the number of the member before them.
     passed: dict[int, list[nn.Module]] = field(default_factory=dict)
     may_grow: bool = False  # its input or output is the host's: the module around the host may show more
 
@@ -231,7 +232,7 @@ def _stretch(
         module = trace.module(user)
         if isinstance(module, nn.Conv2d):
             return _Stretch(parts, user)
-        if type(module) is nn.Identity:
+        if type(module) in (nn.Identity, *DROPOUTS):
             passed.setdefault(last, []).append(module)
         else:
             part = _part(tree, trace, module, parts, fold_bn)

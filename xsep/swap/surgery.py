@@ -6,9 +6,10 @@ from typing import Optional
 
 from torch import nn
 
-from .chain import Chain, Link, Stage, hooked, is_derived, restore
+from .activations import Activation
+from .chain import DROPOUTS, Chain, Length, Link, Stage, hooked, is_derived, restore
 from .dataflow import Dataflow
-from .folding import Activation, FoldedNorm
+from .folding import FoldedNorm
 from .matching import Match, Part, Tree, depthwise_candidates, drop_claimed_ends, find
 from .report import Missed, Swapped, SwapReport
 
@@ -20,7 +21,8 @@ def swap_separable_convs(model: nn.Module, fold_bn: bool = False, report: bool =
     and gradients stay the same up to rounding. A pair is found by the dataflow of the module around it (torch.fx), in
     an ``nn.Sequential``, under whatever names in a module of its own, or in the model's own forward; where a module
     cannot be traced, the pairs inside its other parts are still found. Activation modules between the two, before
-    them and behind them run with them. Whatever only looks like such a pair is left alone, and the report says why.
+    them and behind them run with them: torch.nn's, and any whose forward is no more than one of those functions. A
+    dropout on the way is passed in eval mode or where its p is 0. Whatever only looks like such a pair is left alone, and the report says why.
 
     Args:
         model: any module. A model that was swapped before is first put back, so the last call decides.
@@ -108,9 +110,13 @@ def _chain(tree: Tree, match: Match) -> Chain:
     members = match.members
     dw, pw = members.index(match.conv_dw), members.index(match.conv_pw)
     links: dict[Link, None] = {}
-    for member in members:
+    passed = [match.passed.get(i, []) for i in range(len(members) - 1)]
+    for member in (*members, *(m for between in passed for m in between)):
         links.update(dict.fromkeys(tree.path(match.host, member)))
     watched = tuple(_watched(tree, match, i) for i in range(len(members) - 1))
+    around = dict.fromkeys(m for modules in watched for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)))
+    lengths = tuple(Length(m, len(m)) for m in around)
+    dropouts = tuple(tuple(m for m in between if isinstance(m, DROPOUTS)) for between in passed)
     after = [Stage()]
     for part in match.after:
         after.append(_with(after[-1], part, None))
@@ -119,8 +125,9 @@ def _chain(tree: Tree, match: Match) -> Chain:
         middle = _with(middle, part, match.conv_dw)
     prologue: Optional[Activation] = None if match.before is None else match.before.activation
     return Chain(
-        match.host, match.arity, members, dw, pw, prologue, match.private, middle, tuple(after), tuple(links), watched
-    )
+        match.host, match.arity, members, dw, pw, prologue, match.private, middle, tuple(after), tuple(links), lengths,
+        watched, dropouts,
+    )  # fmt: skip
 
 
 def _with(stage: Stage, part: Part, conv: Optional[nn.Conv2d]) -> Stage:
