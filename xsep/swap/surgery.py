@@ -22,7 +22,8 @@ def swap_separable_convs(model: nn.Module, fold_bn: bool = False, report: bool =
     an ``nn.Sequential``, under whatever names in a module of its own, or in the model's own forward; where a module
     cannot be traced, the pairs inside its other parts are still found. Activation modules between the two, before
     them and behind them run with them: torch.nn's, and any whose forward is no more than one of those functions. A
-    dropout on the way is passed in eval mode or where its p is 0. Whatever only looks like such a pair is left alone, and the report says why.
+    dropout on the way is passed in eval mode or where its p is 0. Whatever only looks like such a pair is left alone,
+    and the report says why.
 
     Args:
         model: any module. A model that was swapped before is first put back, so the last call decides.
