@@ -153,7 +153,7 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
         "dw: with opaque.pw (Conv2d): is called more than once",
     ),
     "squeeze-excite": (sequential(depthwise(5), Gate(), pointwise(5, 3)), False, "is used 2 times: by the function "),
-    "dropout-between": (
+    "alpha-dropout-between": (
         sequential(depthwise(5), nn.AlphaDropout(0.0), pointwise(5, 3)), False, "1 (AlphaDropout) stands"
     ),
     "group-norm-between": (sequential(depthwise(5), nn.GroupNorm(1, 5), pointwise(5, 3)), True, "1 (GroupNorm) stands"),

@@ -15,6 +15,7 @@ from xsep.swap import swap_separable_convs
 from .swap_patterns import (
     AlignedSeparable,
     InvertedResidual,
+    OneModuleNorm,
     SeparableNamed,
     build,
     depthwise,
@@ -177,6 +178,18 @@ def test_what_only_handed_a_value_on_may_be_replaced() -> None:
             m[place] = nn.Tanh()
         torch.testing.assert_close(model(x), truth(x), rtol=1e-5, atol=1e-5)
         assert fused_calls(model, x) == fused
+
+
+def test_what_a_norm_applies_may_be_replaced() -> None:
+    truth = build(OneModuleNorm).eval()
+    model = copy.deepcopy(truth)
+    assert len(swap_separable_convs(model, True, report=False)) == 1
+    x = picture()
+    assert fused_calls(model, x) == 1
+    for m in (model, truth):
+        m.bn1.act = nn.Tanh()  # type: ignore[union-attr]
+    torch.testing.assert_close(model(x), truth(x), rtol=1e-5, atol=1e-5)
+    assert fused_calls(model, x) == 0
 
 
 def test_one_more_module_among_the_members_is_obeyed() -> None:

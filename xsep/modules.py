@@ -290,13 +290,19 @@ def not_a_pair_reasons(conv_dw: Any, conv_pw: Any) -> list[str]:
     return reasons
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody watches the module itself."""
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
 def _foreign_reasons(name: str, conv: Any) -> list[str]:
     if not isinstance(conv, nn.Conv2d):
         return [f"{name} is a {type(conv).__name__}, not an nn.Conv2d"]
     own = "forward" in vars(conv) or "_conv_forward" in vars(conv)
     if own or type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         return [f"{name} is a {type(conv).__name__} with a forward of its own"]
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if has_hooks(conv):
         return [f"{name} has hooks, which would no longer run"]
     return []
 

@@ -19,6 +19,7 @@ from xsep.backends.chain import ChainBackend, Load, RawGradient, Shortcut
 from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.backends.chain_triton import TRITON_CHAIN
 from xsep.backends.cuda import DeviceFacts
+from xsep.ops.inside import skip_autograd
 from xsep.ops.training import bn_finalize, bn_pool_add, calls, forward, registry, selection, sep_backward, sep_fprop
 from xsep.problem import RELU, Geometry
 
@@ -104,7 +105,14 @@ def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("backend", ["aten", "cpu"])
 @pytest.mark.parametrize("name", CONTRACTS)
-def test_past_the_dispatcher_an_op_gives_the_same(name: str, backend: str) -> None:
+def test_past_the_dispatcher_an_op_gives_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight_calls: list[str] = []
+
+    def noted() -> Any:
+        straight_calls.append(name)
+        return skip_autograd()
+
+    monkeypatch.setattr(registry, "skip_autograd", noted)
     op, make = CONTRACTS[name]
     arguments = make()
     asked, straight = copied(arguments), copied(arguments)
@@ -112,9 +120,11 @@ def test_past_the_dispatcher_an_op_gives_the_same(name: str, backend: str) -> No
     with torch.no_grad(), profile() as seen:
         getattr(registry.OPS, op)(*copied(arguments), backend)
     assert f"xsep::{op}" in {event.name for event in seen.function_events}, "a profiler is shown the op"
+    assert not straight_calls
     versions = [a._version for a in straight if isinstance(a, torch.Tensor)]
     with torch.no_grad():
         found = getattr(registry.OPS, op)(*straight, backend)
+    assert straight_calls == [name]
     single = isinstance(expected, torch.Tensor)
     for got, want in zip((found,) if single else found, (expected,) if single else expected, strict=True):
         assert torch.equal(got, want) and got.stride() == want.stride() and got.dtype == want.dtype

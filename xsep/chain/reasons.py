@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from ..functional import autocasts
-from ..modules import FusedSeparableConv2d
+from ..modules import FusedSeparableConv2d, has_hooks
 from ..ops.training.selection import not_supported_reasons
 from ..problem import Geometry, Problem
 from .batchnorm import KINDS
@@ -53,7 +53,7 @@ def call_reasons(x: Tensor) -> list[str]:
 def module_reasons(module: nn.Module) -> list[str]:
     """Hooks, or a forward put in place of the class's."""
     found = []
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         found.append("has hooks")
     if "forward" in vars(module):
         found.append("has a forward of its own")

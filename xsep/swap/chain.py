@@ -27,6 +27,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..arguments import ChannelAffine
 from ..functional import depthwise_conv2d, separable_conv2d
+from ..modules import has_hooks
 from .activations import Activation
 from .folding import FoldedNorm
 
@@ -93,7 +94,7 @@ class Chain:
             member saved its output, may be changed in place later, so a call that records gradients goes without.
         middle: what stands between.
         after: ``after[i]`` is what the i members behind the pointwise convolution do together.
-        links: every step from the host down to the members, and to what only hands a value on between them.
+        links: every step from the host down to the members and into them, and to what hands a value on between them.
         lengths: containers of some of the members.
         watched: ``watched[i]`` are the modules on which a hook would show the value between members i and i + 1.
         dropouts: ``dropouts[i]`` are those between members i and i + 1.
@@ -234,7 +235,7 @@ class Chain:
 def hooked(modules: Iterable[nn.Module]) -> Optional[nn.Module]:
     """The first module with a hook."""
     for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        if has_hooks(m):
             return m
     return None
 

@@ -112,8 +112,9 @@ def _chain(tree: Tree, match: Match) -> Chain:
     dw, pw = members.index(match.conv_dw), members.index(match.conv_pw)
     links: dict[Link, None] = {}
     passed = [match.passed.get(i, []) for i in range(len(members) - 1)]
-    for member in (*members, *(m for between in passed for m in between)):
-        links.update(dict.fromkeys(tree.path(match.host, member)))
+    for part in (*members, *(m for between in passed for m in between)):
+        for module in part.modules():  # a norm may hold its activation
+            links.update(dict.fromkeys(tree.path(match.host, module)))
     watched = tuple(_watched(tree, match, i) for i in range(len(members) - 1))
     around = dict.fromkeys(m for modules in watched for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)))
     lengths = tuple(Length(m, len(m)) for m in around)
