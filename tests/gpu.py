@@ -5,9 +5,14 @@ tests/cuda/emulated_plugin.py has them run on a CPU before, the cuda backend's k
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
+
+from .host_waits import HostWaits
 
 
 @dataclass
@@ -31,6 +36,22 @@ class Place:
 
 
 PLACE = Place()
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """Fails where the host waits for the card within."""
+    if PLACE.emulated:
+        with HostWaits() as waits:
+            yield
+        assert waits.seen and not waits.found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def needs_card(what: str) -> pytest.MarkDecorator:

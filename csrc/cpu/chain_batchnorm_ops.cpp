@@ -34,12 +34,21 @@ void move_running(const OptionalTensor& running, const Tensor& now, double scale
   if (!moved.is_same(*running)) running->copy_(moved);
 }
 
-/// (vec [2, C], mean [C], invstd [C], pixels []); moves the running statistics by momentum, or by one over batches.
+/// The batches seen before and this one, counted in place.
+int64_t counted(const Tensor& batches) {
+  TORCH_CHECK(batches.is_cpu() && batches.dim() == 0 && batches.scalar_type() == at::kLong,
+              "batches must be one int64 on the CPU, but is ", batches.sizes(), " ", batches.scalar_type(), " on ",
+              batches.device());
+  return ++*batches.mutable_data_ptr<int64_t>();
+}
+
+/// (vec [2, C], the mean twice [2, C], invstd [C], pixels []). Counts the batch, and moves the running statistics by
+/// momentum, or by one over the batches.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& partials, const Tensor& counts,
                                                        const OptionalTensor& gamma, const OptionalTensor& beta,
                                                        const OptionalTensor& running_mean,
                                                        const OptionalTensor& running_var, const OptionalTensor& batches,
-                                                       double momentum, double eps) {
+                                                       std::optional<double> momentum, double eps) {
   check_input(partials, at::kFloat, 3, "partials");
   check_input(counts, at::kInt, 1, "counts");
   const int64_t tiles = counts.size(0), c = partials.size(2);
@@ -59,15 +68,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& partials, c
   const double pixels = static_cast<double>(moments.pixels());
   *count.mutable_data_ptr<double>() = pixels;
 
-  const double weight = batches ? 1 / static_cast<double>(batches->item().toDouble()) : momentum;
+  const int64_t seen = batches ? counted(*batches) : 1;
+  const double weight = momentum.value_or(1 / static_cast<double>(seen));
   move_running(running_mean, exact_mean, 1, weight);
   move_running(running_var, deviations, 1 / std::max(pixels - 1, 1.0), weight);
-  Tensor vec = at::empty({2, c}, partials.options()), mean = at::empty({c}, partials.options()),
+  Tensor vec = at::empty({2, c}, partials.options()), centres = at::empty({2, c}, partials.options()),
          invstd = at::empty({c}, partials.options());
   float* const scale = vec.mutable_data_ptr<float>();
-  normalise(moments, {scales.data(), shifts.data(), eps, scale, scale + c, mean.mutable_data_ptr<float>(),
-                      invstd.mutable_data_ptr<float>()});
-  return {vec, mean, invstd, count};
+  float* const mean = centres.mutable_data_ptr<float>();
+  normalise(moments, {scales.data(), shifts.data(), eps, scale, scale + c, mean, invstd.mutable_data_ptr<float>()});
+  std::copy_n(mean, c, mean + c);
+  return {vec, centres, invstd, count};
 }
 
 /// (coef [3, C], dgamma [C], dbeta [C])
@@ -92,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_backward_finalize(const Tensor& sums, cons
 TORCH_LIBRARY_FRAGMENT(xsep, m) {
   m.def(
       "cpu_chain_bn_finalize(Tensor partials, Tensor counts, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor? batches, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_chain_bn_backward_finalize(Tensor sums, Tensor mean, Tensor invstd, Tensor? gamma, Tensor count, "
       "bool batch) -> (Tensor, Tensor, Tensor)");

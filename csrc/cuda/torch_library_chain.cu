@@ -226,11 +226,12 @@ const double* double_scalar(const Tensor& t, const Tensor& x, const char* name) 
   return static_cast<const double*>(t.const_data_ptr());
 }
 
-// (vec [2, C], mean [C], invstd [C], count []); running_mean and running_var are moved.
+// (vec [2, C], the mean twice [2, C], invstd [C], count []); batches is counted up, running_mean and running_var are
+// moved: by one over the batches where the average is cumulative.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_bn_finalize(Tensor partials, Tensor counts, OptionalTensor gamma,
                                                                   OptionalTensor beta, OptionalTensor running_mean,
                                                                   OptionalTensor running_var, OptionalTensor batches,
-                                                                  double momentum, double eps) {
+                                                                  bool cumulative, double momentum, double eps) {
   FinalizeParams p{};
   STD_TORCH_CHECK(is_on_gpu(partials) && partials.dim() == 3 && partials.size(1) == 3 && partials.numel() > 0,
                   "partials must be a CUDA tensor [T, 3, C]");
@@ -246,21 +247,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_bn_finalize(Tensor partial
   if (batches.has_value()) {
     check_device(*batches, partials, "batches");
     STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long && batches->numel() == 1, "batches must be one int64");
-    p.batches = static_cast<const int64_t*>(batches->const_data_ptr());
+    p.batches = static_cast<int64_t*>(batches->mutable_data_ptr());
   }
+  p.cumulative = cumulative ? 1 : 0;
+  STD_TORCH_CHECK(!cumulative || p.batches != nullptr, "a cumulative average needs batches");
   p.momentum = momentum, p.eps = eps;
   p.groups = merge_groups(p.tiles);
   Tensor merged = new_flat(partials, {p.groups, 3, p.channels}, ScalarType::Double);
   Tensor vec = new_flat(partials, {2, p.channels}, ScalarType::Float);
-  Tensor mean = new_flat(partials, {p.channels}, ScalarType::Float);
+  Tensor centres = new_flat(partials, {2, p.channels}, ScalarType::Float);
   Tensor invstd = new_flat(partials, {p.channels}, ScalarType::Float);
   Tensor count = new_flat(partials, {}, ScalarType::Double);
   p.merged = static_cast<double*>(merged.mutable_data_ptr());
-  p.vec = writable(vec), p.mean = writable(mean), p.invstd = writable(invstd);
+  p.vec = writable(vec), p.centres = writable(centres), p.invstd = writable(invstd);
   p.count = static_cast<double*>(count.mutable_data_ptr());
   const DeviceScope device(partials, p);
   bn_finalize(p, device.stream());
-  return {vec, mean, invstd, count};
+  return {vec, centres, invstd, count};
 }
 
 // (coef [3, C], dgamma [C], dbeta [C])
@@ -304,7 +307,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
   m.def("cuda_chain_sum_partials(Tensor partials, Tensor w_dw, int sums) -> (Tensor, Tensor)");
   m.def(
       "cuda_chain_bn_finalize(Tensor partials, Tensor counts, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor? batches, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(b!)? running_var, Tensor(c!)? batches, bool cumulative, float momentum, float eps) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "cuda_chain_bn_backward_finalize(Tensor sums, Tensor mean, Tensor invstd, Tensor? gamma, Tensor count, bool "
       "batch) "

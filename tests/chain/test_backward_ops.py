@@ -292,7 +292,7 @@ def test_hostile_mean_in_the_backward() -> None:
         x = r.to(kind).requires_grad_()
         y = F.batch_norm(x, None, None, bn.weight.to(kind), bn.bias.to(kind), True)
         found[kind] = torch.autograd.grad(y, x, du.to(kind))[0]
-    _, mean, invstd, count = calls.bn_finalize(*calls.statistics(r))
-    _, sums = calls.apply_backward(du, r, Load(), None, [r], torch.stack([mean, mean]))
-    coef, _, _ = bn_backward_finalize(sums, mean, invstd, None, count)
+    _, centres, invstd, count = calls.bn_finalize(*calls.statistics(r))
+    _, sums = calls.apply_backward(du, r, Load(), None, [r], centres)
+    coef, _, _ = bn_backward_finalize(sums, centres[1], invstd, None, count)
     hold("dr", bn_dgrad(du, r, coef), found[torch.float64], found[torch.float32], torch.float32)

@@ -189,25 +189,27 @@ def test_apply(dtype: torch.dtype, c: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batches", [None, torch.tensor(7)], ids=["momentum", "cumulative"])
-def test_finalize_of_parameters_in_any_type(kind: torch.dtype, batches: Optional[Tensor]) -> None:
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+def test_finalize_of_parameters_in_any_type(kind: torch.dtype, momentum: Optional[float]) -> None:
     partials, counts = OPS.cpu_chain_statistics((100 + 0.1 * last(3, 37, 9, 7)).float())
     partials = torch.cat([partials, torch.zeros(1, 3, 37)])  # of a process that had no picture
     counts = torch.cat([counts, torch.zeros(1, dtype=torch.int32)])
     gamma, beta, mean = (torch.randn(37).to(kind) for _ in range(3))
     var = torch.rand(37).to(kind)
-    moved = [[mean.clone(), var.clone()] for _ in range(2)]
-    found = OPS.cpu_chain_bn_finalize(partials, counts, gamma, beta, *moved[0], batches, 0.1, 1e-3)
+    moved = [[mean.clone(), var.clone(), torch.tensor(6)] for _ in range(2)]
+    found = OPS.cpu_chain_bn_finalize(partials, counts, gamma, beta, *moved[0], momentum, 1e-3)
     wide = [t.double() for t in (partials, gamma, beta)]
+    running_mean, running_var, batches = moved[1]
     expected = ATEN_CHAIN.bn_finalize(
-        wide[0], counts, wide[1], wide[2], moved[1][0], moved[1][1], batches, 0.1, 1e-3
+        wide[0], counts, wide[1], wide[2], running_mean, running_var, batches, momentum, 1e-3
     )  # fmt: skip
-    for a, b in zip((*found, *moved[0]), (*expected, *moved[1])):
+    assert moved[0][2] == moved[1][2] == 7
+    for a, b in zip((*found, *moved[0][:2]), (*expected, *moved[1][:2])):
         torch.testing.assert_close(a.double(), b.double(), rtol=2 * torch.finfo(a.dtype).eps, atol=1e-5)
     sums = torch.randn(2, 37)
     for batch in (True, False):
-        results = OPS.cpu_chain_bn_backward_finalize(sums, *found[1:3], gamma, found[3], batch)
-        s, mean, invstd = (t.double() for t in (sums, *found[1:3]))
+        results = OPS.cpu_chain_bn_backward_finalize(sums, found[1][1], found[2], gamma, found[3], batch)
+        s, mean, invstd = (t.double() for t in (sums, found[1][1], found[2]))
         for got, truth in zip(
             results, ATEN_CHAIN.bn_backward_finalize(s, mean, invstd, wide[1], found[3], batch)
         ):  # fmt: skip
@@ -248,6 +250,8 @@ def test_refusals() -> None:
         (OPS.cpu_chain_input_gradient_, (x, None, None, None, 0, 0.0, [x], coef), r"centres must be \[2, 5\]"),
         (OPS.cpu_chain_bn_finalize, (torch.ones(3, 2, 5), torch.ones(3, dtype=torch.int32), *[None] * 5, 0.1, 1e-5),
          r"partials must be \[3, 3, C\]"),
+        (OPS.cpu_chain_bn_finalize, (torch.ones(3, 3, 5), torch.ones(3, dtype=torch.int32), *[None] * 4, torch.ones(2),
+                                     0.1, 1e-5), r"batches must be one int64 on the CPU, but is \[2\] Float"),
         (OPS.cpu_chain_bn_backward_finalize, (vec, vec[0], vec[0, :4], None, torch.ones(()).double(), True),
          r"invstd must be \[5\]"),
     ]  # fmt: skip

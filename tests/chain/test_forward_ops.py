@@ -78,7 +78,7 @@ def test_statistics_where_sums_of_squares_fail(backend: str, kind: str) -> None:
     exact = rows.double().var(0, unbiased=False)
     naive = rows.float().square().mean(0) - rows.float().mean(0).square()
     assert float(((naive - exact) / exact).abs().max()) > 0.01
-    vec, mean, invstd, count = bn_finalize(f.partials, f.counts, eps=1e-12, backend=backend)
+    vec, (_, mean), invstd, count = bn_finalize(f.partials, f.counts, eps=1e-12, backend=backend)
     assert int(count) == rows.shape[0]
     torch.testing.assert_close(mean.double(), rows.double().mean(0), rtol=1e-7, atol=0)
     torch.testing.assert_close(invstd.double().square().reciprocal(), exact, rtol=1e-6, atol=0)
@@ -118,13 +118,13 @@ def test_finalize_is_batch_norm(momentum: Optional[float], affine_wanted: bool, 
     for _ in range(3):
         r = (last(3, 37, 9, 7) * 2 + 5).to(dtype)
         expected = bn(r.double()).detach()
-        batches += 1
-        vec, mean, invstd, count = bn_finalize(
+        vec, (mean, centre), invstd, count = bn_finalize(
             *calls.statistics(r), gamma, beta, running_mean, running_var, batches, momentum, 1e-3
         )
         assert int(count) == 3 * 9 * 7 and vec.dtype == mean.dtype == invstd.dtype == dtype
+        assert torch.equal(mean, centre)
         torch.testing.assert_close(affine(r.double(), vec), expected, rtol=tolerance, atol=5 * tolerance)
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None and bn.running_var is not None and batches == bn.num_batches_tracked == 3
     torch.testing.assert_close(running_mean.double(), bn.running_mean, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(running_var.double(), bn.running_var, rtol=tolerance, atol=tolerance)
 
@@ -214,11 +214,12 @@ def test_runs_are_the_same_bit_for_bit() -> None:
 
 def test_running_statistics_count_as_changed(backend: str) -> None:
     """As PyTorch's do: who saved them for a backward must not go on with other values."""
-    mean, var = torch.zeros(5), torch.ones(5)
+    mean, var, batches = torch.zeros(5), torch.ones(5), torch.tensor(0)
     scale = torch.rand(5, requires_grad=True)
     y = (scale * mean + scale * var).sum()
-    bn_finalize(*calls.statistics(last(2, 5, 4, 4, dtype=torch.float32)), None, None, mean, var, backend=backend)
-    assert float(var[0]) != 1.0
+    r, version = last(2, 5, 4, 4, dtype=torch.float32), batches._version
+    bn_finalize(*calls.statistics(r), None, None, mean, var, batches, backend=backend)
+    assert float(var[0]) != 1.0 and batches == 1 and batches._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 

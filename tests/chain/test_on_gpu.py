@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.gpu import PLACE, needs_card
+from tests.gpu import PLACE, needs_card, never_waiting
 from xsep import card_check
 from xsep.card_check import Part, step
 from xsep.testing import float32_products
@@ -66,6 +66,13 @@ def hold_same(network: Part, name: str, found: Tensor, expected: Tensor) -> None
     else:
         difference = float((found.double() - expected.double()).norm())
         assert difference <= 2e-2 * float(expected.double().norm()), name
+
+
+def test_a_step_does_not_wait_for_the_card(network: Part) -> None:
+    m, x = network.chained(True), pictures()
+    m(x).square().sum().backward()  # what is asked once
+    with never_waiting():
+        m(x).square().sum().backward()
 
 
 @needs_card("graphs")

@@ -211,6 +211,8 @@ def test_finalize_and_pool_refusals() -> None:
     partials, counts = calls.statistics(images(2, 4, 6, 6))
     with pytest.raises(ValueError, match="batches"):
         bn_finalize(partials, counts, momentum=None)
+    with pytest.raises(ValueError, match=r"batches must be one int64, got \[1\] torch.int64"):
+        bn_finalize(partials, counts, batches=torch.tensor([3]))
     with pytest.raises(ValueError, match="come together"):
         bn_finalize(partials, counts, running_mean=torch.zeros(4))
     with pytest.raises(ValueError, match=r"gamma must be \[4\]"):

@@ -107,19 +107,17 @@ def test_finalize_is_batch_norm(c: int, momentum: Optional[float]) -> None:
     bn.weight.data.copy_(gamma)
     bn.bias.data.copy_(beta)
     running_mean, running_var, batches = torch.zeros(c), torch.ones(c), torch.tensor(0)
-    cumulative = batches if momentum is None else None
     for pictures in (1, 40):
         r = 5 + 2 * last(pictures, c, 9, 13, dtype=torch.float32)
-        batches += 1
         x = r.double().requires_grad_()
         expected = bn(x)
         partials, counts = ATEN_CHAIN.statistics(r)
         # As from a rank that had no picture.
         partials, counts = torch.cat([partials, torch.zeros(1, 3, c)]), torch.cat([counts, counts[:1] * 0])
-        vec, mean, invstd, count = CUDA_CHAIN.bn_finalize(
-            partials, counts, gamma, beta, running_mean, running_var, cumulative, momentum or 0.0, 1e-3
+        vec, (mean, centre), invstd, count = CUDA_CHAIN.bn_finalize(
+            partials, counts, gamma, beta, running_mean, running_var, batches, momentum, 1e-3
         )
-        assert int(count) == pictures * 9 * 13
+        assert int(count) == pictures * 9 * 13 and torch.equal(mean, centre)
         torch.testing.assert_close(affine(r.double(), vec), expected.detach(), rtol=2e-6, atol=1e-5)
         du = last(*r.shape, dtype=torch.float32)
         dx, dgamma, dbeta = torch.autograd.grad(expected, [x, bn.weight, bn.bias], du.double())
@@ -130,7 +128,7 @@ def test_finalize_is_batch_norm(c: int, momentum: Optional[float]) -> None:
             torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=2e-5 * float(exact.abs().max()))
         fixed, *_ = CUDA_CHAIN.bn_backward_finalize(sums, mean, invstd, None, count, False)
         assert torch.equal(fixed, torch.stack([invstd, invstd * 0, invstd * 0]))
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None and bn.running_var is not None and batches == 2
     torch.testing.assert_close(running_mean.double(), bn.running_mean, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(running_var.double(), bn.running_var, rtol=2e-6, atol=2e-6)
 
@@ -145,7 +143,7 @@ def test_finalize_of_many_tiles(tiles: int) -> None:
     partials = torch.stack([centres, sums, squares], 1)
     if tiles > 1:
         counts[3::4], partials[3::4] = 0, torch.nan
-    _, mean, invstd, count = CUDA_CHAIN.bn_finalize(partials, counts, None, None, None, None, None, 0.1, 1e-3)
+    _, (_, mean), invstd, count = CUDA_CHAIN.bn_finalize(partials, counts, None, None, None, None, None, 0.1, 1e-3)
     there = counts > 0
     n = counts[there].double()[:, None]
     k, s, q = (t[there].double() for t in (centres, sums, squares))
@@ -175,7 +173,9 @@ def test_finalize_of_views() -> None:
 def test_variance_that_float32_sums_would_lose() -> None:
     """Mean 100 and deviation 0.1, from the kernels' own statistics, without gamma, beta and running statistics."""
     r = 100 + 0.1 * last(5, 16, 9, 13, dtype=torch.float32)
-    _, mean, invstd, _ = CUDA_CHAIN.bn_finalize(*CUDA_CHAIN.statistics(r), None, None, None, None, None, 0.1, 1e-12)
+    _, (_, mean), invstd, _ = CUDA_CHAIN.bn_finalize(
+        *CUDA_CHAIN.statistics(r), None, None, None, None, None, 0.1, 1e-12
+    )
     exact = r.double().var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(mean.double(), r.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
     torch.testing.assert_close(invstd.double().square().reciprocal(), exact, rtol=1e-6, atol=0)

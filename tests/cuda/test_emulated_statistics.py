@@ -129,8 +129,8 @@ def test_merged_by_the_chains_own_kernel(
     """What BatchNorm makes of y: its mean, its deviation and the running statistics."""
     found, c = check_far_from_zero(library, name, kind), WALKS[name].case.c
     running = torch.zeros(c), torch.zeros(c)
-    _, mean, invstd, count = torch.ops.xsep.cuda_chain_bn_finalize(
-        found.statistics, found.counts, None, None, *running, None, 1.0, 1e-5
+    _, (_, mean), invstd, count = torch.ops.xsep.cuda_chain_bn_finalize(
+        found.statistics, found.counts, None, None, *running, None, False, 1.0, 1e-5
     )
     y = found.y.double()
     assert float(count) == y.numel() / c

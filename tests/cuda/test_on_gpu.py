@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.chain.support import double, hold, image, last, vector
-from tests.gpu import PLACE, needs_card
+from tests.gpu import PLACE, needs_card, never_waiting
 from tests.hardening import test_special_values as special_values
 from tests.tf32 import round_to_tf32
-from xsep import ChannelAffine, separable_conv2d
+from xsep import ChannelAffine, depthwise_conv2d, separable_conv2d
 from xsep.activations import activate, scale_and_shift
 from xsep.backends import chain_cuda_launch as launch
 from xsep.backends.aten import ATEN
@@ -364,6 +364,29 @@ def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, 
     monkeypatch.setattr(launch, "fused_backward", counted)
     check_chain_backward((2, c, c, side, side + 3, 3, 1), kind, joint)
     assert calls == 2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=ids)
+def test_no_call_waits_for_the_card(size: tuple[int, ...], layout: str) -> None:
+    a = draw(size, torch.bfloat16, everything=True, last=layout == "channels_last")
+    tensors = [t.requires_grad_() for t in (a.x, a.w_dw, a.w_pw, a.bias, a.residual, *a[5:11]) if t is not None]
+    stride = a.geometry[:2]
+
+    def step() -> None:
+        pad = a.w_dw.shape[2] // 2
+        affines = (ChannelAffine(a.scale_p, a.shift_p, "relu"), ChannelAffine(a.scale_m, a.shift_m, "silu"),
+                   ChannelAffine(a.scale_e, a.shift_e, "relu"))  # fmt: skip
+        y = separable_conv2d(
+            a.x, a.w_dw, a.w_pw, a.bias, stride=(stride[0], stride[1]), padding=pad, prologue=affines[0],
+            middle=affines[1], epilogue=affines[2], residual=a.residual, backend="cuda",
+        )  # fmt: skip
+        z = depthwise_conv2d(a.x, a.w_dw, padding=pad, prologue=affines[0], backend="cuda")
+        torch.autograd.grad(y.sum() + z.sum(), tensors)
+
+    step()  # what is asked once
+    with never_waiting():
+        step()
 
 
 @needs_card("streams")

@@ -46,6 +46,7 @@ def draw(name: str) -> Any:
         "alphas": lambda: [0.0, 0.0], "wanted": lambda: [1, 1, 1, 1], "pads": lambda: [1, 1], "activation": lambda: 1,
         "alpha": lambda: 0.0, "momentum": lambda: 0.1, "eps": lambda: 1e-5, "statistics": lambda: True,
         "allow_tf32": lambda: False, "before_mask": lambda: False, "batch": lambda: True,
+        "cumulative": lambda: False,
     }  # fmt: skip
     return everything[name]() if name in everything else image()
 
@@ -244,6 +245,11 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("cuda_chain_sum_partials", {"sums": lambda: 0}, "1 to 3 sums, not 0"),
     ("cuda_chain_sum_partials", {"sums": lambda: 4}, "1 to 3 sums, not 4"),
     ("cuda_chain_bn_pool_add", {"s": lambda: image(C, 2, 3)}, "s must be of half the height and width of r"),
+    (
+        "cuda_chain_bn_finalize",
+        {"cumulative": lambda: True, "batches": lambda: None},
+        "a cumulative average needs batches",
+    ),
 ]
 
 

@@ -152,9 +152,10 @@ def launch_of(job: Job) -> launch.Launch:
         return launch.sum_partials(floats(64, k * k + 2, c), dw, sums)
     if job.kernel == "merge_statistics":
         counts = torch.empty(4096, dtype=torch.int32, device="meta")
-        return launch.merge_statistics(floats(4096, 3, c), counts, floats(32, 3, c).double())
+        batches = torch.empty((), dtype=torch.int64, device="meta") if job.vectors else None
+        return launch.merge_statistics(floats(4096, 3, c), counts, floats(32, 3, c).double(), batches)
     if job.kernel == "finalize_statistics":
-        names = ("gamma", "beta", "running_mean", "running_var", "vec", "mean_out", "invstd_out")
+        names = ("gamma", "beta", "running_mean", "running_var", "vec", "centres_out", "invstd_out")
         vectors: dict[str, Optional[Tensor]] = {name: floats(2, c) for name in names}
         vectors["batches"] = None if job.vectors else torch.empty((), dtype=torch.int64, device="meta")
         vectors["count_out"] = floats().double()

@@ -69,6 +69,7 @@ def chosen_jobs() -> Iterator[Job]:
     yield Job("separable", "sm_90", "bf16", k=7, stride=2)
     yield Job("separable", "sm_90", "bf16", tile=astuple(plans.FUSED_SMALL))
     yield Job("pointwise", "sm_90", "fp32", k=1)
+    yield Job("merge_statistics", "sm_90", "fp32", vectors=False)
     yield Job("finalize_statistics", "sm_90", "fp32", vectors=False)
 
 

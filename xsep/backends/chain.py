@@ -102,12 +102,13 @@ class ChainBackend(ABC):
     @abstractmethod
     def bn_finalize(
         self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
-        eps: float,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
+        momentum: Optional[float], eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """(vec [2, C], mean [C], 1 / sqrt(variance + eps) [C], count []), the partials merged in float64.
+        """(vec [2, C], centres [2, C], 1 / sqrt(variance + eps) [C], count []), the partials merged in float64.
 
-        Moves the running statistics by ``momentum``, or by one over ``batches`` where that is there.
+        Both rows of the centres are the mean. Counts the batch in ``batches``, and moves the running statistics by
+        ``momentum``, or by one over the batches where that is None.
         """
 
     @abstractmethod

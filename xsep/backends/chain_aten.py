@@ -6,7 +6,7 @@ Images are widened to float32 where they are read and rounded where they are sto
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def tile_statistics(r: Tensor) -> tuple[Tensor, Tensor]:
     parts = list(row_blocks(whole, c, r.device, TILE))
     if whole < m:
         parts.append(slice(whole, m))
-        counts[-1] = m - whole
+        counts[-1:].fill_(m - whole)  # a number given to one element would be copied to the card first
     for part in parts:
         pixels = min(TILE, part.stop - part.start)
         tiles = rows[part].to(dtype).view(-1, pixels, c)
@@ -63,6 +63,14 @@ def tile_statistics(r: Tensor) -> tuple[Tensor, Tensor]:
         deviations = tiles - mean[:, None]
         out[:, 0], out[:, 1], out[:, 2] = mean, deviations.sum(1), deviations.square_().sum(1)
     return partials, counts
+
+
+def average_weight(batches: Optional[Tensor], momentum: Optional[float]) -> Union[Tensor, float]:
+    """How far a running statistic goes towards a batch's: all batches alike where there is no momentum."""
+    if momentum is not None:
+        return momentum
+    assert batches is not None
+    return batches.double().reciprocal()
 
 
 def gradient_sums(g: Tensor, operands: Sequence[Tensor], centres: Optional[Tensor]) -> Tensor:
@@ -173,8 +181,8 @@ class AtenChain(ChainBackend):
 
     def bn_finalize(
         self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
-        eps: float,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
+        momentum: Optional[float], eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = partials.dtype
         shift, s, q = partials.double().unbind(1)
@@ -183,8 +191,10 @@ class AtenChain(ChainBackend):
         count = n.sum()
         mean = (n * shift + s).sum(0) / count
         deviations = (q - s.square() / safe + n * (shift + s / safe - mean).square()).sum(0)
+        if batches is not None:
+            batches.add_(1)
         if running_mean is not None and running_var is not None:
-            weight = momentum if batches is None else batches.double().reciprocal()
+            weight = average_weight(batches, momentum)
             unbiased = deviations / (count - 1).clamp(min=1)
             for running, now in ((running_mean, mean), (running_var, unbiased)):
                 old = running.double()
@@ -193,7 +203,7 @@ class AtenChain(ChainBackend):
         scale = invstd.to(dtype) if gamma is None else (gamma.double() * invstd).to(dtype)
         shift = -mean * scale.double()
         vec = torch.stack([scale, (shift if beta is None else shift + beta.double()).to(dtype)])
-        return vec, mean.to(dtype), invstd.to(dtype), count
+        return vec, mean.to(dtype).repeat(2, 1), invstd.to(dtype), count
 
     def bn_backward_finalize(
         self, sums: Tensor, mean: Tensor, invstd: Tensor, gamma: Optional[Tensor], count: Tensor, batch: bool
@@ -205,7 +215,7 @@ class AtenChain(ChainBackend):
         zero = torch.zeros_like(a)
         c0, c1 = (s1 / count, i.square() * s2 / count) if batch else (zero, zero)
         coef = torch.stack([a, -a * c1, a * (c1 * mean.double() - c0)])
-        return coef.to(dtype), (i * s2).to(dtype), s1.to(dtype)
+        return coef.to(dtype), (i * s2).to(dtype), s1.to(dtype, copy=True)  # no view of what was given
 
     def pointwise(self, z: Tensor, w: Tensor) -> Tensor:
         return ATEN.pointwise(z, w)

@@ -35,8 +35,8 @@ class CpuChain(KernelChain):
 
     def bn_finalize(
         self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
-        eps: float,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
+        momentum: Optional[float], eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         return OPS.cpu_chain_bn_finalize(
             partials, counts, gamma, beta, running_mean, running_var, batches, momentum, eps

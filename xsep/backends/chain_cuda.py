@@ -107,8 +107,8 @@ class CudaChain(KernelChain):
 
     def bn_finalize(
         self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
-        eps: float,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
+        momentum: Optional[float], eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         if partials.numel() == 0 or not launch.are_movable(running_mean, running_var):
             return super().bn_finalize(
@@ -156,14 +156,14 @@ class CudaChain(KernelChain):
             )  # fmt: skip
             found = Backward(dx, dw_dw, None, sums) if with_input else Backward(*(None,) * 4)
             return found._replace(dw_pw=_as_filter(whole) if wanted[2] else None)
-        dw_pw = launch.zeros(x, c_out, c_in) if wanted[2] else None
-        last = None
+        dw_pw = last = None
         if with_input:
             last = launch.InputGradient(x, w_dw, load, geometry, shortcut, operands, centres, plan)
         for part in plan.slices:
             formed = launch.form(launch.part_of(dr, part))
-            if dw_pw is not None:
-                dw_pw += wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
+            if wanted[2]:
+                of_part = wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
+                dw_pw = of_part if dw_pw is None else dw_pw.add_(of_part)
             if last is not None:
                 # z is gone: what PyTorch allocates for dz is its memory, which L2 has.
                 last.add(self.pointwise_dgrad(formed, w_pw), part)

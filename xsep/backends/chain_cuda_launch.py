@@ -153,13 +153,13 @@ def are_movable(*running: Optional[Tensor]) -> bool:
 
 def bn_finalize(
     partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor], running_mean: Optional[Tensor],
-    running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float, eps: float,
+    running_var: Optional[Tensor], batches: Optional[Tensor], momentum: Optional[float], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    vec, mean, invstd, count = torch.ops.xsep.cuda_chain_bn_finalize(
+    vec, centres, invstd, count = torch.ops.xsep.cuda_chain_bn_finalize(
         partials.contiguous(), counts.int().contiguous(), _floats(gamma), _floats(beta), running_mean, running_var,
-        batches, momentum, eps,
+        batches, momentum is None, 0.0 if momentum is None else momentum, eps,
     )  # fmt: skip
-    return vec, mean, invstd, count
+    return vec, centres, invstd, count
 
 
 def bn_backward_finalize(

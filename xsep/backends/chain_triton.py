@@ -131,24 +131,25 @@ class TritonChain(AtenChain):
 
     def bn_finalize(
         self, partials: Tensor, counts: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor],
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor], momentum: float,
-        eps: float,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], batches: Optional[Tensor],
+        momentum: Optional[float], eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         rows, _, c = partials.shape
         device = partials.device
-        vec, mean, invstd = floats(partials, 2, c), floats(partials, c), floats(partials, c)
+        vec, centres, invstd = floats(partials, 2, c), floats(partials, 2, c), floats(partials, c)
         count = torch.empty((), dtype=torch.float64, device=device)
         groups = min(launch.STATISTICS_GROUPS, max(rows, 1))
         merged = torch.empty((groups, 3, c), dtype=torch.float64, device=device)
-        launch.merge_statistics(partials.contiguous(), counts.contiguous(), merged).run(device)
+        launch.merge_statistics(partials.contiguous(), counts.contiguous(), merged, batches).run(device)
         vectors = {
-            "gamma": torch.ones_like(mean) if gamma is None else gamma,
-            "beta": torch.zeros_like(mean) if beta is None else beta,
-            "running_mean": running_mean, "running_var": running_var, "batches": batches,
-            "vec": vec, "mean_out": mean, "invstd_out": invstd, "count_out": count,
+            "gamma": torch.ones_like(invstd) if gamma is None else gamma,
+            "beta": torch.zeros_like(invstd) if beta is None else beta,
+            "running_mean": running_mean, "running_var": running_var,
+            "batches": batches if momentum is None else None,
+            "vec": vec, "centres_out": centres, "invstd_out": invstd, "count_out": count,
         }  # fmt: skip
-        launch.finalize_statistics(merged, vectors, momentum, eps).run(device)
-        return vec, mean, invstd, count
+        launch.finalize_statistics(merged, vectors, momentum or 0.0, eps).run(device)
+        return vec, centres, invstd, count
 
     def bn_backward_finalize(
         self, sums: Tensor, mean: Tensor, invstd: Tensor, gamma: Optional[Tensor], count: Tensor, batch: bool

@@ -187,12 +187,15 @@ def sum_partials(partials: Tensor, dw: Optional[Tensor], dvectors: Optional[Tens
 STATISTICS_GROUPS = 32
 
 
-def merge_statistics(partials: Tensor, counts: Tensor, merged: Tensor) -> Launch:
-    """partials [T, 3, C] float32, counts [T] int32 -> merged [groups, 3, C] float64: count, mean, deviations."""
+def merge_statistics(partials: Tensor, counts: Tensor, merged: Tensor, batches: Optional[Tensor]) -> Launch:
+    """partials [T, 3, C] float32, counts [T] int32 -> merged [groups, 3, C] float64: count, mean, deviations.
+
+    ``batches`` [] int64, or None, is one more afterwards.
+    """
     rows, _, c = partials.shape
     groups = merged.shape[0]
     args = {
-        "partials": partials, "counts": counts, "merged": merged, "rows": rows, "channels": c,
+        "partials": partials, "counts": counts, "batches": batches, "merged": merged, "rows": rows, "channels": c,
         "share": ceil(rows / groups),
     }  # fmt: skip
     return Launch("statistics", "merge_statistics", (groups, ceil(c / 32)), args, {"ROWS": 16, "CHANNELS": 32}, warps=4)

@@ -18,7 +18,7 @@ class Vectors(NamedTuple):
     """One BatchNorm, once its batch has been seen."""
 
     vec: Tensor  # [2, C] scale, shift
-    mean: Tensor  # [C]
+    centres: Tensor  # [2, C], the mean in both rows
     invstd: Tensor  # [C]
     values: Tensor  # [] how many a channel, of all ranks
     batch: bool  # whether mean and variance are the batch's own, and so have a gradient
@@ -56,16 +56,11 @@ def vectors(bn: Any, r: Tensor, partials: Optional[Tensor], counts: Optional[Ten
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(r.shape)}")
     if group is None and r.shape[0] == 0:
         return _of_nothing(bn, r)
-    momentum, running_mean, running_var, batches = bn.momentum, None, None, None
+    running_mean = running_var = batches = None
     if bn.training and bn.track_running_stats and bn.running_mean is not None and not recomputing():
         running_mean, running_var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        if batches is None:
-            # Without a counter nn.BatchNorm2d moves nothing unless it has a momentum.
-            momentum = 0.0 if momentum is None else momentum
-        else:
-            batches.add_(1)
-    elif momentum is None:
-        momentum = 0.0
+    # Without a counter nn.BatchNorm2d moves nothing unless it has a momentum.
+    momentum = 0.0 if bn.momentum is None and batches is None else bn.momentum
     if group is not None:
         partials, counts = _gathered(partials, counts, group)
     found = calls.bn_finalize(
@@ -80,20 +75,22 @@ def _of_nothing(bn: Any, r: Tensor) -> Vectors:
         bn.num_batches_tracked.add_(1)
     zero = torch.zeros(r.shape[1], dtype=torch.promote_types(r.dtype, torch.float32), device=r.device)
     one = torch.ones((), dtype=torch.float64, device=r.device)
-    return Vectors(torch.stack([zero, zero]), zero, zero + 1, one, False, None)
+    zeros = torch.stack([zero, zero])
+    return Vectors(zeros, zeros, zero + 1, one, False, None)
 
 
 def _fixed(bn: Any, r: Tensor) -> Vectors:
     """Of a BatchNorm in eval mode: its running statistics as they are now."""
     dtype = torch.promote_types(r.dtype, torch.float32)
-    mean = bn.running_mean.to(dtype, copy=True)
+    mean = bn.running_mean.to(dtype)
     invstd = (bn.running_var.double() + bn.eps).rsqrt()
     scale = (invstd if bn.weight is None else bn.weight.double() * invstd).to(dtype)
     shift = -mean.double() * scale.double()
     if bn.bias is not None:
         shift = shift + bn.bias.double()
     vec = torch.stack([scale, shift.to(dtype)])
-    return Vectors(vec, mean, invstd.to(dtype), torch.ones((), dtype=torch.float64, device=r.device), False, None)
+    one = torch.ones((), dtype=torch.float64, device=r.device)
+    return Vectors(vec, mean.repeat(2, 1), invstd.to(dtype), one, False, None)
 
 
 def _gathered(partials: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -133,5 +130,5 @@ def gradients(
         dist.all_reduce(whole, group=group)
     coef, dgamma, dbeta = calls.bn_backward_finalize(whole, mean, invstd, gamma, count, batch, backend)
     if group is not None:
-        dgamma, dbeta = invstd * sums[1], sums[0]
+        dgamma, dbeta = invstd * sums[1], sums[0].clone()  # another BatchNorm may have the same sum
     return Gradients(coef, dgamma, dbeta)

@@ -1,9 +1,13 @@
 """Gradients of the chain: one autograd Function a layer.
 
 Between two Functions travels a raw output, not the tensor it stands for. What autograd calls the gradient of that raw
-output is du, the gradient of u = scale * r + shift; the gradient of ``centres`` is the sums of du and of
-du * (operand - centre) that the producer's BatchNorm needs. Both are linear in du, so where a raw output has several
-readers autograd's own accumulation stays right.
+output is du, the gradient of u = scale * r + shift; the gradient of ``centres`` [1 + K, C] is the sums of
+du and of du * (operand - centre) for each of K operands, which the producer's BatchNorm needs; the first row of centres
+only stands where the plain sum arrives. Both are linear in du, so where a raw output has several readers autograd's own
+accumulation stays right. ``own`` are a layer's own centres, of one operand, the raw output itself: its mean, twice.
+
+A backward here must not have the host wait for the card, nor copy to it, or no CUDA graph could hold it: so no
+``sums[[0, 2]]``, whose list becomes a tensor on the CPU first.
 
 The forward ops have run before a Function is applied, which then only says what is saved and how gradients come about:
 BatchNorm's running statistics are moved in place, and a traced Function must not do that.
@@ -38,11 +42,6 @@ class LayerSpec(NamedTuple):
     activated: bool = False  # the shortcut is taken behind the activation
 
 
-def centres_of(mean: Tensor, *more: Tensor) -> Tensor:
-    """[1 + K, C], the first row unused: it only stands where the plain sum of du arrives."""
-    return torch.stack((mean, mean, *more))
-
-
 def _like(gradient: Optional[Tensor], parameter: Optional[Tensor], wanted: bool) -> Optional[Tensor]:
     return None if gradient is None or parameter is None or not wanted else gradient.to(parameter.dtype)
 
@@ -54,25 +53,25 @@ class SeparableLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, centres: Optional[Tensor], residual: Optional[Tensor], w_dw: Tensor, w_pw: Tensor,
         gamma: Optional[Tensor], beta: Optional[Tensor], vec: Optional[Tensor], r: Tensor, x_pre: Optional[Tensor],
-        mean: Tensor, invstd: Tensor, count: Tensor, spec: LayerSpec, *operands: Tensor,
+        own: Tensor, invstd: Tensor, count: Tensor, spec: LayerSpec, *operands: Tensor,
     ) -> Any:  # fmt: skip
         source, source_vec = (x, vec) if x_pre is None else (x_pre, None)
-        ctx.spec, ctx.joined = spec, residual is not None
+        ctx.spec = spec
         ctx.save_for_backward(
-            source, source_vec, centres, w_dw, w_pw, gamma, beta, r, mean, invstd, count, *operands
+            source, source_vec, centres, w_dw, w_pw, gamma, beta, r, own, invstd, count, *operands
         )  # fmt: skip
         short = None
         if spec.short:
             short = source.detach() if spec.short == "full" else source.detach()[:, :, ::2, ::2]
-        return r.detach(), centres_of(mean), short
+        return r.detach(), own.detach(), short
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Inputs:
         du, sums, short = grads
-        source, vec, centres, w_dw, w_pw, gamma, beta, r, mean, invstd, count, *operands = ctx.saved_tensors
+        source, vec, centres, w_dw, w_pw, gamma, beta, r, own, invstd, count, *operands = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad
-        coef, dgamma, dbeta = gradients(sums, mean, invstd, gamma, count, spec.batch, spec.group, spec.backend)
+        coef, dgamma, dbeta = gradients(sums, own[1], invstd, gamma, count, spec.batch, spec.group, spec.backend)
         dtype = source.dtype
         found = calls.sep_backward(
             RawGradient(du, r, coef), w_pw.to(dtype), w_dw.to(dtype), source,
@@ -94,31 +93,31 @@ class PooledLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, centres: Optional[Tensor], w_dw: Tensor, w_pw: Tensor, gamma: Optional[Tensor],
         beta: Optional[Tensor], y: Tensor, w_s: Tensor, gamma_s: Optional[Tensor], beta_s: Optional[Tensor],
-        vec: Optional[Tensor], vec_y: Optional[Tensor], r: Tensor, mean: Tensor, invstd: Tensor, count: Tensor,
-        s: Tensor, mean_s: Tensor, invstd_s: Tensor, count_s: Tensor, t: Tensor, index: Tensor, spec: LayerSpec,
+        vec: Optional[Tensor], vec_y: Optional[Tensor], r: Tensor, own: Tensor, invstd: Tensor, count: Tensor,
+        s: Tensor, own_s: Tensor, invstd_s: Tensor, count_s: Tensor, t: Tensor, index: Tensor, spec: LayerSpec,
         load_y: tuple[int, float], skip: tuple[bool, Any], pads: tuple[int, int], *operands: Tensor,
     ) -> Any:  # fmt: skip
         ctx.spec, ctx.load_y, ctx.skip, ctx.pads = spec, load_y, skip, pads
         ctx.save_for_backward(
             x, centres, w_dw, w_pw, gamma, beta, y, w_s, gamma_s, beta_s, vec, vec_y,
-            r, mean, invstd, count, s, mean_s, invstd_s, count_s, index, *operands,
+            r, own, invstd, count, s, own_s, invstd_s, count_s, index, *operands,
         )  # fmt: skip
-        return t.detach(), centres_of(mean, mean_s)
+        return t.detach(), torch.cat((own, own_s[1:]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Inputs:
         g, sums = grads
         (x, centres, w_dw, w_pw, gamma, beta, y, w_s, gamma_s, beta_s, vec, vec_y,
-         r, mean, invstd, count, s, mean_s, invstd_s, count_s, index, *operands) = ctx.saved_tensors  # fmt: skip
+         r, own, invstd, count, s, own_s, invstd_s, count_s, index, *operands) = ctx.saved_tensors  # fmt: skip
         spec, needs, dtype = ctx.spec, ctx.needs_input_grad, x.dtype
         # Every window has exactly one chosen tap, so the sums of the pool's gradient are those of g itself.
         coef, dgamma, dbeta = gradients(
-            sums[[0, 1]], mean, invstd, gamma, count, spec.batch, spec.group, spec.backend
+            sums[:2], own[1], invstd, gamma, count, spec.batch, spec.group, spec.backend
         )  # fmt: skip
         batch_s, group_s = ctx.skip
         coef_s, dgamma_s, dbeta_s = gradients(
-            sums[[0, 2]], mean_s, invstd_s, gamma_s, count_s, batch_s, group_s, spec.backend
+            sums[::2], own_s[1], invstd_s, gamma_s, count_s, batch_s, group_s, spec.backend
         )  # fmt: skip
         dw_s = dy = None
         if needs[6] or needs[7]:
@@ -144,20 +143,20 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor], mean: Tensor, invstd: Tensor,
+        ctx: Any, r: Tensor, gamma: Optional[Tensor], beta: Optional[Tensor], own: Tensor, invstd: Tensor,
         count: Tensor, spec: tuple[bool, Any, str],
     ) -> Any:  # fmt: skip
         ctx.spec = spec
-        ctx.save_for_backward(r, gamma, beta, mean, invstd, count)
-        return r.detach(), centres_of(mean)
+        ctx.save_for_backward(r, gamma, beta, own, invstd, count)
+        return r.detach(), own.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Inputs:
         du, sums = grads
-        r, gamma, beta, mean, invstd, count = ctx.saved_tensors
+        r, gamma, beta, own, invstd, count = ctx.saved_tensors
         needs, backend = ctx.needs_input_grad, ctx.spec[2]
-        coef, dgamma, dbeta = gradients(sums, mean, invstd, gamma, count, *ctx.spec)
+        coef, dgamma, dbeta = gradients(sums, own[1], invstd, gamma, count, *ctx.spec)
         dr = calls.bn_dgrad(du, r, coef, backend) if needs[0] else None
         return dr, _like(dgamma, gamma, needs[1]), _like(dbeta, beta, needs[2]), None, None, None, None
 
@@ -173,7 +172,7 @@ class Leave(torch.autograd.Function):
         ctx: Any, x: Tensor, centres: Optional[Tensor], residual: Optional[Tensor], vec: Optional[Tensor],
         activation: int, alpha: float, backend: str, *operands: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.spec, ctx.joined = (activation, alpha, backend), residual is not None
+        ctx.spec = (activation, alpha, backend)
         nothing = vec is None and residual is None and not activation
         out = x.detach() if nothing else calls.apply(x, Load(vec, activation, alpha), residual, backend)
         # Only an activation's derivative looks at the values again; x and the residual are stored by others anyway.

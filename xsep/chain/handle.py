@@ -50,7 +50,7 @@ class Handle:
             partials, counts = calls.statistics(raw, name) if uses_batch(bn) else (None, None)
             v = vectors(bn, raw, partials, counts, name)
         out, centres = Enter.apply(
-            r, bn.weight, bn.bias, v.mean, v.invstd, v.values, (v.batch, v.group, name)
+            r, bn.weight, bn.bias, v.centres, v.invstd, v.values, (v.batch, v.group, name)
         )  # fmt: skip
         activation = RELU if relu else IDENTITY
         return Handle(out, v.vec, centres, (raw,), None, activation, output_format(r), name)

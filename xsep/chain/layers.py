@@ -85,7 +85,7 @@ class _Run:
         h, f, v = self.h, self.forward, self.vectors
         r, centres, shortcut = SeparableLayer.apply(
             h.x, h.centres, h.residual, *self.weights, self.bn.weight, self.bn.bias, h.vec, f.r, f.x_pre,
-            v.mean, v.invstd, v.values, self.spec(short), *h.operands,
+            v.centres, v.invstd, v.values, self.spec(short), *h.operands,
         )  # fmt: skip
         return Handle(r, v.vec, centres, (f.r,), layout=h.layout, backend=h.backend), shortcut
 
@@ -127,7 +127,8 @@ def pooled_block(h: Handle, pairs: list[Pair], skip: tuple[Any, Any], pads: tupl
         t, index, chosen = calls.bn_pool_add(f.r, v.vec, s.r, v_s.vec, pads, h.backend)
     out, centres = PooledLayer.apply(
         main.x, main.centres, *run.weights, run.bn.weight, run.bn.bias, y, skip_conv.weight, skip_bn.weight,
-        skip_bn.bias, main.vec, load_y.vec, f.r, v.mean, v.invstd, v.values, s.r, v_s.mean, v_s.invstd, v_s.values,
-        t, index, run.spec(), (load_y.activation, load_y.alpha), (v_s.batch, v_s.group), pads, *main.operands,
+        skip_bn.bias, main.vec, load_y.vec, f.r, v.centres, v.invstd, v.values, s.r, v_s.centres, v_s.invstd,
+        v_s.values, t, index, run.spec(), (load_y.activation, load_y.alpha), (v_s.batch, v_s.group), pads,
+        *main.operands,
     )  # fmt: skip
     return Handle(out, None, centres, (chosen, s.r), layout=h.layout, backend=h.backend)

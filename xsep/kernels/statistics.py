@@ -41,6 +41,7 @@ def tile_statistics(
 def merge_statistics(
     partials,  # [T, 3, C] float32
     counts,  # [T] int32
+    batches,  # [] int64, counted up by one; may be None
     merged,  # [groups, 3, C] float64: count, mean, sum of squared deviations
     rows,  # T
     channels,
@@ -50,6 +51,10 @@ def merge_statistics(
 ):
     """Program (group, block) merges the group's tiles for a block of channels, in two passes over them."""
     group = tl.program_id(0)
+    if batches is not None:
+        # By one program, and here, so that it is done before those of the next launch divide by it.
+        one = (group == 0) & (tl.program_id(1) == 0)
+        tl.store(batches, tl.load(batches, mask=one, other=0) + 1, mask=one)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     c_ok = c < channels
     start = group * share
@@ -93,7 +98,7 @@ def finalize_statistics(
     running_var,  # [C], updated; may be None
     batches,  # [] int64: batches seen, this one included, for a cumulative average; None: use momentum
     vec,  # [2, C] float32: scale, shift
-    mean_out,  # [C] float32
+    centres_out,  # [2, C] float32: the mean, twice
     invstd_out,  # [C] float32
     count_out,  # [] float64
     momentum,
@@ -122,7 +127,8 @@ def finalize_statistics(
     shift = tl.load(beta + c, mask=c_ok, other=0.0).to(tl.float64) - mean * scale.to(tl.float64)
     tl.store(vec + c, scale, mask=c_ok)
     tl.store(vec + channels + c, shift.to(tl.float32), mask=c_ok)
-    tl.store(mean_out + c, mean.to(tl.float32), mask=c_ok)
+    tl.store(centres_out + c, mean.to(tl.float32), mask=c_ok)
+    tl.store(centres_out + channels + c, mean.to(tl.float32), mask=c_ok)
     tl.store(invstd_out + c, invstd.to(tl.float32), mask=c_ok)
     tl.store(count_out + c, count, mask=c_ok & (c == 0))
     if running_mean is not None:

@@ -38,6 +38,8 @@ __device__ __forceinline__ void sum_shares(double (&moments)[kMoments]) {
 __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(const __grid_constant__ FinalizeParams p) {
   const int column = static_cast<int>(threadIdx.x) % kColumns, share = static_cast<int>(threadIdx.x) / kColumns;
   const int c = static_cast<int>(blockIdx.y) * kColumns + column;
+  // Here, so that it is done before a thread of the next launch divides by it.
+  if (p.batches != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) ++*p.batches;
   double moments[kMoments] = {};
   if (c < p.channels) {
     const double origin = static_cast<double>(p.partials[c]);
@@ -99,11 +101,11 @@ __global__ void __launch_bounds__(kThreads) bn_finalize_kernel(const __grid_cons
   const double beta = p.beta == nullptr ? 0.0 : static_cast<double>(p.beta[c]);
   p.vec[c] = scale;
   p.vec[p.channels + c] = static_cast<float>(beta - mean * static_cast<double>(scale));
-  p.mean[c] = static_cast<float>(mean);
+  p.centres[c] = p.centres[p.channels + c] = static_cast<float>(mean);
   p.invstd[c] = static_cast<float>(invstd);
   if (c == 0) *p.count = n;
   if (p.running_mean == nullptr) return;
-  const double weight = p.batches == nullptr ? p.momentum : 1.0 / static_cast<double>(*p.batches);
+  const double weight = p.cumulative == 0 ? p.momentum : 1.0 / static_cast<double>(*p.batches);
   p.running_mean[c] = moved(p.running_mean[c], mean, weight);
   p.running_var[c] = moved(p.running_var[c], squares / (n > 2.0 ? n - 1.0 : 1.0), weight);
 }

@@ -115,11 +115,13 @@ struct FinalizeParams {
   double* merged;                     // [groups, 3, C]: scratch
   const float *gamma, *beta;          // [C], may be null: 1, 0
   float *running_mean, *running_var;  // [C], moved; may be null
-  const int64_t* batches;             // [], may be null: momentum
+  int64_t* batches;                   // [], counted up by one; may be null
+  int cumulative;                     // the running statistics move by one over the batches, not by momentum
   double momentum, eps;
-  float* vec;            // [2, C] scale, shift
-  float *mean, *invstd;  // [C]
-  double* count;         // [], pixels of all tiles
+  float* vec;      // [2, C] scale, shift
+  float* centres;  // [2, C], the mean twice
+  float* invstd;   // [C]
+  double* count;   // [], pixels of all tiles
 };
 
 // The three vectors of dr from the two sums of du.

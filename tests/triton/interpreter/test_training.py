@@ -9,13 +9,17 @@ from typing import Optional
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.chain import test_forward_ops as forward
 from tests.chain.support import DTYPES
 from tests.chain.support import last as image_of
+from tests.host_waits import HostWaits
+from xsep import card_check
 from xsep.activations import activate
 from xsep.backends import triton_launch as launch
 from xsep.backends.chain import Load
+from xsep.backends.triton_launch import Launch
 from xsep.chain import SeparableChain, SeparableConvBN
 from xsep.ops import training
 from xsep.ops.training import calls
@@ -108,7 +112,7 @@ def test_statistics_where_sums_of_squares_fail(dtype: torch.dtype) -> None:
     exact = rows.double().var(0, unbiased=False)
     naive = rows.float().square().mean(0) - rows.float().mean(0).square()
     assert float(((naive - exact) / exact).abs().max()) > 0.01
-    vec, mean, invstd, count = bn_finalize(partials, counts, torch.ones(c), torch.zeros(c), eps=1e-12)
+    vec, (_, mean), invstd, count = bn_finalize(partials, counts, torch.ones(c), torch.zeros(c), eps=1e-12)
     assert int(count) == rows.shape[0]
     torch.testing.assert_close(mean.double(), rows.double().mean(0), rtol=1e-7, atol=0)
     torch.testing.assert_close(invstd.double().square().reciprocal(), exact, rtol=1e-5, atol=0)
@@ -134,16 +138,16 @@ def test_finalize_is_batch_norm(momentum: Optional[float], tile: int) -> None:
     for _ in range(3):
         r = torch.randn(3, 37, 9, 7) * 2 + 5
         expected = bn(r.double())
-        batches += 1
-        vec, mean, invstd, count = bn_finalize(
+        vec, (mean, centre), invstd, count = bn_finalize(
             *partials_of(r, tile), bn.weight.detach().float(), bn.bias.detach().float(), running_mean, running_var,
             batches, momentum, 1e-3,
         )  # fmt: skip
-        assert int(count) == 3 * 9 * 7
+        assert int(count) == 3 * 9 * 7 and torch.equal(mean, centre)
         torch.testing.assert_close(mean.double(), r.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
         u = vec[0].double()[:, None, None] * r.double() + vec[1].double()[:, None, None]
         torch.testing.assert_close(u, expected.detach(), rtol=1e-5, atol=1e-5)
         assert bool((invstd > 0).all())
+    assert batches == 3
     torch.testing.assert_close(running_mean.double(), bn.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(running_var.double(), bn.running_var, rtol=1e-6, atol=1e-6)
 
@@ -299,3 +303,20 @@ def test_empty_batches() -> None:
     assert r.shape == (0, 6, 5, 5) and p is not None and n is not None and p.shape == (0, 3, 6) and n.shape == (0,)
     du, sums = calls.bn_relu_gap_backward(vec[:0], none, vec, vec[0], vec[:0], vec[:0], "triton")
     assert du.shape == none.shape and not bool(sums.any())
+
+
+def test_a_step_does_not_wait_for_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests/test_host_waits.py has it; what the interpreter does of a launch does not count."""
+    run = Launch.run
+
+    def unseen(self: Launch, device: torch.device) -> None:
+        with _disable_current_modes():
+            run(self, device)
+
+    monkeypatch.setattr(Launch, "run", unseen)
+    network, x = card_check.network("triton", torch.float32, "cpu", (8, 16, 24), (2, 11, 10))
+    network.chained(True)
+    with HostWaits() as waits:
+        network(x).square().sum().backward()
+    assert not waits.found
+    assert {"chain_sep_backward", "chain_bn_pool_add", "chain_pw_backward"} <= waits.seen

@@ -66,20 +66,18 @@ def bn_finalize(
         partials, counts: ``[T, 3, C]`` and ``[T]`` int32.
         gamma, beta: ``[C]``, or None for ones and zeros.
         running_mean, running_var: ``[C]`` or both None; moved in place as ``nn.BatchNorm2d`` moves them.
-        batches: ``[]`` int64, batches seen with this one; needed where momentum is None (a cumulative average).
+        batches: ``[]`` int64, batches seen before, to which this one is added in place; needed where momentum is None
+            (a cumulative average).
         momentum, eps: as ``nn.BatchNorm2d``'s.
 
     Returns:
-        vec ``[2, C]`` (scale, shift), mean ``[C]``, 1 / sqrt(variance + eps) ``[C]``, and the number of values a
-        channel ``[]`` float64.
+        vec ``[2, C]`` (scale, shift), the mean in both rows of ``[2, C]`` (what ``sep_backward`` takes for centres
+        beside one operand), 1 / sqrt(variance + eps) ``[C]``, and the number of values a channel ``[]`` float64.
     """
-    if momentum is None and batches is None:
-        raise ValueError("momentum is None, so batches must say how many batches have been seen")
-    vec, mean, invstd, count = OPS.chain_bn_finalize(
-        partials, counts, gamma, beta, running_mean, running_var, batches if momentum is None else None,
-        0.0 if momentum is None else momentum, eps, backend,
+    vec, centres, invstd, count = OPS.chain_bn_finalize(
+        partials, counts, gamma, beta, running_mean, running_var, batches, momentum, eps, backend
     )  # fmt: skip
-    return vec, mean, invstd, count
+    return vec, centres, invstd, count
 
 
 def bn_backward_finalize(
