@@ -24,7 +24,9 @@ GATE_SIZE = 75
 #: Steps a second on 60 K80s, synchronous: Chollet, arXiv 1610.02357v3, table 3.
 PAPER = {"Inception V3": 31, "Xception": 28, "ratio": 28 / 31}
 
-WAYS = {"eager": "eager", "compiled": "compiled", "graph": "CUDA graph"}
+EAGER, COMPILED, GRAPH, COMPILED_GRAPH = "eager", "compiled", "CUDA graph", "compiled, CUDA graph"
+WAYS = {"eager": EAGER, "compiled": COMPILED, "graph": GRAPH, "compiled-graph": COMPILED_GRAPH}
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 DESCRIPTION = """\
 Times whole networks at 299 px on crops of real photographs (scikit-learn's two; or --image): Xception with PyTorch's
@@ -32,7 +34,7 @@ layers, the same Xception with xsep's, Inception V3, and in training Xception as
 are part of the layers around them (chain=True); all in channels_last. A training step is forward, backward
 and the update of all weights (SGD with momentum), under autocast for the 16-bit types; inference runs in the type,
 once with BatchNorm as it stands and once folded into the convolutions (by PyTorch's own utility; in xsep's Xception
-by fold_batchnorm()). Eager, compiled, and on a GPU as CUDA graphs.
+by fold_batchnorm()). Eager, compiled (--compile-mode), and on a GPU both as CUDA graphs.
 
 The paper reports 28 steps/s for Xception and 31 for Inception V3, a ratio of 0.903; ours is printed beside it.
 
@@ -84,24 +86,31 @@ class Call(NamedTuple):
 
 
 def prepare(
-    models: dict[str, Any], mode: str, dtype: torch.dtype, pictures: Tensor, ways: list[str]
+    models: dict[str, Any], mode: str, dtype: torch.dtype, pictures: Tensor, ways: list[str], compile_mode: str
 ) -> tuple[dict[tuple[str, str], Call], list[str], list[str]]:
     """The calls to time by (network, way); notes on those of PyTorch's networks that could not be made, and failures:
     those of ours."""
     calls: dict[tuple[str, str], Call] = {}
     notes: list[str] = []
     failures: list[str] = []
+    # Once for all networks: each reset has those that were compiled before compiled again when they are called next.
+    torch._dynamo.reset()
     for name, model in models.items():
+        compiled: Optional[tuple[Any, Callable[[], Any]]] = None  # what its graph is recorded of too
         for way in ways if networks.takes_part(name, mode) else []:
-            s = networks.subject(model, mode, dtype, pictures)
-            if way == "compiled":
-                torch._dynamo.reset()
-                compile_mode = "max-autotune-no-cudagraphs" if pictures.is_cuda else "default"
-                s = s._replace(model=torch.compile(s.model, dynamic=False, mode=compile_mode))
-            step = networks.training_step(s) if mode == "training" else networks.inference_step(s)
+            is_compiled = way in (COMPILED, COMPILED_GRAPH)
+            if is_compiled and compiled is not None:
+                s, step = compiled
+            else:
+                s = networks.subject(model, mode, dtype, pictures)
+                if is_compiled:
+                    s = s._replace(model=torch.compile(s.model, dynamic=False, mode=compile_mode))
+                step = networks.training_step(s) if mode == "training" else networks.inference_step(s)
+            if is_compiled:
+                compiled = s, step
             try:
                 with common.noting_backends() as takes:
-                    if way == "CUDA graph":
+                    if way in (GRAPH, COMPILED_GRAPH):
                         step = networks.as_graph(step)
                     step()
             except Exception as error:  # whatever a compiler or a capture may raise, the other figures still stand
@@ -122,12 +131,12 @@ def astray(calls: dict[tuple[str, str], Call]) -> dict[tuple[str, str], str]:
     Two right answers at one type differ by rounding, as much as eager Xception with our layers from one with
     PyTorch's, which the gate has passed; a third may differ four times as much.
     """
-    if (PLAIN, "eager") not in calls or (OURS, "eager") not in calls:
+    if (PLAIN, EAGER) not in calls or (OURS, EAGER) not in calls:
         return {}
     results = {key: call.step().clone() for key, call in calls.items() if key[0] != INCEPTION}
-    base = results[PLAIN, "eager"].double()
-    rounding = float((results[OURS, "eager"].double() - base).norm())
-    ulps = networks.ULPS * torch.finfo(results[PLAIN, "eager"].dtype).eps * float(base.norm())
+    base = results[PLAIN, EAGER].double()
+    rounding = float((results[OURS, EAGER].double() - base).norm())
+    ulps = networks.ULPS * torch.finfo(results[PLAIN, EAGER].dtype).eps * float(base.norm())
     found = {}
     for key, y in results.items():
         error = float((y.double() - base).norm())
@@ -141,7 +150,7 @@ def measure(
 ) -> None:
     """Adds one mode's and type's rows, notes, failures and shares of time to the record."""
     dtype, gpu = common.DTYPES[kind], pictures.is_cuda
-    calls, notes, failures = prepare(models, mode, dtype, pictures, ways)
+    calls, notes, failures = prepare(models, mode, dtype, pictures, ways, args.compile_mode)
     record["notes"] += [f"{kind}, {note}" for note in notes]
     record["failures"] += [f"{kind}, {failure}" for failure in failures]
     if mode != "training":
@@ -159,7 +168,7 @@ def measure(
         }  # fmt: skip
         if name in (OURS, CHAINED):
             row["takes"] = calls[name, way].takes
-        if way == "eager":
+        if way == EAGER:
             by_kind, row["peak_bytes"] = kinds.profile_step(calls[name, way].step, calls[name, way].model, gpu)
             record["shares"].append({"dtype": kind, "mode": mode, "network": name, "seconds": by_kind})
         record["results"].append(row)
@@ -280,7 +289,10 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--mode", nargs="+", choices=("training", "inference", "folded"), default=["training", "inference", "folded"],
         metavar="MODE", help="training, inference, folded (default: all)")  # fmt: skip
     add("--way", nargs="+", choices=list(WAYS), metavar="WAY",
-        help="eager, compiled, graph (default: eager; without --quick compiled too; on a GPU graph too)")  # fmt: skip
+        help="eager, compiled, graph, compiled-graph (default: eager; without --quick compiled too; on a GPU the\n"
+        "graphs of both)")  # fmt: skip
+    add("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[0],
+        help="of torch.compile (default: default; the other one may take ten times as long to compile)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--image", metavar="PATH", help="another picture instead of scikit-learn's two photographs")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
@@ -310,10 +322,11 @@ def main(argv: Optional[list[str]] = None) -> int:
     names, photographs = common.load_photographs(args.image)
     common.prepare_out(out)
     console = screen.console()
-    default = ["eager", *([] if args.quick or args.no_compile else ["compiled"]), *(["graph"] if gpu else [])]
+    default = ["eager", *([] if args.quick or args.no_compile else ["compiled"])]
+    default += [{"eager": "graph"}.get(way, f"{way}-graph") for way in default] if gpu else []
     ways = [WAYS[way] for way in args.way or default]
-    if not gpu and WAYS["graph"] in ways:
-        raise common.BenchmarkError("--way graph needs a GPU: what is replayed is a CUDA graph")
+    if not gpu and (GRAPH in ways or COMPILED_GRAPH in ways):
+        raise common.BenchmarkError("a CUDA graph needs a GPU: --way may be eager and compiled here")
     modes = [mode for mode, short in zip(MODES, ("training", "inference", "folded")) if short in args.mode]
     pictures = common.photograph_batch(photographs, args.batch, args.size).to(device)
     small = common.photograph_batch(photographs, 2, GATE_SIZE).to(device)
@@ -321,7 +334,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         "benchmark": "xception", "batch": args.batch, "size": args.size, "quick": args.quick, "photographs": names,
         "weights": f"random, seed {args.seed}", "device_type": device.type, "environment": common.environment(device),
         "figure": "median of rounds, wall clock" if gpu else "minimum of interleaved repetitions",
-        "networks": list(NETWORKS), "paper": PAPER, "failures": [], "notes": [], "results": [], "shares": [],
+        "compile_mode": args.compile_mode, "networks": list(NETWORKS), "paper": PAPER, "failures": [], "notes": [],
+        "results": [], "shares": [],
         "counted": [],
     }  # fmt: skip
     with screen.progress(console, 1 + len(args.dtype) * (2 + len(modes))) as (say, advance):

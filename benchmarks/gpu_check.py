@@ -211,10 +211,12 @@ def micro(backend: str) -> Callable[[Check], Outcome]:
     return phase
 
 
-def xception(kind: str, *ways: str) -> Callable[[Check], Outcome]:
+def xception(
+    kind: str, *ways: str, modes: tuple[str, ...] = ("training", "inference", "folded")
+) -> Callable[[Check], Outcome]:
     def phase(check: Check) -> Outcome:
         if check.gpu:
-            more = ("--dtype", kind, "--rounds", "10" if check.thorough else "4")
+            more = ("--dtype", kind, "--rounds", "10" if check.thorough else "4", "--mode", *modes)
         elif "eager" not in ways or kind == "float32":
             return Outcome("refused", "CUDA graphs need a GPU, and on a CPU one network, eager, is enough to see")
         else:
@@ -225,6 +227,7 @@ def xception(kind: str, *ways: str) -> Callable[[Check], Outcome]:
     return phase
 
 
+COMPILED, INFERENCE = ("compiled", "compiled-graph"), ("inference", "folded")
 PHASES = (
     Phase("environment", 0, 0, (), environment),
     Phase("build", 20, 120, ("cuda",), gpu_phases.build),
@@ -234,6 +237,7 @@ PHASES = (
     Phase("tests-other", 15, 60, BOTH, gpu_phases.tests("other", BOTH)),
     Phase("table", 20, 90, BOTH, table),
     Phase("sepconv-bfloat16", 20, 50, BOTH, sepconv("bfloat16")),
+    Phase("training-graph", 20, 40, BOTH, xception("bfloat16", "graph", modes=("training",))),
     Phase("memcheck", 20, 60, ("cuda",), gpu_phases.sanitizer("memcheck")),
     Phase("racecheck", 20, 60, ("cuda",), gpu_phases.sanitizer("racecheck")),
     Phase("sepconv-float32", 20, 60, BOTH, sepconv("float32")),
@@ -241,11 +245,12 @@ PHASES = (
     Phase("bench-triton", 15, 40, ("triton",), micro("triton")),
     Phase("memory", 10, 15, BOTH, memory),
     Phase("xception", 25, 60, BOTH, xception("bfloat16", "eager")),
-    Phase("xception-graph", 25, 60, BOTH, xception("bfloat16", "graph")),
+    Phase("training-compiled", 60, 200, BOTH, xception("bfloat16", *COMPILED, modes=("training",))),
+    Phase("inference-graph", 20, 40, BOTH, xception("bfloat16", "graph", modes=INFERENCE)),
     Phase("sepconv-float16", 20, 50, BOTH, sepconv("float16")),
     Phase("xception-float32", 30, 90, BOTH, xception("float32", "eager", "graph")),
     Phase("sepconv-compiled", 40, 240, BOTH, compiled_sepconv),
-    Phase("xception-compiled", 90, 300, BOTH, xception("bfloat16", "compiled")),
+    Phase("inference-compiled", 60, 200, BOTH, xception("bfloat16", *COMPILED, modes=INFERENCE)),
 )
 #: Run by every call: they cost little, and what is built is not part of the record.
 ALWAYS = ("environment", "build")

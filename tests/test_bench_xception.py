@@ -164,11 +164,40 @@ def test_a_way_that_our_network_cannot_go_is_a_failure(
     monkeypatch.setattr(networks, "as_graph", fail)
     few = {name: models[name] for name in (PLAIN, OURS)}
     record: dict[str, Any] = {"failures": [], "notes": [], "results": [], "shares": []}
-    args = SimpleNamespace(rounds=1)
+    args = SimpleNamespace(rounds=1, compile_mode="default")
     bench_xception.measure(few, MODES[1], "float32", pictures, ["CUDA graph"], args, record)
     assert record["notes"] == [f"float32, {PLAIN}, inference, CUDA graph: failed: the capture failed"]
     assert record["failures"] == [f"float32, {OURS}, inference, CUDA graph: failed: the capture failed"]
     assert record["results"] == []
+
+
+def test_a_network_is_compiled_once(
+    models: dict[str, nn.Module], pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again for its graph, nor when it is timed after the others were compiled."""
+    graphs, compile = 0, torch.compile
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def compiled(model: Any, *, dynamic: bool, mode: str) -> Any:
+        return compile(model, dynamic=dynamic, backend=count)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(networks, "as_graph", lambda step: step)
+    ways = [bench_xception.COMPILED, bench_xception.COMPILED_GRAPH]
+    xceptions = {name: models[name] for name in (PLAIN, OURS, CHAINED)}
+    calls, notes, failures = bench_xception.prepare(
+        xceptions, MODES[0], torch.float32, pictures, ways, "default"
+    )  # fmt: skip
+    made = graphs
+    assert set(calls) == {(name, way) for name in xceptions for way in ways} and not notes and not failures
+    for call in calls.values():
+        call.step()
+    assert graphs == made >= len(xceptions)
+    assert all(calls[name, ways[0]].model is calls[name, ways[1]].model for name in xceptions)
 
 
 def event(name: str, shapes: Any = ()) -> Any:

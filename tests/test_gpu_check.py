@@ -55,7 +55,8 @@ def test_dry_run_of_every_phase(tmp_path: Path) -> None:
     assert done.returncode == 0, (done.stdout, done.stderr, outputs)
     assert list(record["phases"]) == [p.name for p in gpu_check.PHASES] and record["left_out"] == []
     refused = {name for name, entry in record["phases"].items() if entry["status"] == "refused"}
-    gpu_only = {"xception-graph", "xception-compiled", "xception-float32", "sepconv-bfloat16", "sepconv-float16"}
+    networks = {"training-graph", "training-compiled", "inference-graph", "inference-compiled", "xception-float32"}
+    gpu_only = {*networks, "sepconv-bfloat16", "sepconv-float16"}
     assert refused - {"memcheck", "racecheck"} == gpu_only
     assert all(e["status"] == "passed" for name, e in record["phases"].items() if name not in refused)
     assert record["verified"] == {}, "a CPU verifies no GPU kernel"
