@@ -292,7 +292,7 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
         help="eager, compiled, graph, compiled-graph (default: eager; without --quick compiled too; on a GPU the\n"
         "graphs of both)")  # fmt: skip
     add("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[0],
-        help="of torch.compile (default: default; the other one may take ten times as long to compile)")  # fmt: skip
+        help="of torch.compile (default: default; the other one compiles far longer)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--image", metavar="PATH", help="another picture instead of scikit-learn's two photographs")
     add("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
@@ -335,8 +335,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         "weights": f"random, seed {args.seed}", "device_type": device.type, "environment": common.environment(device),
         "figure": "median of rounds, wall clock" if gpu else "minimum of interleaved repetitions",
         "compile_mode": args.compile_mode, "networks": list(NETWORKS), "paper": PAPER, "failures": [], "notes": [],
-        "results": [], "shares": [],
-        "counted": [],
+        "results": [], "shares": [], "counted": [],
     }  # fmt: skip
     with screen.progress(console, 1 + len(args.dtype) * (2 + len(modes))) as (say, advance):
         say("float64")

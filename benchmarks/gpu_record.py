@@ -58,7 +58,7 @@ def same_run(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two results may stand in one file: the same card, versions, kernels, batch and pictures."""
     environments = [r.get("environment", {}) for r in (a, b)]
     return all(environments[0].get(f) == environments[1].get(f) for f in ("device", "torch", "digests")) and all(
-        a.get(k) == b.get(k) for k in ("benchmark", "batch", "size", "photographs")
+        a.get(k) == b.get(k) for k in ("benchmark", "batch", "size", "photographs", "compile_mode")
     )
 
 
