@@ -253,8 +253,10 @@ class TritonChain(AtenChain):
         found, sums = operand_images(x, operands), 1 + len(operands)
         g, x = backend.dense_nhwc(g.to(x.dtype)), backend.dense_nhwc(x)
         du = None if load.activation == IDENTITY else backend.new_nhwc(x, n, c, h, w)
-        totals = torch.zeros((sums, c), dtype=torch.float32, device=x.device)
-        if n > 0:
+        totals = floats(x, sums, c)
+        if n == 0:
+            totals.zero_()
+        else:
             tile = _elements(x)
             tiles, blocks = -(-n * h * w // tile.cols), -(-c // tile.channels)
             share = sum_share(tiles, blocks, 1, card_of(x)[0])

@@ -68,9 +68,9 @@ def weight_gradient(
     and the product reads it from L2.
     """
     (n, c_in), (c_out, p, q) = x.shape[:2], dr.r.shape[1:]
-    total = torch.zeros((c_out, c_in, 1, 1), dtype=torch.float32, device=x.device)
+    total = floats(x, c_out, c_in, 1, 1)
     if n == 0:
-        return total
+        return total.zero_()
     device, tf32 = card_of(x)
     gradient, x, load_x = dense_gradient(dr), backend.nhwc(x), affine_of(load)
     taps = None if w_dw is None else backend.filters_by_tap(w_dw)
@@ -119,11 +119,10 @@ def layer_dgrad(
     (n, c, h, w), size = x.shape, (w_dw.shape[2], w_dw.shape[3])
     sums, tile = 1 + len(operands), plan.depthwise_tile
     assert tile is not None
-    dw_dw = torch.zeros(w_dw.shape, dtype=torch.float32, device=x.device)
-    totals = torch.zeros((sums, c), dtype=torch.float32, device=x.device)
+    dw_dw, totals = floats(x, *w_dw.shape), floats(x, sums, c)
     dx = backend.new_nhwc(x, n, c, h, w)
     if n == 0:
-        return dx, dw_dw, totals
+        return dx, dw_dw.zero_(), totals.zero_()
     device, tf32 = card_of(x)
     others = operand_images(x, operands)
     gradient, x, weights = dense_gradient(dr), backend.nhwc(x), backend.pointwise_weights(w_pw, tf32)
