@@ -211,6 +211,11 @@ def micro(backend: str) -> Callable[[Check], Outcome]:
     return phase
 
 
+def chain(check: Check) -> Outcome:
+    more = ("--rounds", "30" if check.thorough else "8") if check.gpu else ("--quick", "--dtype", "float32")
+    return gpu_phases.program("bench_chain", results=("chain",))(check, ("--device", check.device, *more))
+
+
 def xception(
     kind: str, *ways: str, modes: tuple[str, ...] = ("training", "inference", "folded")
 ) -> Callable[[Check], Outcome]:
@@ -243,6 +248,7 @@ PHASES = (
     Phase("sepconv-float32", 20, 60, BOTH, sepconv("float32")),
     Phase("bench-cuda", 15, 30, ("cuda",), micro("cuda")),
     Phase("bench-triton", 15, 40, ("triton",), micro("triton")),
+    Phase("bench-chain", 20, 60, BOTH, chain),
     Phase("memory", 10, 15, BOTH, memory),
     Phase("xception", 25, 60, BOTH, xception("bfloat16", "eager")),
     Phase("training-compiled", 60, 200, BOTH, xception("bfloat16", *COMPILED, modes=("training",))),

@@ -11,7 +11,7 @@ from typing import Any, Optional
 import common
 
 RESULTS = common.HERE / "results"
-FILES = ("record", "sepconv", "xception", "memory", "cuda", "triton")
+FILES = ("record", "sepconv", "xception", "memory", "cuda", "triton", "chain")
 BASELINES = ("nchw", "channels_last", "compiled nchw", "compiled channels_last")
 GPU_BACKENDS = ("cuda", "triton")
 #: As bench_xception names them.

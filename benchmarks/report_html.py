@@ -100,6 +100,24 @@ def micro_table(record: dict[str, Any]) -> str:
     return wide(f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
+def chain_table(record: dict[str, Any]) -> str:
+    """Each layer of the training chain by every way, from bench_chain: microseconds, and how often the floor."""
+    layers, lines = record.get("layers", []), []
+    ways = list(dict.fromkeys(way for layer in layers for d in ("forward", "backward") for way in layer[d]))
+    for layer in layers:
+        for direction in ("forward", "backward"):
+            floor, times = layer["floor_us"][direction], layer[direction]
+            cells = "".join(
+                f"<td>{times[way]['us']:.0f} ({times[way]['us'] / floor:.2f})</td>" if way in times else "<td></td>"
+                for way in ways
+            )
+            lines.append(f"<tr><td>{escape(layer['layer'])}, {direction}</td><td>{floor:.0f}</td>{cells}</tr>")
+    head = "".join(f"<th>{escape(way)}, us (of the floor)</th>" for way in ways)
+    return wide(
+        f"<table><thead><tr><th>layer</th><th>floor, us</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
 def losses(sepconv: dict[str, Any]) -> str:
     """How often xsep loses, said before anything else."""
     backend = "auto"
@@ -141,6 +159,8 @@ def card_section(card: Card) -> str:
     for name in ("cuda", "triton"):
         if card.get(name):
             parts += [f"<h3>The {name} kernels one by one</h3>", micro_table(card.get(name))]
+    if card.get("chain"):
+        parts += ["<h3>The training chain, layer by layer</h3>", chain_table(card.get("chain"))]
     return "\n".join(parts)
 
 

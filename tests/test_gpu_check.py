@@ -62,7 +62,7 @@ def test_dry_run_of_every_phase(tmp_path: Path) -> None:
     assert record["verified"] == {}, "a CPU verifies no GPU kernel"
     collected = record["phases"]["tests-cuda"]["skipped"]
     assert len(collected) > 100 and set(collected.values()) == {"Skipped: needs a CUDA device"}
-    for name in ("sepconv", "xception", "memory", "cuda", "triton", "table"):
+    for name in ("sepconv", "xception", "memory", "cuda", "triton", "chain", "table"):
         json.loads((tmp_path / f"{name}.json").read_text())
     sepconv = json.loads((tmp_path / "sepconv.json").read_text())
     forward = next(r for r in sepconv["results"] if r["mode"] == "forward")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -64,17 +64,42 @@ def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPla
     module = extension.binding()
     if module is None:
         return None
-    parts, facts = slices(problem, device), device._asdict()
-    one_pass = module.plan_cuda_chain_backward(
-        shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **facts
+    found, one_pass = _staged(module, problem, device, slices(problem, device)), _one_pass(module, problem, device)
+    return found._replace(fused=one_pass.fused and one_pass.clocks < one_pass.staged_clocks)
+
+
+def _one_pass(module: Any, problem: Problem, device: DeviceFacts) -> Any:
+    return module.plan_cuda_chain_backward(
+        shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **device._asdict()
     )
+
+
+def _staged(module: Any, problem: Problem, device: DeviceFacts, parts: tuple[slice, ...]) -> BackwardPlan:
+    """Kernel by kernel over these parts of the batch."""
+    size = problem.dtype.itemsize
     rows = (
         module.plan_cuda_depthwise_bprop(
-            shape_of(problem._replace(n=part.stop - part.start)), element_bytes=problem.dtype.itemsize, **facts
+            shape_of(problem._replace(n=part.stop - part.start)), element_bytes=size, **device._asdict()
         ).workers
         for part in parts
     )  # fmt: skip
-    return BackwardPlan(parts, tuple(rows), one_pass.fused and one_pass.clocks < one_pass.staged_clocks)
+    return BackwardPlan(parts, tuple(rows))
+
+
+def backward_ways(problem: Problem, device: DeviceFacts) -> dict[str, BackwardPlan]:
+    """Every way of a layer's backward that there is, whatever the planner chooses: for who measures them."""
+    module = extension.binding()
+    if module is None:
+        return {}
+    p, q = problem.output_size
+    # As weigh_chain_slice has it: what one kernel writes for the next stays in half of L2.
+    fitting = device.l2_bytes // 2 // (p * q * (problem.c_out + problem.c_mid) * problem.dtype.itemsize)
+    found = {"kernel by kernel": _staged(module, problem, device, slices_of(problem.n, problem.n))}
+    if 1 <= fitting < problem.n:
+        found["in slices"] = _staged(module, problem, device, slices_of(problem.n, fitting))
+    if _one_pass(module, problem, device).fused:
+        found["in one pass"] = found["kernel by kernel"]._replace(fused=True)
+    return found
 
 
 def describe_backward(problem: Problem, device: DeviceFacts) -> str:
