@@ -17,7 +17,9 @@ from networks import CHAINED, INCEPTION, MODES, NETWORKS, OURS, PLAIN
 from torch import Tensor
 
 from xsep.cli import screen
-from xsep.ops.training.selection import select_for
+from xsep.dispatch import recording_chains
+from xsep.ops.training.selection import select, select_for
+from xsep.tuning import findings
 
 GATE_SIZE = 75
 
@@ -109,7 +111,7 @@ def prepare(
             if is_compiled:
                 compiled = s, step
             try:
-                with common.noting_backends() as takes:
+                with common.noting_backends() as takes, recording_chains() as layers:
                     if way in (GRAPH, COMPILED_GRAPH):
                         step = networks.as_graph(step)
                     step()
@@ -120,7 +122,8 @@ def prepare(
                 )
                 continue
             if name == CHAINED:
-                takes["chain"] = select_for(pictures.device, dtype, "auto").name
+                chosen = {select(layer, "auto", d).label for layer in layers for d in findings.DIRECTIONS}
+                takes["chain"] = "; ".join(sorted(chosen or {select_for(pictures.device, dtype, "auto").label}))
             calls[name, way] = Call(step, s.model, takes)
     return calls, notes, failures
 

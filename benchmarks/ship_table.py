@@ -13,16 +13,17 @@ import micro
 import torch
 
 from xsep import card_check, dispatch
-from xsep.measuring import Effort, measure
+from xsep.autotuner import measured
+from xsep.measuring import Effort
 from xsep.problem import IDENTITY, RELU, Problem
 from xsep.tuning import findings
 
 DESCRIPTION = """\
-Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with and without the
-ReLU before it, and writes table.json, anew after each: what xsep's `auto` looks a problem up in on such a card, once
-`make gpu-check` has added there which backends are verified. On a GPU the layers come first by which the cost model is
-corrected for all other problems. A backend that is wrong on a layer gets no time there, is named at the end, and makes
-the exit code 1; 3 means that time was over before all were measured."""
+Times every way of running each separable layer of Xception at 299 px, forward and backward apart, with the ReLU before
+it, as a layer of the training chain, and without, and writes table.json, anew after each: what xsep's `auto` looks a
+problem up in on such a card, once `make gpu-check` has added there which backends are verified. On a GPU the layers
+come first by which the cost model is corrected for all other problems. A backend that is wrong on a layer gets no time
+there, is named at the end, and makes the exit code 1; 3 means that time was over before all were measured."""
 
 PROBING = Effort(10, 0.02)
 
@@ -30,16 +31,19 @@ PROBING = Effort(10, 0.02)
 def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Problem]:
     """The likeliest first, in case time runs out."""
     layers = [(16, 24, 19, 1)] if quick else micro.LAYERS
+
+    def of(kind: str, first: int) -> list[Problem]:
+        return [
+            Problem(
+                "separable", device, common.DTYPES[kind], True, batch, c_in, size, size, 1, 3, 3, c_out, micro.SAME,
+                (first, IDENTITY, IDENTITY),
+            )
+            for c_in, c_out, size, _ in layers
+        ]  # fmt: skip
+
     found = []
     for kind in kinds:
-        for first in (RELU, IDENTITY):
-            for c_in, c_out, size, _ in layers:
-                found.append(
-                    Problem(
-                        "separable", device, common.DTYPES[kind], True, batch, c_in, size, size, 1, 3, 3, c_out,
-                        micro.SAME, (first, IDENTITY, IDENTITY),
-                    )
-                )  # fmt: skip
+        found += [*of(kind, RELU), *(p.as_chain_layer() for p in of(kind, RELU)), *of(kind, IDENTITY)]
     return found
 
 
@@ -97,7 +101,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             late = True
             break
         try:
-            found = measure(problem, Effort(5, 0.2) if not args.quick else Effort(1, 0.0))
+            found = measured(problem, Effort(5, 0.2) if not args.quick else Effort(1, 0.0))
         except RuntimeError as error:  # of one layer; the others still stand
             failures.append(f"{problem}: {str(error).strip().splitlines()[0]}")
             continue
@@ -105,7 +109,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         table.entries[findings.problem_key(problem)] = found
         for direction, times in found.times.items():
             told = ", ".join(f"{name} {us:.0f}" for name, us in times.items())
-            print(f"{problem.c_in}->{problem.c_out} @{problem.h} {direction}, us: {told}", flush=True)
+            print(f"{problem.op} {problem.c_in}->{problem.c_out} @{problem.h} {direction}, us: {told}", flush=True)
         write(out, table)
     for failure in failures:
         print(f"wrong, so not timed: {failure}")

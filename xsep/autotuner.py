@@ -37,14 +37,23 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 def problems_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Problem]:
     """The distinct problems that a model's forward runs, in training and in eval mode; the model stays as it was."""
-    with _left_as_it_was(model), dispatch.recording() as seen:
+    with _left_as_it_was(model), dispatch.recording() as seen, dispatch.recording_chains() as chained:
         model.train()
         with torch.enable_grad():
             model(*inputs)
         model.eval()
         with torch.no_grad():
             model(*inputs)
-    return list(seen)
+    return [*seen, *(layer.as_chain_layer() for layer in chained)]
+
+
+def measured(problem: Problem, effort: Effort = QUICK) -> Finding:
+    """Times of every way of running a problem of an op, or a layer of the training chain, that is right."""
+    if problem.op == "chain":
+        from .chain import measuring as chain  # with much that nobody needs to import xsep
+
+        return chain.measure(problem._replace(op="separable"), effort)
+    return measure(problem, effort)
 
 
 def autotune(
@@ -59,9 +68,11 @@ def autotune(
 
     Each problem (shapes, type, layout, batch size) is measured apart, forward and backward apart. A backend is timed
     only where its results pass the project's rule against float64; ``aten``, which is PyTorch's own convolutions, is
-    always among the candidates, in both memory layouts. The findings are kept in a file below ``$XDG_CACHE_HOME/xsep``
-    (``~/.cache/xsep``) that is valid for this card, PyTorch, Triton, xsep and sources of the backends; later processes
-    use it without measuring. Calling a model never measures.
+    always among the candidates, in both memory layouts. Layers of a training chain on a GPU are measured as such, in
+    each way that the CUDA kernels can go over their backward. The findings are kept in a file below
+    ``$XDG_CACHE_HOME/xsep`` (``~/.cache/xsep``) that is valid for this card, PyTorch, Triton, xsep and sources of the
+    backends; later processes use it without measuring. Calling a model never measures. What ``torch.compile`` has
+    traced of a chain expects the choices of then: autotune first.
 
     Args:
         what: a model, or a :class:`xsep.problem.Problem`, or several.
@@ -99,7 +110,7 @@ def autotune(
             if known is None:
                 if min(problem.output_size) <= 0 or problem.n == 0:
                     continue
-                known = measure(problem, effort)
+                known = measured(problem, effort)
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 findings.remember(card, {findings.problem_key(problem): known}, date)
             results[problem] = known
@@ -112,10 +123,11 @@ def sentence(problem: Problem, finding: Finding) -> str:
     """One line: the fastest in each direction, against PyTorch in the same layout."""
     parts = []
     for direction, times in finding.times.items():
-        best = finding.best(direction, [name for name in times if "," not in name])
+        # A name with a comma is PyTorch's other memory layout, or in the chain a way like any other.
+        best = finding.best(direction, [name for name in times if problem.op == "chain" or "," not in name])
         if best is not None:
-            speed = times["aten"] / times[best]
-            parts.append(f"{direction} {best} {times[best]:.0f} us, {speed:.2f} times PyTorch's speed")
+            speed, plain = times["aten"] / times[best], "the plain chain's" if problem.op == "chain" else "PyTorch's"
+            parts.append(f"{direction} {best} {times[best]:.0f} us, {speed:.2f} times {plain} speed")
     return f"{problem}: {'; '.join(parts)}"
 
 

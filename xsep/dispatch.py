@@ -41,6 +41,9 @@ Answer = TypeVar("Answer")
 _forgetting: list[Callable[[], None]] = []
 #: Problems that ran while :func:`recording`, in order; None while nobody records.
 _recorded: Optional[dict[Problem, None]] = None
+#: The same of the training chain's layers, and where they are worth it.
+_recorded_chains: Optional[dict[Problem, None]] = None
+CHAINS_TUNED = ("cuda",)
 
 
 def remembered(decide: Callable[..., Answer]) -> functools._lru_cache_wrapper[Answer]:
@@ -232,6 +235,23 @@ def recording() -> Iterator[dict[Problem, None]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+@contextlib.contextmanager
+def recording_chains() -> Iterator[dict[Problem, None]]:
+    """The same of the training chain's layers on devices that have several kinds of kernels for them."""
+    global _recorded_chains
+    before, _recorded_chains = _recorded_chains, {}
+    try:
+        yield _recorded_chains
+    finally:
+        _recorded_chains = before
+
+
+def note_chain(problem: Problem) -> None:
+    """A layer of the training chain runs."""
+    if _recorded_chains is not None and problem.device in CHAINS_TUNED:
+        _recorded_chains[problem] = None
 
 
 def forget_choices() -> None:

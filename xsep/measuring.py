@@ -218,11 +218,15 @@ def _timed_on_gpu(calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[s
     return {name: statistics.median(1e3 * a.elapsed_time(b) for a, b in pairs) for name, pairs in taken.items()}
 
 
+def timed(device: str, calls: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, float]:
+    """Microseconds of each call on a kind of device."""
+    return (_timed_on_gpu if device == "cuda" else _timed_on_cpu)(calls, effort)
+
+
 def time_ways(
     problem: Problem, ways: Ways, effort: Effort, directions: Iterable[str] = DIRECTIONS
 ) -> dict[str, dict[str, float]]:
     """Microseconds by direction and way, for backends that are known to be right."""
-    timed = _timed_on_gpu if problem.device == "cuda" else _timed_on_cpu
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad(), torch._C._DisableAutocast():
         inputs = {layout: random_arguments(problem, layout) for layout in {layout for _, layout in ways.values()}}
@@ -234,7 +238,7 @@ def time_ways(
                     calls[name] = partial(forward, candidate, args)
                 else:
                     calls[name] = partial(backward, candidate, args, dy, _saved(args, candidate))
-            found[direction] = timed(calls, effort)
+            found[direction] = timed(problem.device, calls, effort)
     return found
 
 

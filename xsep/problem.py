@@ -120,7 +120,7 @@ DEPTHWISE_TENSORS = 7
 class Problem(NamedTuple):
     """Everything a backend or planner may choose by; hashable, and made without touching data."""
 
-    op: str  # "separable" or "depthwise"
+    op: str  # "separable" or "depthwise"; "chain" names a layer of the training chain in what was measured
     device: str  # torch.device.type
     dtype: torch.dtype
     channels_last: bool  # the layout of y, and of x but for slices
@@ -147,6 +147,10 @@ class Problem(NamedTuple):
     @property
     def output_size(self) -> tuple[int, int]:
         return self.geometry.output_size(self.h, self.w, self.r, self.s)
+
+    def as_chain_layer(self) -> Problem:
+        """As measurements name a layer of the training chain, which is not the op that computes the same."""
+        return self._replace(op="chain")
 
     def __str__(self) -> str:
         g = self.geometry

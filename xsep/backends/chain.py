@@ -79,6 +79,15 @@ class ChainBackend(ABC):
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot run a layer: sentences, or an empty list where it can."""
 
+    @property
+    def label(self) -> str:
+        """The name, and the way that it goes where it is not the planned one; as measurements have it."""
+        return self.name
+
+    def other_ways(self, problem: Problem) -> list[str]:
+        """Ways of a layer's backward beside the one that is planned, by the names that measurements have for them."""
+        return []
+
     def tiles(self, problem: Problem) -> int:
         """Tiles of the statistics that ``sep_fprop`` takes of a layer; known without data, for traced code."""
         p, q = problem.output_size

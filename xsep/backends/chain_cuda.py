@@ -18,7 +18,7 @@ from ..problem import IDENTITY, Geometry, Problem
 from . import chain_cuda_launch as launch
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
 from .chain_kernels import KernelChain, affine_of
-from .cuda import CUDA, device_facts, fused_plan, is_aligned, nhwc, vectors_of
+from .cuda import CUDA, DeviceFacts, device_facts, fused_plan, is_aligned, nhwc, vectors_of
 from .pointwise import dgrad, product, product_into, tf32_allowed, wgrad
 
 
@@ -37,6 +37,23 @@ def _as_filter(dw: Optional[Tensor]) -> Optional[Tensor]:
 class CudaChain(KernelChain):
     name = "cuda"
     kernels = CUDA
+
+    def __init__(self, way: str = "") -> None:
+        """``way``: of a layer's backward, by its name, wherever there is that one; else as planned."""
+        self.way = way
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.way}" if self.way else self.name
+
+    def backward_plan(self, problem: Problem, facts: DeviceFacts) -> Optional[launch.BackwardPlan]:
+        wanted = launch.backward_ways(problem, facts).get(self.way) if self.way else None
+        return launch.backward_plan(problem, facts) if wanted is None else wanted
+
+    def other_ways(self, problem: Problem) -> list[str]:
+        facts = device_facts(torch.cuda.current_device())
+        planned = launch.backward_plan(problem, facts)
+        return [way for way, plan in launch.backward_ways(problem, facts).items() if plan != planned]
 
     def tiles(self, problem: Problem) -> int:
         plan = fused_plan(problem, device_facts(torch.cuda.current_device())) if problem.n else None
@@ -143,7 +160,7 @@ class CudaChain(KernelChain):
             )
             found = found if with_input else Backward(*(None,) * 4)
             return found._replace(dw_pw=launch.zeros(x, c_out, c_in, 1, 1) if wanted[2] else None)
-        plan = launch.backward_plan(problem, device_facts(x.get_device()))
+        plan = self.backward_plan(problem, device_facts(x.get_device()))
         if plan is None:
             return super().sep_backward(
                 dr, w_pw, w_dw, x, load, geometry, shortcut, operands, centres, wanted

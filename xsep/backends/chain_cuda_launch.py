@@ -86,6 +86,7 @@ def _staged(module: Any, problem: Problem, device: DeviceFacts, parts: tuple[sli
     return BackwardPlan(parts, tuple(rows))
 
 
+@lru_cache(maxsize=4096)
 def backward_ways(problem: Problem, device: DeviceFacts) -> dict[str, BackwardPlan]:
     """Every way of a layer's backward that there is, whatever the planner chooses: for who measures them."""
     module = extension.binding()

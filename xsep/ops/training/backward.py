@@ -51,7 +51,7 @@ def _sep_wgrad_pw(
     g = Geometry(*geometry)
     problem = _layer_checked(du, index, r, coef, pads, None, w_dw, x, vec, activation, g, None, [], None)
     dr = RawGradient(du, r, coef, index, _pads(pads))
-    found = select(problem, backend).sep_wgrad_pw(dr, x, Load(vec, activation, alpha), w_dw, g)
+    found = select(problem, backend, "backward").sep_wgrad_pw(dr, x, Load(vec, activation, alpha), w_dw, g)
     return (found.contiguous(),)
 
 
@@ -79,7 +79,7 @@ def _sep_backward(
     )  # fmt: skip
     dr, load = RawGradient(du, r, coef, index, _pads(pads)), Load(vec, activation, alpha)
     short = None if shortcut is None else Shortcut(shortcut, activated)
-    b = select(problem, backend).sep_backward(dr, w_pw, w_dw, x, load, g, short, operands, centres, wanted)
+    b = select(problem, backend, "backward").sep_backward(dr, w_pw, w_dw, x, load, g, short, operands, centres, wanted)
     dx = own(nhwc(b.dx), du, shortcut) if wanted[0] and b.dx is not None else nothing(x)
     dw_dw = b.dw_dw.contiguous() if wanted[1] and b.dw_dw is not None else nothing(coef)
     dw_pw = b.dw_pw.contiguous() if wanted[2] and b.dw_pw is not None else nothing(coef)
@@ -115,7 +115,9 @@ def _sep_dgrad(*arguments: Any) -> Outputs:
     )  # fmt: skip
     dr, load = RawGradient(du, r, coef, index, _pads(pads)), Load(vec, activation, alpha)
     short = None if shortcut is None else Shortcut(shortcut, activated)
-    dx, dw_dw, sums = select(problem, backend).sep_dgrad(dr, w_pw, w_dw, x, load, g, short, operands, centres)
+    dx, dw_dw, sums = select(problem, backend, "backward").sep_dgrad(
+        dr, w_pw, w_dw, x, load, g, short, operands, centres
+    )
     return own(nhwc(dx), du, shortcut), dw_dw.contiguous(), sums
 
 

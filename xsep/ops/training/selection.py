@@ -1,15 +1,17 @@
-"""Which backend runs the training chain."""
+"""Which backend runs the training chain, and a layer's backward by which of its ways."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Optional
 
 import torch
 
 from ...backends.chain import ChainBackend
 from ...backends.chain_aten import ATEN_CHAIN
-from ...dispatch import card_of, may_take, place, remembered, requested, trusting
+from ...dispatch import card_of, may_take, note_chain, place, remembered, requested, trusting
 from ...problem import Geometry, Problem
+from ...tuning import findings
 from ...tuning.card_checks import CHAIN
 
 #: What ``auto`` tries, in order; elsewhere it is ``aten``. On a GPU, as for the ops themselves, only what was verified
@@ -21,7 +23,10 @@ POINT = Geometry(1, 1, 0, 0, 0, 0, 1, 1)
 
 @cache
 def chain_backend(name: str) -> ChainBackend:
-    """The backend of that name; loading one never fails, it answers with reasons instead."""
+    """The backend of that name; loading one never fails, it answers with reasons instead.
+
+    "cuda, in slices" and the like is one that goes over a layer's backward in a way of its own.
+    """
     if name == "aten":
         return ATEN_CHAIN
     if name == "cpu":
@@ -36,6 +41,10 @@ def chain_backend(name: str) -> ChainBackend:
         from ...backends.chain_cuda import CUDA_CHAIN
 
         return CUDA_CHAIN
+    if name.startswith("cuda, "):
+        from ...backends.chain_cuda import CudaChain
+
+        return CudaChain(name.partition(", ")[2])
     raise ValueError(f"no backend of the training chain is called {name!r}; there are {', '.join(NAMES)}")
 
 
@@ -47,17 +56,28 @@ def not_supported_reasons(problem: Problem, name: str = "auto") -> list[str]:
     return chain_backend(name).not_supported_reasons(problem)
 
 
-def select(problem: Problem, name: str) -> ChainBackend:
-    """The backend that runs a layer.
+def select(problem: Problem, name: str, direction: str = "forward") -> ChainBackend:
+    """The backend that runs a layer, ``"forward"`` or ``"backward"``.
 
     Raises:
         RuntimeError: one was asked for by name and cannot run it; the message carries all its reasons.
     """
-    return _select(problem, requested(name), place(problem.device), trusting())
+    note_chain(problem)
+    return _select(problem, requested(name), direction, place(problem.device), trusting())
+
+
+def _measured(problem: Problem, direction: str, index: int, able: list[str]) -> Optional[ChainBackend]:
+    """The fastest by what was measured for this layer; what is in such a record has passed its gate."""
+    found = findings.lookup(problem.as_chain_layer(), card_of(problem.device, index))
+    if found is None:
+        return None
+    times = found[0].times.get(direction, {})
+    best = found[0].best(direction, [way for way in times if way.partition(",")[0] in able])
+    return None if best is None else chain_backend(best)
 
 
 @remembered
-def _select(problem: Problem, name: str, index: int, trusted: bool) -> ChainBackend:
+def _select(problem: Problem, name: str, direction: str, index: int, trusted: bool) -> ChainBackend:
     """Whether the user trusts what no card has verified is part of the question."""
     if name != "auto":
         found = chain_backend(name)
@@ -65,11 +85,12 @@ def _select(problem: Problem, name: str, index: int, trusted: bool) -> ChainBack
         if reasons:
             raise RuntimeError(f"the training chain cannot run {problem}: {'; '.join(reasons)}")
         return found
-    for candidate in AUTO.get(problem.device, ()):
-        found = chain_backend(candidate)
-        if not found.not_supported_reasons(problem) and _may_take(candidate, problem.device, index):
-            return found
-    return ATEN_CHAIN
+    candidates = AUTO.get(problem.device, ("aten",))
+    able = [name for name in candidates if not chain_backend(name).not_supported_reasons(problem)]
+    measured = _measured(problem, direction, index, able)
+    if measured is not None:
+        return measured
+    return chain_backend(next(name for name in able if _may_take(name, problem.device, index)))
 
 
 def _may_take(name: str, device: str, index: int) -> bool:
@@ -78,4 +99,5 @@ def _may_take(name: str, device: str, index: int) -> bool:
 
 def select_for(device: torch.device, dtype: torch.dtype, name: str) -> ChainBackend:
     """The backend for what is no convolution, so that only device and type can matter."""
-    return select(Problem("separable", device.type, dtype, True, 1, 1, 1, 1, 1, 1, 1, 1, POINT, (0, 0, 0)), name)
+    point = Problem("separable", device.type, dtype, True, 1, 1, 1, 1, 1, 1, 1, 1, POINT, (0, 0, 0))
+    return _select(point, requested(name), "forward", place(device.type), trusting())
