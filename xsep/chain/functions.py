@@ -1,12 +1,12 @@
 """Gradients of the chain: one autograd Function a layer.
 
 Between two Functions travels a raw output, not the tensor it stands for. What autograd calls the gradient of that raw
-output is du, the gradient of u = scale * r + shift; the gradient of ``centres`` [1 + K, C] is the sums of
-du and of du * (operand - centre) for each of K operands, which the producer's BatchNorm needs; the first row of centres
-only stands where the plain sum arrives. Both are linear in du, so where a raw output has several readers autograd's own
+output is du, the gradient of u = scale * r + shift; the gradient of ``centres`` [1 + K, C] is the sums of du and of
+du * (operand - centre) for each of K operands, which the producer's BatchNorm needs. The first row of centres only
+stands where the plain sum arrives. Both are linear in du, so where a raw output has several readers autograd's own
 accumulation stays right. ``own`` are a layer's own centres, of one operand, the raw output itself: its mean, twice.
 
-A backward here must not have the host wait for the card, nor copy to it, or no CUDA graph could hold it: so no
+No backward here may have the host wait for the card, or copy to it, or no CUDA graph could hold it. So there is no
 ``sums[[0, 2]]``, whose list becomes a tensor on the CPU first.
 
 The forward ops have run before a Function is applied, which then only says what is saved and how gradients come about:

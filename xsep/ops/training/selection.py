@@ -87,7 +87,7 @@ def _select(problem: Problem, name: str, direction: str, index: int, trusted: bo
         return found
     candidates = AUTO.get(problem.device, ("aten",))
     able = [name for name in candidates if not chain_backend(name).not_supported_reasons(problem)]
-    measured = _measured(problem, direction, index, able)
+    measured = None if able == ["aten"] else _measured(problem, direction, index, able)
     if measured is not None:
         return measured
     return chain_backend(next(name for name in able if _may_take(name, problem.device, index)))
