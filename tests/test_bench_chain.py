@@ -17,6 +17,7 @@ import bench_chain  # noqa: E402
 import common  # noqa: E402
 import report_html  # noqa: E402
 
+from tests.chain.support import put_off  # noqa: E402
 from xsep.chain import measuring  # noqa: E402
 from xsep.ops.training.selection import chain_backend  # noqa: E402
 from xsep.problem import Problem  # noqa: E402
@@ -45,15 +46,7 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_wrong_gets_no_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    cpu: Any = chain_backend("cpu")
-    right = getattr(cpu, method)
-
-    def wrong(*arguments: Any) -> Any:
-        found = right(*arguments)
-        off = [t * 1.01 if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in found]
-        return type(found)(*off) if hasattr(found, "_fields") else tuple(off)
-
-    monkeypatch.setattr(cpu, method, wrong)
+    put_off(monkeypatch, chain_backend("cpu"), method)
     assert bench_chain.main([*QUICK, "--out", str(tmp_path)]) == 1
     record = json.loads((tmp_path / "chain.json").read_text())
     direction = "forward" if method in ("bn_finalize", "sep_fprop") else "backward"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import xsep
+from tests.chain.support import put_off
 from tests.pretended_card import CARD, forget, pretend
 from xsep import autotuner, dispatch, measuring
 from xsep.backends.chain_aten import ATEN_CHAIN
@@ -57,15 +58,7 @@ def test_a_layer_is_measured_in_both_directions(dtype: torch.dtype, capsys: pyte
 
 @pytest.mark.parametrize("method", ["sep_fprop", "bn_finalize", "bn_backward_finalize", "sep_backward"])
 def test_what_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    cpu: Any = selection.chain_backend("cpu")
-    right = getattr(cpu, method)
-
-    def wrong(*arguments: Any) -> Any:
-        found = right(*arguments)
-        off = [t * 1.01 if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in found]
-        return type(found)(*off) if hasattr(found, "_fields") else tuple(off)
-
-    monkeypatch.setattr(cpu, method, wrong)
+    put_off(monkeypatch, selection.chain_backend("cpu"), method)
     found = chain.measure(problem(), SHORT)
     assert set(found.times["backward"]) == {"aten"} and found.refused["cpu"].startswith("wrong: ")
 
