@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ import common
 import micro
 import torch
 import torch.nn.functional as F
-from micro import SAME
 from torch import Tensor
 
 from xsep import ChannelAffine, separable_conv2d
@@ -53,28 +53,15 @@ def modules(a: chain.Layer, fused: bool) -> tuple[Callable[[], Any], Callable[[]
     return run, lambda: torch.autograd.grad(y, leaves, a.du, retain_graph=True)
 
 
-class Run:
-    """The choices of one run."""
+class Run(micro.Choices):
+    """One run of the chain's layers."""
 
-    def __init__(self, options: Any) -> None:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise common.BenchmarkError("it needs a GPU, and PyTorch sees none here (--device cpu is a dry run)")
-        self.device, self.gpu = torch.device(options.device), options.device == "cuda"
-        self.kind, self.dtype = options.dtype, common.DTYPES[options.dtype]
-        self.batch = options.batch or (1 if options.quick else 64)
-        self.rounds = options.rounds or (2 if options.quick else 30)
-        self.layers = [(16, 24, 19, 1), (24, 32, 10, 25)] if options.quick else micro.LAYERS
-        self.out = options.out or common.default_out(self.device)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
         common.prepare_out(self.out)
 
     def problem(self, c_in: int, c_out: int, size: int) -> Problem:
-        return Problem(
-            "separable", self.device.type, self.dtype, True, self.batch, c_in, size, size, 1, 3, 3, c_out, SAME,
-            (RELU, 0, 0),
-        )  # fmt: skip
-
-    def time(self, called: Calls) -> dict[str, common.Times]:
-        return common.time_on_gpu(called, self.rounds) if self.gpu else common.time_on_cpu(called, self.rounds, 0.0)
+        return micro.layer_problem(self.device.type, self.dtype, self.batch, c_in, c_out, size, RELU)
 
     def layer(self, problem: Problem) -> tuple[dict[str, dict[str, common.Times]], list[str]]:
         """Times by direction and way, and what is wrong."""

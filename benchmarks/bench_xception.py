@@ -325,8 +325,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     names, photographs = common.load_photographs(args.image)
     common.prepare_out(out)
     console = screen.console()
-    default = ["eager", *([] if args.quick or args.no_compile else ["compiled"])]
-    default += [{"eager": "graph"}.get(way, f"{way}-graph") for way in default] if gpu else []
+    default = ["eager", "graph"] if gpu else ["eager"]
+    if not (args.quick or args.no_compile):
+        default += ["compiled", "compiled-graph"] if gpu else ["compiled"]
     ways = [WAYS[way] for way in args.way or default]
     if not gpu and (GRAPH in ways or COMPILED_GRAPH in ways):
         raise common.BenchmarkError("a CUDA graph needs a GPU: --way may be eager and compiled here")

@@ -14,7 +14,7 @@ from torch import Tensor
 from xsep import dispatch, testing
 from xsep.backends.aten import ATEN
 from xsep.backends.base import Backend
-from xsep.problem import IDENTITY, Affine, Geometry, SeparableArgs, separable_problem
+from xsep.problem import IDENTITY, Affine, Geometry, Problem, SeparableArgs, separable_problem
 
 #: C_in, C_out, height and width, how often in the network (Chollet 2017, arXiv:1610.02357, figure 5).
 LAYERS = [
@@ -54,23 +54,40 @@ def results(backend: Backend, a: SeparableArgs, dz: Tensor) -> dict[str, dict[st
     return found
 
 
-class Session:
-    """The choices of one run: device, backend, layers, repetitions, folder."""
+def layer_problem(device: str, dtype: torch.dtype, batch: int, c_in: int, c_out: int, size: int, first: int) -> Problem:
+    """One of the layers, channels_last, with an activation before it."""
+    return Problem(
+        "separable", device, dtype, True, batch, c_in, size, size, 1, 3, 3, c_out, SAME, (first, IDENTITY, IDENTITY)
+    )  # fmt: skip
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+
+class Choices:
+    """Of one run: device, type, layers, repetitions, folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise common.BenchmarkError("it needs a GPU, and PyTorch sees none here (--device cpu is a dry run)")
-        self.name, self.gpu = name, options.device == "cuda"
-        self.device = torch.device(options.device)
+        self.device, self.gpu = torch.device(options.device), options.device == "cuda"
         self.kind, self.dtype = options.dtype, common.DTYPES[options.dtype]
         self.batch = options.batch or (1 if options.quick else 64)
         self.rounds = options.rounds or (2 if options.quick else 30)
         self.layers = [(16, 24, 19, 1), (24, 32, 10, 25)] if options.quick else LAYERS
+        self.out = options.out or common.default_out(self.device)
+
+    def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, common.Times]:
+        return common.time_on_gpu(calls, self.rounds) if self.gpu else common.time_on_cpu(calls, self.rounds, 0.0)
+
+
+class Session(Choices):
+    """One run of a backend's kernels."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.name = name
         self.backend: Backend = dispatch.backend(name if self.gpu else "cpu")
         reasons = self.backend.not_supported_reasons(separable_problem(self.arguments(8, 8, 8)))
         if reasons:
             raise common.BenchmarkError("; ".join(reasons))
-        self.out = options.out or common.default_out(self.device)
         common.prepare_out(self.out)
 
     def arguments(self, c_in: int, c_out: int, size: int) -> SeparableArgs:
@@ -105,9 +122,6 @@ class Session:
             wrong = testing.violations(got, testing.Truth(exact[like]), own[like], kind)
             found += [f"{name}: {sentence}" for sentence in wrong]
         return found
-
-    def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, common.Times]:
-        return common.time_on_gpu(calls, self.rounds) if self.gpu else common.time_on_cpu(calls, self.rounds, 0.0)
 
     def run(
         self,

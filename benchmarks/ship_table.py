@@ -33,13 +33,8 @@ def problems(device: str, kinds: list[str], batch: int, quick: bool) -> list[Pro
     layers = [(16, 24, 19, 1)] if quick else micro.LAYERS
 
     def of(kind: str, first: int) -> list[Problem]:
-        return [
-            Problem(
-                "separable", device, common.DTYPES[kind], True, batch, c_in, size, size, 1, 3, 3, c_out, micro.SAME,
-                (first, IDENTITY, IDENTITY),
-            )
-            for c_in, c_out, size, _ in layers
-        ]  # fmt: skip
+        dtype = common.DTYPES[kind]
+        return [micro.layer_problem(device, dtype, batch, c_in, c_out, size, first) for c_in, c_out, size, _ in layers]
 
     found = []
     for kind in kinds:

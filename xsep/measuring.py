@@ -105,12 +105,26 @@ def _results(backend: Backend, args: Args, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y, **{f"d{name}": g for name, g in zip(names, gradients)}}
 
 
+def for_the_gate(problem: Problem) -> Problem:
+    """The problem with as many of its pictures as the gate runs."""
+    p = problem
+    elements = p.c_in * p.h * p.w + (p.c_mid + p.c_out) * p.output_size[0] * p.output_size[1]
+    return p._replace(n=min(p.n, max(2, GATE_ELEMENTS // max(elements, 1))))
+
+
+def gate_reasons(gate: Callable[[], Iterable[str]]) -> list[str]:
+    """Why what a gate looks at is left out, as sentences: it is wrong, or raised."""
+    try:
+        return [f"wrong: {sentence}" for sentence in gate()]
+    except (RuntimeError, AssertionError) as error:
+        said = str(error.args[0] if error.args else error).strip().splitlines()
+        return [f"failed: {said[0] if said else type(error).__name__}"]
+
+
 def gate(problem: Problem, backend: Backend) -> list[str]:
     """What is wrong with a backend's results on a problem, as sentences; the project's one tolerance rule."""
     p = problem
-    elements = p.c_in * p.h * p.w + (p.c_mid + p.c_out) * p.output_size[0] * p.output_size[1]
-    small = p._replace(n=min(p.n, max(2, GATE_ELEMENTS // max(elements, 1))))
-    args, dy = random_arguments(small)
+    args, dy = random_arguments(for_the_gate(p))
     changed: dict[str, Any] = {k: t.double() for k, t in args._asdict().items() if isinstance(t, Tensor)}
     wide: Any = args._replace(**changed)
     exact = _results(ATEN, wide, dy.double())
@@ -134,13 +148,7 @@ def _candidates(problem: Problem) -> tuple[Ways, dict[str, str]]:
         if name == "aten":
             continue
         candidate = dispatch.backend(name)
-        reasons = candidate.not_supported_reasons(problem)
-        if not reasons:
-            try:
-                reasons = [f"wrong: {sentence}" for sentence in gate(problem, candidate)]
-            except (RuntimeError, AssertionError) as error:
-                said = str(error.args[0] if error.args else error).strip().splitlines()
-                reasons = [f"failed: {said[0] if said else type(error).__name__}"]
+        reasons = candidate.not_supported_reasons(problem) or gate_reasons(partial(gate, problem, candidate))
         if reasons:
             refused[name] = "; ".join(reasons)
         else:

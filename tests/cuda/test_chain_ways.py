@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xsep import extension
 from xsep.backends.chain_cuda import CUDA_CHAIN
 from xsep.chain import measuring
 from xsep.ops.training.selection import chain_backend
@@ -13,7 +14,10 @@ from xsep.problem import RELU, Geometry, Problem
 from . import emulated
 from .emulated_ops import H200, EmulatedOps
 
-pytestmark = pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools()))
+pytestmark = [
+    pytest.mark.skipif(emulated.missing_tools() is not None, reason=str(emulated.missing_tools())),
+    pytest.mark.skipif(extension.binding() is None, reason="xsep's compiled extension is not built"),
+]
 
 
 def problem(n: int, c: int = 16, size: int = 9) -> Problem:

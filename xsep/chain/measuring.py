@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.chain import ChainBackend, Load, RawGradient
 from ..backends.chain_aten import ATEN_CHAIN
-from ..measuring import GATE_ELEMENTS, QUICK, Effort, timed
+from ..measuring import QUICK, Effort, for_the_gate, gate_reasons, timed
 from ..ops.training.selection import AUTO, chain_backend
 from ..problem import DEFAULT_ALPHA, Problem
 from ..testing import held_as, norm_violation, poisoned_memory
@@ -71,12 +71,13 @@ def draw(problem: Problem) -> Layer:
         return normal(p.n, c, h, w).to(p.dtype).contiguous(memory_format=torch.channels_last)
 
     x = image(p.c_in, p.h, p.w)
-    # A ReLU that is open or shut, and nothing between: no rounding may decide.
+    # A ReLU that is open or shut, and nothing between: no rounding may decide. |scale x| is 0.25 at least, |shift| 0.2.
     x = torch.where(x < 0, x - 0.5, x + 0.5)
+    shift = 0.4 * torch.rand(p.c_in, generator=generator, device=p.device) - 0.2
     scale, gamma = (0.5 + torch.rand(c, generator=generator, device=p.device) for c in (p.c_in, p.c_out))
     w_dw = (normal(p.c_in, 1, p.r, p.s) * (p.r * p.s) ** -0.5).to(p.dtype)
     w_pw = (normal(p.c_out, p.c_in, 1, 1) * p.c_in**-0.5).to(p.dtype)
-    vec, centres = torch.stack([scale, torch.zeros_like(scale)]), torch.zeros(2, p.c_in, device=p.device)
+    vec, centres = torch.stack([scale, shift]), normal(2, p.c_in)
     return Layer(p, x, vec, w_dw, w_pw, gamma, normal(p.c_out), image(p.c_out, *p.output_size), centres)
 
 
@@ -114,6 +115,10 @@ class Gate:
         self.b = between(a, self.forward)
         self.backward = backward(ATEN_CHAIN, wide, self.b.double())
         self.own_forward, self.own_backward = forward(ATEN_CHAIN, a), backward(ATEN_CHAIN, a, self.b)
+
+    def wrong(self, chain: ChainBackend) -> list[str]:
+        """Sentences on what is wrong with a backend's results, forward and backward."""
+        return self.wrong_forward(chain) + self.wrong_backward(chain)
 
     def wrong_forward(self, chain: ChainBackend) -> list[str]:
         with poisoned_memory():
@@ -157,18 +162,11 @@ def measure(problem: Problem, effort: Effort = QUICK) -> Finding:
     Held to the truth are all pictures or, of large ones, as many as fit.
     """
     named = problem.as_chain_layer()
-    p, q = problem.output_size
-    elements = problem.c_in * problem.h * problem.w + (problem.c_in + problem.c_out) * p * q
     with torch.no_grad(), torch._C._DisableAutocast():
-        gate = Gate(draw(problem._replace(n=min(problem.n, max(2, GATE_ELEMENTS // max(elements, 1))))))
+        gate = Gate(draw(for_the_gate(problem)))
         able, refused = ways(problem)
         for name, chain in list(able.items()):
-            try:
-                wrong = [f"wrong: {said}" for said in (*gate.wrong_forward(chain), *gate.wrong_backward(chain))]
-            except (RuntimeError, AssertionError) as error:
-                said = str(error.args[0] if error.args else error).strip().splitlines()
-                wrong = [f"failed: {said[0] if said else type(error).__name__}"]
-            if wrong:
+            if wrong := gate_reasons(partial(gate.wrong, chain)):
                 refused[name] = "; ".join(wrong)
                 del able[name]
         del gate

@@ -319,4 +319,4 @@ def test_a_step_does_not_wait_for_the_card(monkeypatch: pytest.MonkeyPatch) -> N
     with HostWaits() as waits:
         network(x).square().sum().backward()
     assert not waits.found
-    assert {"chain_sep_backward", "chain_bn_pool_add", "chain_pw_backward"} <= waits.seen
+    assert {"chain_sep_backward", "chain_bn_pool_add", "chain_pw_backward", "contiguous"} <= waits.seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
 from typing import Optional
 
 import torch
@@ -66,13 +67,13 @@ def select(problem: Problem, name: str, direction: str = "forward") -> ChainBack
     return _select(problem, requested(name), direction, place(problem.device), trusting())
 
 
-def _measured(problem: Problem, direction: str, index: int, able: list[str]) -> Optional[ChainBackend]:
+def _measured(problem: Problem, direction: str, index: int) -> Optional[ChainBackend]:
     """The fastest by what was measured for this layer; what is in such a record has passed its gate."""
     found = findings.lookup(problem.as_chain_layer(), card_of(problem.device, index))
     if found is None:
         return None
-    times = found[0].times.get(direction, {})
-    best = found[0].best(direction, [way for way in times if way.partition(",")[0] in able])
+    able = [way for way in found[0].times.get(direction, {}) if not chain_backend(way).not_supported_reasons(problem)]
+    best = found[0].best(direction, able)
     return None if best is None else chain_backend(best)
 
 
@@ -86,11 +87,15 @@ def _select(problem: Problem, name: str, direction: str, index: int, trusted: bo
             raise RuntimeError(f"the training chain cannot run {problem}: {'; '.join(reasons)}")
         return found
     candidates = AUTO.get(problem.device, ("aten",))
-    able = [name for name in candidates if not chain_backend(name).not_supported_reasons(problem)]
-    measured = None if able == ["aten"] else _measured(problem, direction, index, able)
+    # One after the other, as far as needed: to ask the triton backend is to import Triton.
+    able = (name for name in candidates if not chain_backend(name).not_supported_reasons(problem))
+    first = next(able)
+    if first == "aten":
+        return ATEN_CHAIN
+    measured = _measured(problem, direction, index)
     if measured is not None:
         return measured
-    return chain_backend(next(name for name in able if _may_take(name, problem.device, index)))
+    return chain_backend(next(name for name in chain((first,), able) if _may_take(name, problem.device, index)))
 
 
 def _may_take(name: str, device: str, index: int) -> bool:
