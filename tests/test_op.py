@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import xsep
 from tests.conftest import NIGHTLY
 from xsep import testing
 from xsep.ops.inside import inside_op
@@ -65,6 +69,12 @@ def test_larger_maps(case: Case, dtype: torch.dtype, backend: str) -> None:
             n=1, c_in=5, h=3, w=2, multiplier=3, c_out=2, stride=(1, 2), dtype=torch.bfloat16, layout="permuted",
             weights_layout="unaligned",
         ),
+        # And in float32 too where there is one channel; the second's weights' gradient was memory that nobody wrote.
+        Case(c_in=1, h=4, w=4, c_out=3, stride=(1, 2), padding=(0, 0, 0, 0), weights_layout="sliced"),
+        Case(
+            op="depthwise", c_in=1, h=5, w=1, filter=(1, 1), stride=(1, 2), padding=(0, 0, 0, 0), layout="contiguous",
+            weights_layout="sliced", dtype=torch.bfloat16,
+        ),
         # gelu's gradient nearly vanishes: written out in float16 it would be off by more than it is large.
         Case(
             n=1, c_in=8, h=2, w=2, c_out=8, filter=(7, 5), stride=(2, 2), padding=(3, 4, 2, 3), dilation=(1, 2),
@@ -89,6 +99,31 @@ def test_sums_over_many_pixels(last: str, middle: str, multiplier: int, backend:
     )  # fmt: skip
     for seed in range(12):
         testing.check(replace(case, seed=seed), backend)
+
+
+@pytest.mark.parametrize("c_in, c_out", [(3, 5), (8, 8), (40, 70)])
+def test_sums_of_one_sign_over_many_pixels(c_in: int, c_out: int, backend: str) -> None:
+    """Every term of a weight's gradient is positive, so that each partial sum rounds in its own last digit."""
+    x = torch.rand(2, c_in, 149, 147).contiguous(memory_format=torch.channels_last)
+    w_dw, w_pw, dy = torch.rand(c_in, 1, 3, 3), torch.rand(c_out, c_in, 1, 1), torch.rand(2, c_out, 149, 147)
+
+    def gradients(op: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w_dw, w_pw)]
+        return torch.autograd.grad(op(*leaves), leaves, dy.to(dtype))
+
+    def own(x: Tensor, w_dw: Tensor, w_pw: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, w_dw, None, 1, 1, 1, c_in), w_pw)
+
+    def ours(x: Tensor, w_dw: Tensor, w_pw: Tensor) -> Tensor:
+        return xsep.separable_conv2d(x, w_dw, w_pw, padding=1, backend=backend)
+
+    truth = gradients(own, torch.float64)
+    for name, t, theirs, got in zip(
+        ("dx", "dw_dw", "dw_pw"), truth, gradients(own, torch.float32), gradients(ours, torch.float32)
+    ):
+        error, allowed = float((got - t).abs().max()), 2 * float((theirs - t).abs().max())
+        ulp = torch.finfo(torch.float32).eps * float(t.abs().max())
+        assert error <= allowed + ulp, f"{name}: off by {error / ulp:.2f} ulp, {allowed / ulp:.2f} + 1 allowed"
 
 
 def test_out_of_memory_is_pytorchs_error_inside_an_op() -> None:

@@ -27,6 +27,8 @@ struct SeparableWgrad {
   static constexpr int64_t kRowsAtOnce = 8;
   /// With fewer columns, values of a float dv are read too seldom to be put into blocks first.
   static constexpr int64_t kLeastColumns = 128;
+  /// Tiles whose products one sum of float takes: an error grows with the length of its sum.
+  static constexpr int64_t kTilesOfAPart = 32;
 
   int64_t z_bytes() const { return pairs ? 2 : 4; }
   /// From row to row of z: rows many powers of two apart would share few sets of the first-level cache.
@@ -42,7 +44,11 @@ struct SeparableWgrad {
   int64_t dv_tile_bytes() const {
     return plane ? c_out * plane_bytes() : blocks_bytes() + round_up(kRowsAtOnce * c_out * 4, 64);
   }
-  int64_t tile_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes(); }
+  /// The sums of a part, where there are several.
+  int64_t part_bytes() const {
+    return plan.group_pixels > kTilesOfAPart * plan.tile_pixels ? c_out * z_row(plan.group_columns) * 4 : 0;
+  }
+  int64_t tile_bytes() const { return z_tile_bytes() * (pairs ? 2 : 1) + dv_tile_bytes() + part_bytes(); }
   /// What one thread needs: tiles, and rows of the input.
   int64_t scratch_bytes() const { return tile_bytes() + depthwise.input.bytes(); }
   RowWindow window(void* scratch) const { return {depthwise.input, static_cast<char*>(scratch) + tile_bytes()}; }
@@ -96,6 +102,13 @@ void give_dv(const SeparableWgrad& p, Range pixels, char* tile, Product& product
   }
 }
 
+/// to [rows, columns] += from, columns in whole vectors.
+inline void add_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t row = 0; row < rows; ++row, from += from_row, to += to_row) {
+    for (int64_t at = 0; at < columns; at += kLanes) store(to + at, load(to + at) + load(from + at));
+  }
+}
+
 }  // namespace detail
 
 /// Task `task` of p.plan: the sums of its own pixels and columns. X is the depthwise stage's input type, T that of dv.
@@ -111,15 +124,25 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
   const Range pixels{group * plan.group_pixels, std::min((group + 1) * plan.group_pixels, shape.pixels_out())};
   char* z = static_cast<char*>(scratch);
   char* dv_tile = z + p.z_tile_bytes();
-  char* z_pairs = dv_tile + p.dv_tile_bytes();
-  float* dw = p.dw + group * p.c_out * p.dw_row + column;
+  char* const part = dv_tile + p.dv_tile_bytes();
+  char* z_pairs = part + p.part_bytes();
+  float* const dw = p.dw + group * p.c_out * p.dw_row + column;
+  const int64_t part_pixels = SeparableWgrad::kTilesOfAPart * plan.tile_pixels;
 
   window.forget();
+  float* sums = dw;
+  int64_t sums_row = p.dw_row, part_end = pixels.begin + part_pixels;
+  bool add = false;
   for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += plan.tile_pixels) {
     const int64_t count = std::min(plan.tile_pixels, pixels.end - pixel);
+    if (pixel == part_end) {
+      if (sums != dw) detail::add_rows(sums, sums_row, p.c_out, columns, dw, p.dw_row);
+      sums = reinterpret_cast<float*>(part), sums_row = z_row, part_end += part_pixels, add = false;
+    }
     const RunOutput to{z - column * p.z_bytes(), z_row, p.pairs ? Storage::kBFloat16 : Storage::kFloat, 0};
     depthwise_fprop_run<X>(p.depthwise, {pixel, pixel + count}, channels, to, window);
-    Product product{nullptr, 0, 0, z, z_row, dw, p.dw_row, count, pixel > pixels.begin};
+    Product product{nullptr, 0, 0, z, z_row, sums, sums_row, count, add};
+    add = true;
     detail::give_dv<T>(p, {pixel, pixel + count}, dv_tile, product);
     const Range after{pixel + count, std::min(pixel + count + plan.tile_pixels, pixels.end)};
     const Range x = input_of_next_run(p.depthwise, after, window);
@@ -140,6 +163,7 @@ void separable_wgrad_task(const SeparableWgrad& p, int64_t task, RowWindow& wind
       multiply<true>(product, p.c_out, columns, soon);
     }
   }
+  if (sums != dw) detail::add_rows(sums, sums_row, p.c_out, columns, dw, p.dw_row);
 }
 
 /// Rows [rows.begin, rows.end) of the partial sums [groups, c_out, dw_row], added up in the order of the groups, to

@@ -77,13 +77,16 @@ def double(a: SeparableArgs) -> SeparableArgs:
     return a._replace(**wide)
 
 
+def largest(t: Tensor) -> float:
+    return float(t.detach().abs().max()) if t.numel() else 0.0
+
+
 def hold(what: str, got: Tensor, truth: Tensor, own: Optional[Tensor], dtype: torch.dtype, size: float = 0.0) -> None:
     """Off by at most twice what PyTorch's own is at that type, and a few ulp of the result's size."""
     assert got.shape == truth.shape, f"{what}: {list(got.shape)}, expected {list(truth.shape)}"
-    truth = truth.detach()
-    error = float((got.detach().double() - truth).abs().max())
-    theirs = 0.0 if own is None else float((own.detach().double() - truth).abs().max())
-    bound = 2 * theirs + ULPS * torch.finfo(dtype).eps * max(float(truth.abs().max()), size)
+    error = largest(got.detach().double() - truth)
+    theirs = 0.0 if own is None else largest(own.double() - truth)
+    bound = 2 * theirs + ULPS * torch.finfo(dtype).eps * max(largest(truth), size)
     assert error <= bound, f"{what}: off by {error:.3g}, PyTorch's by {theirs:.3g}, {bound:.3g} allowed"
 
 

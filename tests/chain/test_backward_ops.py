@@ -8,8 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-from tests.chain.support import CHANNELS, DTYPES, WAY_IDS, WAYS, affine, hold, image, last, layer, same, vector, wide
+from tests.chain.support import (
+    CHANNELS,
+    DTYPES,
+    WAY_IDS,
+    WAYS,
+    affine,
+    hold,
+    image,
+    last,
+    layer,
+    relative,
+    same,
+    vector,
+    wide,
+)
 from tests.chain.test_forward_ops import starts, torch_pool
 from xsep.activations import activate
 from xsep.backends.chain import Load, RawGradient, Shortcut
@@ -233,6 +248,25 @@ def test_apply_backward(backend: str, kind: str, code: int, joined: bool) -> Non
     terms = [expected, expected * (x.double() - centres.double()[1][:, None, None])]
     size = max(float(term.abs().sum((0, 2, 3)).max()) for term in terms)
     hold("sums", sums, torch.stack([term.sum((0, 2, 3)) for term in terms]), None, wide(dtype), size)
+
+
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+def test_long_sums_of_one_sign(backend: str) -> None:
+    """Every term of the weights' gradients is positive, so that each partial sum rounds in its own last digit."""
+    n, c, c_out, h, w = 2, 8, 5, 149, 147
+    x, du, r = (torch.rand(n, k, h, w).contiguous(memory_format=torch.channels_last) for k in (c, c_out, c_out))
+    w_dw, coef = torch.rand(c, 1, 3, 3), torch.stack([torch.ones(c_out), torch.zeros(c_out), torch.zeros(c_out)])
+    dr = RawGradient(du, r, coef)
+    found = sep_wgrad_pw(dr, x, Load(), w_dw, same(), backend)
+    skipped, _ = pw_backward(dr, torch.rand(c_out, c, 1, 1), x, Load(), backend)
+
+    def own(dtype: torch.dtype, z: Tensor) -> Tensor:
+        return conv2d_weight(z.to(dtype), (c_out, c, 1, 1), du.to(dtype))
+
+    for got, z in ((found, F.conv2d(x.double(), w_dw.double(), None, 1, 1, 1, c)), (skipped, x.double())):
+        truth = own(torch.float64, z)
+        error, allowed = relative(got.double(), truth), 2 * relative(own(torch.float32, z).double(), truth)
+        assert error <= allowed + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("backend", ["aten", "cpu"])

@@ -43,7 +43,7 @@ class AtenBackend(Backend):
     ) -> Tensor:
         """bias is [C_mid], of x's type."""
         padded, padding = pad(apply_affine(x, prologue), geometry)
-        if _is_misread(padded, w_dw, geometry):
+        if _is_misread(padded, w_dw, geometry.stride):
             padded, w_dw = _surely_contiguous(padded), _surely_contiguous(w_dw)
         return F.conv2d(padded, w_dw, bias, geometry.stride, padding, geometry.dilation, x.shape[1])
 
@@ -107,19 +107,23 @@ def is_bare(a: Union[SeparableArgs, DepthwiseArgs]) -> bool:
     even = g.pad_left == g.pad_right and g.pad_top == g.pad_bottom
     if not bare or not even or (a.bias is not None and a.bias.dtype != a.x.dtype):
         return False
-    return not _is_misread(a.x, a.w_dw, g)
+    return not _is_misread(a.x, a.w_dw, g.stride)
 
 
-def _is_misread(x: Tensor, w_dw: Tensor, g: Geometry) -> bool:
-    """Whether the bfloat16 convolution of PyTorch 2.13's CPU build may read the wrong pixels of a channels_last x.
+def _is_misread(x: Tensor, w: Tensor, stride: tuple[int, int]) -> bool:
+    """Whether a convolution of PyTorch 2.13's CPU build may read the wrong pixels where x or w is channels_last.
 
-    Seen with a depth multiplier at a horizontal stride. Where that leaves one column of output, 3x3 over [1, 2, 5, 1]
-    at stride (1, 2) and padding 1 say, the result is off by as much as it is large; where it leaves more, the result is
-    right, but the program died now and then of an address that is nobody's. Neither was seen of contiguous pictures and
+    Seen at a horizontal stride: of bfloat16 with a depth multiplier, and of one channel in float32 too. Where the
+    stride leaves one column of output, 3x3 over [2, 1, 4, 4] at stride (1, 2) say, the result is off by as much as it
+    is large; where it leaves more, the result is right, but the program died now and then of an address that is
+    nobody's. The weights' gradient in bfloat16 is wrong there as well. None of it was seen of contiguous pictures and
     weights.
     """
-    on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return on_cpu and w_dw.shape[0] != x.shape[1] and g.stride_w > 1
+    if x.device.type != "cpu" or stride[1] == 1:
+        return False
+    if x.shape[1] == 1:
+        return x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.bfloat16 and w.shape[0] != x.shape[1]
 
 
 def _surely_contiguous(t: Tensor) -> Tensor:
@@ -145,6 +149,8 @@ def _convolution_backward(
         return dx, dw
 
     input_wanted, weight_wanted = wanted
+    if _is_misread(x, w, stride):
+        dy, x, w = (_surely_contiguous(t) for t in (dy, x, w))
     if weight_wanted and groups > 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # The bfloat16 depthwise weight gradient of PyTorch 2.13's CPU build reads memory that nothing wrote (seen for
         # channels_last maps one pixel wide at stride 2: NaN, or 1e36). Float32 does not.
