@@ -17,6 +17,7 @@ from . import emulated
 #: Files, which of their tests, and channels of their layers.
 RUNS = {
     "whole": (("chain/test_backward_ops", "chain/test_forward_ops", "chain/test_layers"), "cuda", "", 100),
+    "any-layer": (("chain/test_fuzz",), "cuda", "", 3),
     "fused-backward": (("chain/test_backward_ops",), "cuda and test_layer and not fp32", "24,16", 20),
     "of-a-gpu": (("cuda/test_on_gpu", "chain/test_on_gpu"), "", "", 300),
     "of-every-backend": (
@@ -42,4 +43,4 @@ def test_on_the_emulator(name: str) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     passed, fused = re.search(r"(\d+) passed", done.stdout), re.search(r"(\d+) fused backwards", done.stdout)
     assert passed is not None and int(passed[1]) >= fewest
-    assert fused is not None and (int(fused[1]) > 0) == (name in ("fused-backward", "of-a-gpu"))
+    assert fused is not None and (int(fused[1]) > 0) == (name in ("any-layer", "fused-backward", "of-a-gpu"))
