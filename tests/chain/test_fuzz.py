@@ -322,8 +322,9 @@ def in_nhwc(**images: Optional[Tensor]) -> None:
 
 @pytest.mark.parametrize("backend, kind", WAYS, ids=WAY_IDS)
 def test_any_layer(backend: str, kind: str) -> None:
+    # In float64 both sides are sums of their own order: shorter ones, so that these differ by less.
     @HOW
-    @given(layers(kind))
+    @given(layers(kind, ELEMENTS // 4 if kind == "fp64" else ELEMENTS))
     def any_layer(case: Layer) -> None:
         hold_layer(case, backend)
 
