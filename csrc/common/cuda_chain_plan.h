@@ -241,7 +241,7 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
     const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
     // The kernel counts pixels and channels of one picture's tile in 32 bits.
     const int64_t reach = static_cast<int64_t>(rows + 2) * c.w * std::max(c.c_in, c_out);
-    if (std::max(tiles, reach) > std::numeric_limits<int>::max()) continue;
+    if (tiles > detail::kMostTiles || reach > std::numeric_limits<int>::max()) continue;
     plan.tiles = static_cast<int>(tiles);
     plan.workers = std::min(plan.tiles, device.multiprocessors);
     plan.blocks_in = ceil_div(c.c_in, kChainBlock), plan.blocks_out = ceil_div(c_out, kChainBlock);

@@ -116,10 +116,13 @@ inline void tile_walks(DepthwisePlan& plan, const WalkedPlane& plane, int most_v
   plan.tiles_across = ceil_div(columns_of_strips, plan.strips_across);
 }
 
+// Kernels count tiles in 32 bits, and from the last one a step further.
+inline constexpr int kMostTiles = std::numeric_limits<int>::max() / 2;
+
 // CTAs that share the tiles of a slice, and load its weights once each.
 inline bool share_out(DepthwisePlan& plan, const ConvShape& c, int ctas) {
   const int64_t tiles = static_cast<int64_t>(c.n) * plan.tiles_down * plan.tiles_across;
-  if (tiles > std::numeric_limits<int>::max()) return false;
+  if (tiles > kMostTiles) return false;
   plan.workers = std::max(1, std::min(static_cast<int>(tiles), ctas / plan.slices));
   return plan.slices <= 65535;
 }

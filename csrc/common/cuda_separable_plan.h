@@ -127,7 +127,7 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
   // It counts in 32 bits: tiles, and a little past the last; and from a tile's first pixel, in y and in x.
   const int64_t reach_y = static_cast<int64_t>(plan.tile_rows) * c.q * c_out;
   const int64_t rows_x = static_cast<int64_t>(pictures - 1) * c.h + plan.halo_rows;
-  if (tiles > kMost / 2 || reach_y > kMost || rows_x > kMost / c.w / c.c_in) return false;
+  if (tiles > kMostTiles || reach_y > kMost || rows_x > kMost / c.w / c.c_in) return false;
   const int chunk = plan.chunk_bytes / element_bytes;
   plan.chunks = ceil_div(c.c_in, chunk);
   plan.table_channels = plan.chunks * chunk;

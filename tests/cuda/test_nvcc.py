@@ -126,6 +126,9 @@ def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
 
 
 def test_refusals_are_sentences() -> None:
+    many = problem()._replace(c_out=2_097_121)
+    assert "its kernels take up to 2097120 channels, not 2097121" in CUDA.not_supported_reasons(many)
+    assert not any("channels" in r for r in CUDA.not_supported_reasons(many._replace(c_out=2_097_120)))
     reasons = CUDA.not_supported_reasons(problem(dtype=torch.float64))
     assert any("NVIDIA GPUs" in r and "cpu" in r for r in reasons)
     assert any("float64" in r for r in reasons)

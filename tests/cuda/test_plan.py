@@ -112,6 +112,16 @@ def test_depthwise_covers_every_pixel_and_channel(planner: Any, layer: tuple[int
     assert plan.workers * plan.slices <= 132 * (12 if way == "fprop" else 2), "no CTA may be left for a last wave"
 
 
+def test_tiles_leave_room_to_count_on_from_the_last_one(planner: Any) -> None:
+    """In 32 bits a CTA adds the number of all CTAs to that of its tile, and looks whether there is such a tile."""
+    for n, counted in ((2**30 - 1, True), (2**30, False), (2**31 - 1, False)):
+        shape = cuda.shape_of(problem(8, 8, 1, n=n))
+        facts = {"element_bytes": 2, **H100._asdict()}
+        for way in ("fprop", "bprop"):
+            assert getattr(planner, f"plan_cuda_depthwise_{way}")(shape, **facts).sliding_window == counted
+        assert planner.plan_cuda_chain_backward(shape, c_out=8, **facts).fused == counted
+
+
 def pictures_of_a_slice(planner: Any, p: Problem, l2: int) -> int:
     return int(
         planner.plan_cuda_chain_slice(

@@ -436,6 +436,9 @@ int main() {
        {1, 65, 9, 9, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}},
        512},
       {"3x3 at stride 3, in planes of several units", {1, 2, 90, 100, 0, 0, 3, 3, one, {3, 3, 1, 1, 1, 1, 1, 1}}, 3},
+      {"3x3, over so many pixels that a weight's gradient is a sum of sums",
+       {1, 19, 71, 61, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}},
+       5},
       {"one channel", {3, 1, 5, 1, 0, 0, 3, 3, one, {1, 1, 1, 1, 1, 1, 1, 1}}, 1},
   };
   int wrong = 0;

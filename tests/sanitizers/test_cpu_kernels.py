@@ -92,7 +92,7 @@ def said_by(name: str, main: Path, sanitizer: str) -> str:
 @each_sanitizer
 def test_kernels_without_torch(sanitizer: str) -> None:
     """Buffers of exactly the right size; several threads, whose results are those of one."""
-    assert said_by("kernels", MAIN, sanitizer).count("forward right, backward right") == 10
+    assert said_by("kernels", MAIN, sanitizer).count("forward right, backward right") == 11
 
 
 @each_sanitizer

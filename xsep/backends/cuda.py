@@ -22,6 +22,8 @@ from .pointwise import product, settings_differ, tf32_allowed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWEST_CAPABILITY = (8, 0)
+#: A grid is at most so high, and the kernels for everything give 32 channels to each of its rows.
+MOST_CHANNELS = 65535 * 32
 
 _OTHER_ARCHITECTURE = (
     "xsep's CUDA library was built for {built}, and this device is {here}: set TORCH_CUDA_ARCH_LIST and build again"
@@ -163,6 +165,9 @@ class CudaBackend(Backend):
             reasons.append("its kernels run on NVIDIA GPUs, and this PyTorch is built for AMD's")
         if problem.dtype not in DTYPES:
             reasons.append(f"its kernels take float32, bfloat16 and float16, not {problem.dtype}".replace("torch.", ""))
+        most = max(problem.c_mid, problem.c_out)
+        if most > MOST_CHANNELS:
+            reasons.append(f"its kernels take up to {MOST_CHANNELS} channels, not {most}")
         missing = extension.load_cuda().reason
         if missing:
             reasons.append(f"{missing}, on a machine with nvcc")
