@@ -117,7 +117,8 @@ def setting(record: dict[str, Any]) -> str:
     else:
         machine = f"{machine_of(where)}, {where['cores']} cores, {where['threads']} threads"
     batch = f", batch {record['batch']} at {record['size']} px" if "size" in record else ""
-    figure = f", {record['figure']}" if "figure" in record else ""
+    quick = " (--quick)" if record.get("quick") else ""
+    figure = f", {record['figure']}{quick}" if "figure" in record else ""
     pictures = record.get("photographs") or []
     made_up = ", pictures made up (no photographs there)" if pictures and pictures[0].startswith("synthetic") else ""
     return f"{machine}, PyTorch {where['torch']}{batch}{figure}{made_up}, {where['date'][:10]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -240,6 +241,18 @@ def test_exports_with_the_parameters_names() -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+def test_arguments_keep_their_names() -> None:
+    """Whoever exports with dynamic shapes names them; whoever traces wants one symbol for each."""
+    truth = build(lambda: SeparableNamed(5, 6)).eval()
+    model = swapped(copy.deepcopy(truth))
+    assert inspect.signature(model.forward) == inspect.signature(truth.forward)
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(model, (picture(),), dynamic_shapes=batch)
+    more = torch.cat([picture(), picture()])
+    for traced in (program.module(), torch.fx.symbolic_trace(model)):
+        torch.testing.assert_close(traced(more), truth(more), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_other_tracers_see_the_same_function() -> None:
     model = swapped(build(lambda: nn.Sequential(AlignedSeparable(5, 6, nn.ReLU), nn.Conv2d(6, 3, 1))).eval())
@@ -269,6 +282,25 @@ def test_functional_call_and_functorch() -> None:
         torch.testing.assert_close(ours[name], g, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         torch.testing.assert_close(loss(model, other), loss(truth, other), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+def test_an_ensemble_under_vmap(gradients: bool) -> None:
+    """Each of its parameters is a plain tensor by its type there, without memory of its own."""
+    models = [build(lambda: AlignedSeparable(5, 6, nn.SiLU)).eval().double() for _ in range(3)]
+    x = picture(dtype=torch.float64)
+    expected = torch.stack([model(x).detach() for model in models])
+    for model in models:
+        swapped(model)
+        with torch.no_grad():
+            model(x)  # keeps vectors, which are not to be used below
+    parameters, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+
+    def call(p: dict[str, Tensor], b: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(models[0], (p, b), (x,))
+
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(torch.vmap(call)(parameters, buffers), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_trains_under_ddp(tmp_path: Path) -> None:

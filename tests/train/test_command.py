@@ -253,6 +253,5 @@ def test_without_lightning() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "xsep.train: training needs lightning and torchmetrics: pip install 'xsep[train]', or "
-        "pip install lightning torchmetrics\n"
+        "xsep.train: training needs lightning and torchmetrics: pip install lightning torchmetrics\n"
     )

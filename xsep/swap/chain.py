@@ -17,6 +17,7 @@ batch norm or a dropout in training mode, arguments of the host other than those
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional, Union
@@ -285,6 +286,7 @@ def _reduce(module: nn.Module, base: Any, kind: str, protocol: int) -> tuple[Any
 
 
 def _host_body(base: Any) -> dict[str, Any]:
+    @functools.wraps(base.forward)  # exporters and tracers ask for the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
             return base.forward(self, *args, **kwargs)

@@ -127,7 +127,8 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _may_keep(tensors: tuple[Optional[Tensor], ...]) -> bool:
-    if torch.jit.is_tracing():
+    # What vmap and the like wrap are plain tensors by their type, and have no memory.
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

@@ -103,8 +103,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     missing = _missing()
     if missing:
         print(
-            f"xsep.train: training needs {' and '.join(missing)}: pip install 'xsep[train]', or "
-            f"pip install {' '.join(missing)}",
+            f"xsep.train: training needs {' and '.join(missing)}: pip install {' '.join(missing)}",
             file=sys.stderr,
         )
         return TrainError.code

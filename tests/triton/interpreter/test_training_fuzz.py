@@ -11,7 +11,7 @@ from tests.conftest import NIGHTLY
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_any_layer(kind: str) -> None:
-    @settings(HOW, max_examples=150 if NIGHTLY else 5)
+    @settings(HOW, max_examples=50 if NIGHTLY else 5)
     @given(layers(kind, elements=2000, most_stride=2))
     def any_layer(case: Layer) -> None:
         hold_layer(case, "triton")
