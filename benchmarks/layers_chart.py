@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def draw(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def ticks_within(first: float, last: float) -> list[float]:
+    """Those of TICKS whose labels do not touch, the ones next to 1 before others."""
+    kept: list[float] = []
+    for tick in sorted(TICKS, key=lambda tick: abs(math.log(tick))):
+        apart = all(abs(math.log(tick / other)) > 0.11 * math.log(last / first) for other in kept)
+        if first <= tick <= last and apart:
+            kept.append(tick)
+    return sorted(kept)
+
+
 def _panel(ax: Any, rows: list[dict[str, Any]], layers: list[str]) -> None:
     at = {layer: i for i, layer in enumerate(layers)}
     for layout, (_, colour) in LAYOUTS.items():
@@ -60,7 +71,7 @@ def _panel(ax: Any, rows: list[dict[str, Any]], layers: list[str]) -> None:
     ratios = [1.0, *(r["ratio"] for r in rows)]
     ax.set_xscale("log")
     ax.set_xlim(min(0.9, 0.93 * min(ratios)), max(2.0, 1.07 * max(ratios)))
-    ax.set_xticks([tick for tick in TICKS if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
+    ax.set_xticks(ticks_within(*ax.get_xlim()))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", which="both", labelsize=9, labelcolor=QUIET, length=0, labeltop=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from typing import Any, Optional
 
@@ -137,8 +138,10 @@ def losses(sepconv: dict[str, Any]) -> str:
     )
 
 
-def card_section(card: Card) -> str:
-    parts = [f"<h2>{escape(card.name)}</h2>"]
+def card_section(card: Card, alone: bool = True) -> str:
+    """``alone``: whether no other card has its name."""
+    name = card.name if alone else f"{card.name}, {card.folder}"
+    parts = [f"<h2>{escape(name)}</h2>"]
     sepconv, xception, memory, record = (card.get(n) for n in ("sepconv", "xception", "memory", "record"))
     if record:
         parts += ["<h3>What gpu-check found</h3>", phases_table(record)]
@@ -168,7 +171,11 @@ def page(cards: list[Card], digests: dict[str, str]) -> str:
     """The whole page."""
     said = "".join(f"<li>{escape(s)}</li>" for s in verification(cards, digests))
     kernels = ", ".join(f"{name} {digests[name][:12]}" for name in sorted(digests))
-    sections = "\n".join(card_section(card) for card in cards) or "<p>Nothing has been measured yet.</p>"
+    named = Counter(card.name for card in cards)
+    sections = (
+        "\n".join(card_section(card, named[card.name] == 1) for card in cards)
+        or "<p>Nothing has been measured yet.</p>"
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>xsep: measured</title>'

@@ -232,6 +232,20 @@ def test_forward_mode_is_refused_in_words() -> None:
             xsep.separable_conv2d(x, torch.randn(2, 1, 3, 3), torch.randn(2, 2, 1, 1))
 
 
+@pytest.mark.parametrize("transform", ["hessian", "jacfwd", "jvp"])
+def test_forward_mode_of_functorch_is_refused_in_words(transform: str) -> None:
+    x, w_dw, w_pw = torch.randn(1, 2, 4, 4), torch.randn(2, 1, 3, 3), torch.randn(2, 2, 1, 1)
+
+    def f(x: Tensor) -> Tensor:
+        return xsep.separable_conv2d(x, w_dw, w_pw, padding=1).square().sum()
+
+    with pytest.raises(NotImplementedError, match="separable_conv2d has no forward-mode derivative; use reverse mode"):
+        torch.func.jvp(f, (x,), (x,)) if transform == "jvp" else getattr(torch.func, transform)(f)(x)
+    found = torch.func.jacrev(torch.func.jacrev(f))(x)  # a hessian by reverse mode alone
+    expected = torch.autograd.functional.hessian(f, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_inference_mode_and_no_grad(backend: str) -> None:
     f, tensors = function_of(Case(), backend)
     expected = f(*tensors)

@@ -122,7 +122,11 @@ def _refuse_tangents(op: ConvOp, args: Args) -> None:
     """Forward mode would be dropped in silence where nothing requires a gradient."""
     tensors: tuple[Any, ...] = args[: op.tensors]
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{op.name} has no forward-mode derivative; use reverse mode")
+        raise _no_forward_mode(op)
+
+
+def _no_forward_mode(op: ConvOp) -> NotImplementedError:
+    return NotImplementedError(f"{op.name} has no forward-mode derivative; use reverse mode")
 
 
 def _eager_function(d: Differentiable) -> Any:
@@ -158,6 +162,10 @@ def _functorch_function(d: Differentiable) -> Any:
         def backward(ctx: Any, *grads: Any) -> Any:
             return d.functorch_backward(ctx, grads[0])
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise _no_forward_mode(d.op)
+
     return Functorch
 
 
@@ -176,6 +184,10 @@ def _functorch_backward(op: ConvOp) -> Any:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return _double_backward(op, ctx, grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise _no_forward_mode(op)
 
     return FunctorchBackward
 
