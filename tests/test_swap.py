@@ -294,7 +294,7 @@ def test_an_ensemble_under_vmap(gradients: bool) -> None:
         swapped(model)
         with torch.no_grad():
             model(x)  # keeps vectors, which are not to be used below
-    parameters, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    parameters, buffers = torch.func.stack_module_state(models)
 
     def call(p: dict[str, Tensor], b: dict[str, Tensor]) -> Any:
         return torch.func.functional_call(models[0], (p, b), (x,))
