@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,6 +106,15 @@ def test_explain_in_words(run: Run) -> None:
     assert "z never leaves the chip" in words and "auto takes aten today" in words
 
 
+def test_explain_of_a_tiny_problem_prints_no_floor_of_nothing(run: Run) -> None:
+    code, out, _ = run("explain", "1", "1", "1", "1", "--device-like", "H200")
+    assert code == 0 and "the floor is under 0.1 us forward (48 bytes, 20 FLOP; " in out and "0.0 us" not in out
+    rows = [line for line in out.splitlines() if "aten, NCHW  " in line]
+    assert len(rows) == 1 and rows[0].count("over 999") == 2 and "00000" not in out
+    found = json.loads(run("explain", "1", "1", "1", "1", "--device-like", "H200", "--json")[1])
+    assert 0 < found["floor_us"]["forward"] < 0.001
+
+
 def test_explain_here(run: Run) -> None:
     code, out, _ = run("explain", "8", "16", "9", "9", "--device", "cpu")
     assert code == 0 and "runs on   cpu" in out and "because" in out
@@ -124,10 +134,33 @@ def test_bench_times_and_forgets(run: Run) -> None:
 def test_autotune_of_a_shape_is_kept(run: Run) -> None:
     arguments = ["autotune", "8", "16", "9", "9", "--rounds", "1", "--seconds", "0", "--device", "cpu"]
     code, out, err = run(*arguments)
-    assert code == 0 and "[1/1]" in err and "kept in" in out
+    assert code == 0 and "[1/1]" in err and "kept in" in out and "known before" not in out + err
     assert len(list(findings.cache_folder().glob("*.json"))) == 1
     found = json.loads(run(*arguments, "--json")[1])
     assert Path(found["cache"]).exists() and len(found["problems"]) == 1
+
+
+def test_autotune_says_what_was_known_before(run: Run) -> None:
+    arguments = ["autotune", "8", "16", "9", "9", "--rounds", "1", "--seconds", "0", "--device", "cpu"]
+    assert json.loads(run(*arguments, "--json")[1])["problems"][0]["known"] is False
+    assert json.loads(run(*arguments, "--json")[1])["problems"][0]["known"] is True
+    code, out, err = run(*arguments)
+    assert code == 0 and "known before: forward" in err and "known before and not measured now" in out
+    code, out, err = run(*arguments, "--again")
+    assert code == 0 and "known before" not in out + err
+
+
+def test_autotune_does_not_say_kept_of_what_was_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    arguments = ["autotune", "8", "16", "9", "9", "--rounds", "1", "--seconds", "0", "--device", "cpu", "--again"]
+    monkeypatch.setattr(findings.tempfile, "mkstemp", fail)
+    with pytest.warns(RuntimeWarning, match="cannot write"):
+        code, out, _ = run(*arguments)
+    assert code == 2 and "\nnot kept: " in out and "kept in" not in out and "PyTorch" in out
+    code, out, _ = run(*arguments, "--json")
+    assert code == 2 and json.loads(out)["cache"] is None
 
 
 def test_a_wrong_backend_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +172,64 @@ def test_a_wrong_backend_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 MODEL = """
+from dataclasses import dataclass
+
+import torch
 from torch import nn
 
 def net():
     return nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 5, 1), nn.Conv2d(5, 5, 3, groups=5)
     )
+
+def norms():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 5, 1)
+    )
+
+def plain():
+    return nn.Conv2d(3, 8, 3)
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+class Around(nn.Module):
+    def __init__(self, of):
+        super().__init__()
+        self.net, self.of = net(), of
+
+    def forward(self, x):
+        return self.of(self.net(x))
+
+class InPlace(Around):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+class Two(Around):
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+def data():
+    return Around(Output)
+
+def silent():
+    return Around(lambda y: None)
+
+def random():
+    return Around(lambda y: y + torch.randn((), dtype=y.dtype))
+
+def infinite():
+    return Around(lambda y: y / 0)
+
+def overflowing():
+    return Around(lambda y: y * 1e30 * 1e30)
+
+def in_place():
+    return InPlace(lambda y: y)
+
+def two():
+    return Two(lambda y: y)
 
 def broken():
     raise OSError("no weights here")
@@ -163,11 +248,13 @@ def file(tmp_path: Path) -> str:
 def test_swap_report_of_a_file(run: Run, file: str) -> None:
     code, out, _ = run("swap-report", f"{file}:net", "--input", "2x3x16x16")
     assert code == 0 and "1 separable convolution swapped" in out and "outputs are the same up to rounding" in out
+    assert "the 2-norm of their distance to the unswapped model's in float64 is " in out
     found = json.loads(run("swap-report", f"{file}:net", "--input", "2x3x16x16", "--json")[1])
     assert found["check"]["right"] and found["swapped"][0]["conv_dw"] == "1" and found["left_alone"][0]["name"] == "3"
 
 
-def test_swap_report_notices_a_changed_output(run: Run, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["net", "data", "in_place"])
+def test_swap_report_notices_a_changed_output(run: Run, file: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from xsep.cli import swapping
 
     swap = swapping.swap_separable_convs
@@ -175,12 +262,59 @@ def test_swap_report_notices_a_changed_output(run: Run, file: str, monkeypatch: 
     def spoil(model: Any, **options: Any) -> Any:
         report = swap(model, **options)
         with torch.no_grad():
-            model[0].bias += 0.1
+            next(model.parameters()).mul_(1.1)
+        return report
+
+    assert run("swap-report", f"{file}:{name}", "--input", "2x3x16x16")[0] == 0
+    monkeypatch.setattr(swapping, "swap_separable_convs", spoil)
+    code, out, _ = run("swap-report", f"{file}:{name}", "--input", "2x3x16x16")
+    assert code == 1 and "outputs are NOT the same" in out
+
+
+def test_swap_report_notices_an_output_of_another_shape(run: Run, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xsep.cli import swapping
+
+    swap = swapping.swap_separable_convs
+
+    def spoil(model: Any, **options: Any) -> Any:
+        report = swap(model, **options)
+        model.of = lambda y: y[:1]
         return report
 
     monkeypatch.setattr(swapping, "swap_separable_convs", spoil)
-    code, out, _ = run("swap-report", f"{file}:net", "--input", "2x3x16x16")
+    code, out, _ = run("swap-report", f"{file}:in_place", "--input", "2x3x16x16")
     assert code == 1 and "outputs are NOT the same" in out
+
+
+@pytest.mark.parametrize(
+    "name, expected, why",
+    [
+        ("plain", 0, "nothing was changed"),
+        ("silent", 2, "no tensors were found in the output"),
+        ("random", 2, "the model is random: two runs of it before the swap are "),
+        ("infinite", 2, "the model's own are not all finite"),
+        ("overflowing", 2, "the model's own are not all finite"),  # in float32, and in float64 they are
+    ],
+)
+def test_swap_report_claims_nothing_of_what_it_did_not_compare(
+    run: Run, file: str, name: str, expected: int, why: str
+) -> None:
+    code, out, _ = run("swap-report", f"{file}:{name}", "--input", "2x3x16x16")
+    assert code == expected and why in out and "the same" not in out and "allowed" not in out
+    code, out, _ = run("swap-report", f"{file}:{name}", "--input", "2x3x16x16", "--json")
+    check = json.loads(out)["check"]
+    assert code == expected and check["right"] is None and check["why"].startswith(why)
+
+
+def test_what_the_swap_says_is_in_the_command_lines_words(run: Run, file: str) -> None:
+    out = run("swap-report", f"{file}:norms", "--input", "2x3x16x16")[1]
+    assert "--fold-bn folds it in eval mode" in out and "fold_bn" not in out
+    assert "fold_bn" not in run("swap-report", f"{file}:norms", "--no-check", "--json")[1]
+    code, out, err = run("autotune", "--model", f"{file}:norms", "--input", "2x3x16x16", "--device", "cpu")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "fold_bn" not in err and "swap_separable" not in err
+    assert "runs none of xsep's ops" in err and "--fold-bn folds it in eval mode" in err
+    err = run("autotune", "--model", f"{file}:plain", "--input", "2x3x16x16", "--device", "cpu")[2]
+    assert "there is no separable convolution in it" in err
 
 
 def test_autotune_of_a_model(run: Run, file: str) -> None:
@@ -189,6 +323,30 @@ def test_autotune_of_a_model(run: Run, file: str) -> None:
         "cpu", "--json",
     )  # fmt: skip
     assert code == 0 and "separable 2x8x16x16 -> 2x5x16x16" in json.loads(out)["problems"][0]["problem"]
+
+
+def test_autotune_of_a_model_with_batch_norms_between(run: Run, file: str) -> None:
+    code, out, _ = run(
+        "autotune", "--model", f"{file}:norms", "--fold-bn", "--input", "2x3x16x16", "--rounds", "1", "--seconds", "0",
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    problems = [found["problem"].split(",")[0] for found in json.loads(out)["problems"]]
+    assert code == 0 and sorted(problems) == [
+        "depthwise 2x8x16x16 -> 2x8x16x16",  # in training mode, where the norm stands between
+        "separable 2x8x16x16 -> 2x5x16x16",
+    ]
+
+
+def test_autotune_of_a_model_of_two_inputs(run: Run, file: str) -> None:
+    code, out, err = run("autotune", "--model", f"{file}:two", "--input", "2x3x16x16", "--device", "cpu")
+    assert code == 2 and "does not take 2x3x16x16: TypeError: " in err and err.count("\n") == 1 and out == ""
+
+
+def test_help_of_autotune_stands_alone(run: Run) -> None:
+    code, out, _ = run("autotune", "--help")
+    words = " ".join(out.split())
+    assert code == 0 and "[C_in] [C_out] [H] [W] times of every way of running a problem, or each that a model" in words
+    assert "the same" not in words and " C_in C_out H W how each backend" in " ".join(run("explain", "-h")[1].split())
 
 
 SHAPE = ("8", "16", "9", "9")
@@ -207,6 +365,18 @@ REFUSALS = {
     "rounds": (("bench", *SHAPE, "--rounds", "0"), "--rounds is too small"),
     "no-shape": (("autotune",), "a shape is four numbers"),
     "shape-and-model": (("autotune", *SHAPE, "--model", "timm:x"), "not both"),
+    "options-and-model": (
+        ("autotune", "--model", "timm:x", "--batch", "8", "--dtype", "float16", "--layout", "contiguous"),
+        "--batch, --dtype, --layout are for a shape",
+    ),
+    "default-and-model": (("autotune", "--model", "timm:x", "--filter", "3"), "--filter is for a shape"),
+    "flag-and-model": (("autotune", "--model", "timm:x", "--depthwise"), "--depthwise is for a shape"),
+    "input-and-shape": (("autotune", *SHAPE, "--input", "1x3x9x9"), "--input is for --model"),
+    "fold-bn-and-shape": (("autotune", *SHAPE, "--fold-bn"), "--fold-bn is for --model"),
+    "device-and-device-like": (
+        ("explain", *SHAPE, "--device-like", "H200", "--device", "cpu"),
+        "--device: not allowed with",
+    ),
     "no-such-file": (("swap-report", "nowhere.py:net"), "there is no file 'nowhere.py'"),
     "no-colon": (("swap-report", "resnet"), "a model is timm:NAME"),
 }
@@ -286,3 +456,17 @@ def test_as_a_program_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xsep", "explain", *SHAPE, "--device-like", "A100", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and json.loads(done.stdout)["device"] == "NVIDIA A100"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [("info", "--json"), ("info",), ("explain", *SHAPE, "--device", "cpu")])
+def test_a_reader_that_leaves_early_hears_nothing_of_it(arguments: tuple[str, ...], buffered: bool) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "xsep", *arguments]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1 and done.stderr == ""

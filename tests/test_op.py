@@ -88,6 +88,16 @@ def test_what_fuzzing_found(case: Case, backend: str) -> None:
     testing.check(case, backend)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_stride_far_past_the_picture_needs_no_memory(layout: torch.memory_format, backend: str) -> None:
+    """Forward only: PyTorch's own gradient dies of such a stride."""
+    x = torch.randn(1, 8, 9, 11).contiguous(memory_format=layout)
+    w_dw, w_pw = torch.randn(8, 1, 3, 3), torch.randn(8, 8, 1, 1)
+    for far, near in ((2**28, 11), ((2, 2**28), (2, 13))):
+        y, expected = (xsep.separable_conv2d(x, w_dw, w_pw, stride=s, padding=1, backend=backend) for s in (far, near))
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("multiplier", [1, 2])
 @pytest.mark.parametrize("middle", [None, "relu"], ids=str)
 @pytest.mark.parametrize("last", [None, "relu", "gelu"], ids=str)

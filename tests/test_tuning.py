@@ -102,6 +102,27 @@ def test_autotune_is_quiet_and_does_not_measure_twice(
     assert capsys.readouterr() == ("", "")
 
 
+def test_tuning_says_what_was_known_and_whether_the_rest_was_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = autotuner.tune([problem()], effort=SHORT)
+    assert list(first.found) == [problem()] and first.known == frozenset() and first.kept
+    assert "known before" not in capsys.readouterr().err
+    forget()
+    second = autotuner.tune([problem(), problem(n=3)], effort=SHORT)
+    assert list(second.found) == [problem(), problem(n=3)] and second.known == {problem()} and second.kept
+    lines = capsys.readouterr().err.splitlines()
+    assert ["known before: forward" in line for line in lines] == [True, False]
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(findings.tempfile, "mkstemp", fail)
+    assert autotuner.tune([problem()], quiet=True).kept, "nothing was to be written"
+    with pytest.warns(RuntimeWarning, match="cannot write"):
+        assert not autotuner.tune([problem(n=4), problem()], quiet=True, effort=SHORT).kept
+
+
 def test_autotune_leaves_the_model_as_it_was() -> None:
     net = model()
     net.get_submodule("1").eval()

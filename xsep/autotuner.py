@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -16,6 +16,14 @@ from .measuring import QUICK, Effort, measure
 from .problem import Problem
 from .tuning import findings
 from .tuning.findings import Finding
+
+
+class Tuned(NamedTuple):
+    """What :func:`tune` found out, and how."""
+
+    found: dict[Problem, Finding]
+    known: frozenset[Problem]  # those of them that were not measured: the cache knew them
+    kept: bool  # whether all that was measured is in the cache's file now
 
 
 @contextlib.contextmanager
@@ -102,25 +110,34 @@ def autotune(
         wrong = next((p for p in problems if not isinstance(p, Problem)), None)
         if wrong is not None:
             raise TypeError(f"autotune takes a model or problems, not {type(wrong).__name__}")
+    return tune(problems, quiet, again, effort).found
+
+
+def tune(problems: list[Problem], quiet: bool = False, again: bool = False, effort: Effort = QUICK) -> Tuned:
+    """:func:`autotune` of problems, which also says what was known before and whether the rest could be kept."""
     results: dict[Problem, Finding] = {}
+    before: set[Problem] = set()
+    kept = True
     with _progress(len(problems), quiet) as report:
         for problem in problems:
             card = dispatch.card_of(problem.device, dispatch.place(problem.device))
             known = None if again else findings.cached(card).entries.get(findings.problem_key(problem))
-            if known is None:
+            if known is not None:
+                before.add(problem)
+            else:
                 if min(problem.output_size) <= 0 or problem.n == 0:
                     continue
                 known = measured(problem, effort)
                 date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                findings.remember(card, {findings.problem_key(problem): known}, date)
+                kept &= findings.remember(card, {findings.problem_key(problem): known}, date) is not None
             results[problem] = known
-            report(problem, known)
+            report(sentence(problem, known, problem in before))
     dispatch.forget_choices()
-    return results
+    return Tuned(results, frozenset(before), kept)
 
 
-def sentence(problem: Problem, finding: Finding) -> str:
-    """One line: the fastest in each direction, against PyTorch in the same layout."""
+def sentence(problem: Problem, finding: Finding, known: bool = False) -> str:
+    """One line: the fastest in each direction, against PyTorch in the same layout, and whether it was known before."""
     parts = []
     for direction, times in finding.times.items():
         # A name with a comma is PyTorch's other memory layout, or in the chain a way like any other.
@@ -128,19 +145,19 @@ def sentence(problem: Problem, finding: Finding) -> str:
         if best is not None:
             speed, plain = times["aten"] / times[best], "the plain chain's" if problem.op == "chain" else "PyTorch's"
             parts.append(f"{direction} {best} {times[best]:.0f} us, {speed:.2f} times {plain} speed")
-    return f"{problem}: {'; '.join(parts)}"
+    return f"{problem}: {'known before: ' if known else ''}{'; '.join(parts)}"
 
 
 @contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[Problem, Finding], None]]:
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
     """A bar with rich on a terminal, plain lines elsewhere, nothing where it is to be quiet."""
     done = 0
 
-    def line(problem: Problem, finding: Finding) -> None:
+    def line(words: str) -> None:
         nonlocal done
         done += 1
         if not quiet:
-            print(f"[{done}/{total}] {sentence(problem, finding)}", file=sys.stderr, flush=True)
+            print(f"[{done}/{total}] {words}", file=sys.stderr, flush=True)
 
     bar: Any = None
     if not quiet and sys.stderr.isatty():
@@ -155,8 +172,8 @@ def _progress(total: int, quiet: bool) -> Iterator[Callable[[Problem, Finding], 
     with bar:
         task = bar.add_task("measuring", total=total)
 
-        def advance(problem: Problem, finding: Finding) -> None:
-            bar.console.print(sentence(problem, finding), markup=False, highlight=False)
+        def advance(words: str) -> None:
+            bar.console.print(words, markup=False, highlight=False)
             bar.advance(task)
 
         yield advance

@@ -94,6 +94,9 @@ inline DepthwiseShape checked_shape(const Tensor& x, const Tensor& w_dw, at::Int
               "w_dw must be [C_in * m, 1, R, S] for an x of ", s.c, " channels, but is ", w_dw.sizes());
   TORCH_CHECK(s.r > 0 && s.s > 0 && s.p > 0 && s.q > 0, "the filter does not fit: output would be ", s.p, " by ", s.q);
   s.multiplier = w_dw.size(0) / s.c;
+  // Where it is not gone a step, a stride counts for nothing; but room is made for the rows between two of the output.
+  if (s.p == 1) s.geometry.stride_h = std::min(g.stride_h, s.h + g.pad_top + g.pad_bottom);
+  if (s.q == 1) s.geometry.stride_w = std::min(g.stride_w, s.w + g.pad_left + g.pad_right);
   return s;
 }
 

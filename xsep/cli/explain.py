@@ -73,14 +73,26 @@ def here(problem: Problem) -> dict[str, Any]:
     return result
 
 
+def floor_words(us: float) -> str:
+    return f"{us:.1f} us" if us >= 0.05 else "under 0.1 us"
+
+
+def ratio_words(us: float, floor: float) -> str:
+    """A time over the floor; of a problem so small that this is a thousand and more, no number says anything."""
+    if not math.isfinite(us):
+        return ""
+    return f"{us / floor:.2f}" if us < 1000 * floor else "over 999"
+
+
 def show(result: dict[str, Any]) -> None:
     console = screen.console()
     console.print(result["problem"], markup=False, highlight=False)
     floor, floors = result["floor"], result["floor_us"]
+    moved = f"{floor['bytes'] / 1e6:.1f} MB" if floor["bytes"] >= 5e4 else f"{floor['bytes']} bytes"
+    flops = f"{floor['flops'] / 1e9:.2f} GFLOP" if floor["flops"] >= 5e6 else f"{floor['flops']} FLOP"
     console.print(
-        f"{result['device']}, {result['architecture']}: the floor is {floors['forward']:.1f} us forward "
-        f"({floor['bytes'] / 1e6:.1f} MB, {floor['flops'] / 1e9:.2f} GFLOP; {floor['limit']} is the limit) and "
-        f"{floors['backward']:.1f} us backward",
+        f"{result['device']}, {result['architecture']}: the floor is {floor_words(floors['forward'])} forward "
+        f"({moved}, {flops}; {floor['limit']} is the limit) and {floor_words(floors['backward'])} backward",
         markup=False, highlight=False,
     )  # fmt: skip
     table = screen.table()
@@ -95,7 +107,7 @@ def show(result: dict[str, Any]) -> None:
         cells = []
         for direction in DIRECTIONS:
             us = way[f"{direction}_us"]
-            cells += [f"{us:.1f}", f"{us / floors[direction]:.2f}" if math.isfinite(us) else ""]
+            cells += [f"{us:.1f}", ratio_words(us, floors[direction])]
         table.add_row(way["way"], *cells)
         notes.append(f"{way['way']}: {'' if way['as_planned'] else 'not how it is run here: '}{way['note']}")
     console.print(table)

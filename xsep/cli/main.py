@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, Optional
@@ -46,8 +47,9 @@ def parser() -> Parser:
 
     one = command("explain", "how each backend would run a problem, and why auto takes the one it takes", explain.run)
     add_shape(one)
-    one.add_argument("--device", choices=["cpu", "cuda"], help="the default is the GPU where there is one")
-    one.add_argument("--device-like", metavar="CARD", help='a card that is not here: H200, A100, "RTX 4090", T4')
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--device", choices=["cpu", "cuda"], help="the default is the GPU where there is one")
+    where.add_argument("--device-like", metavar="CARD", help='a card that is not here: H200, A100, "RTX 4090", T4')
 
     one = command("check", "holds the GPU kernels to float64 on the card that is here; auto then takes them", check.run)
     one.add_argument("--backend", nargs="+", choices=findings.VERIFIED_BY_CARDS, metavar="NAME",
@@ -58,11 +60,13 @@ def parser() -> Parser:
     add_shape(one)
     _times(one)
 
-    one = command("autotune", "the same for a problem or a model's, kept for auto to use", tune.run_autotune)
+    one = command("autotune", "times of every way of running a problem, or each that a model runs, kept for auto",
+        tune.run_autotune)  # fmt: skip
     add_shape(one, optional=True)
     _times(one)
     one.add_argument("--model", metavar="MODEL", help="timm:NAME, torchvision:NAME or path.py:factory, swapped first")
     one.add_argument("--input", metavar="NxCxHxW", help="what the model is called with (default: 1x3x224x224)")
+    one.add_argument("--fold-bn", action="store_true", help="let the model's batch norms run with its convolutions")
     one.add_argument("--again", action="store_true", help="measure what is known already, too")
 
     one = command("swap-report", "what swap_separable_convs finds in a model, and a check of its outputs", swapping.run)
@@ -74,7 +78,18 @@ def parser() -> Parser:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    args = parser().parse_args(argv)
+    try:
+        try:
+            return _run(parser().parse_args(argv))
+        finally:
+            print(end="", flush=True)  # while it can still be noticed that nobody reads it
+    except BrokenPipeError:
+        # Else Python would try to write the rest at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
     for name in ("rounds", "seconds"):
         value = getattr(args, name, None)
         if value is not None and not value >= (1 if name == "rounds" else 0):

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,25 +22,49 @@ DTYPES = {
 }  # fmt: skip
 
 
+#: What an option of a problem is where nobody gives it.
+DEFAULTS: dict[str, Any] = {
+    "batch": 1, "dtype": "float32", "filter": "3", "stride": 1, "dilation": 1, "padding": "same", "multiplier": 1,
+    "activation": None, "layout": "channels_last", "depthwise": False,
+}  # fmt: skip
+SHAPE = ("C_in", "C_out", "H", "W")
+
+
 class UsageError(Exception):
     """Something asked for that cannot be done, in one sentence; exit code 2."""
 
 
 def add_shape(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The options that say which problem is meant."""
-    add = parser.add_argument
-    add("shape", type=int, nargs="*" if optional else 4, metavar="N",
-        help="C_in C_out H W; for a depthwise convolution alone (--depthwise) C_out is not looked at")  # fmt: skip
-    add("--batch", type=int, default=1, help="pictures (default: 1)")
-    add("--dtype", choices=list(DTYPES), default="float32")
-    add("--filter", default="3", metavar="K", help="3, or 3x5 (default: 3)")
-    add("--stride", type=int, default=1)
-    add("--dilation", type=int, default=1)
-    add("--padding", default="same", help='a number, "same" or "valid" (default: same)')
-    add("--multiplier", type=int, default=1, help="depth multiplier (default: 1)")
-    add("--activation", choices=ACTIVATIONS[1:], help="before the depthwise convolution")
-    add("--layout", choices=["channels_last", "contiguous"], default="channels_last")
+    # One argument each, as argparse cannot list one of four names in its help.
+    meanings = ("channels in", "channels out; not looked at with --depthwise", "height", "width")
+    for name, meaning in zip(SHAPE, meanings):
+        parser.add_argument(name, type=int, nargs="?" if optional else None, help=meaning)
+
+    def add(name: str, **options: Any) -> None:
+        # Absent where it is not given, so that what has no use for it can refuse it; DEFAULTS has what it is then.
+        parser.add_argument(name, default=argparse.SUPPRESS, **options)
+
+    add("--batch", type=int, metavar="N", help="pictures (default: 1)")
+    add("--dtype", choices=list(DTYPES), help="(default: float32)")
+    add("--filter", metavar="K", help="3, or 3x5 (default: 3)")
+    add("--stride", type=int, metavar="N", help="(default: 1)")
+    add("--dilation", type=int, metavar="N", help="(default: 1)")
+    add("--padding", metavar="P", help='a number, "same" or "valid" (default: same)')
+    add("--multiplier", type=int, metavar="N", help="depth multiplier (default: 1)")
+    add("--activation", choices=ACTIVATIONS[1:], help="before the depthwise convolution (default: none)")
+    add("--layout", choices=["channels_last", "contiguous"], help="(default: channels_last)")
     add("--depthwise", action="store_true", help="the depthwise convolution alone")
+
+
+def shape_of(args: argparse.Namespace) -> list[int]:
+    """The numbers of :data:`SHAPE` that were given."""
+    return [value for name in SHAPE if (value := getattr(args, name)) is not None]
+
+
+def options_given(args: argparse.Namespace) -> list[str]:
+    """Those options of :func:`add_shape` that were given, its numbers aside."""
+    return [f"--{name}" for name in DEFAULTS if name in args]
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -50,9 +76,11 @@ def _pair(text: str) -> tuple[int, int]:
 
 def problem_of(args: argparse.Namespace, device: str) -> Problem:
     """The problem that the options of :func:`add_shape` mean, on a kind of device; nothing is allocated."""
-    if len(args.shape) != 4:
-        raise UsageError(f"a shape is four numbers, C_in C_out H W, got {len(args.shape)}")
-    c_in, c_out, h, w = args.shape
+    shape = shape_of(args)
+    if len(shape) != 4:
+        raise UsageError(f"a shape is four numbers, C_in C_out H W, got {len(shape)}")
+    c_in, c_out, h, w = shape
+    args = argparse.Namespace(**{**DEFAULTS, **vars(args)})
     r, s = _pair(args.filter)
     counts = {
         "C_in": c_in, "C_out": c_out, "H": h, "W": w, "--batch": args.batch, "--filter": min(r, s),
@@ -124,6 +152,21 @@ def _from_file(path: Path, factory: str) -> Any:
     if not hasattr(module, factory):
         raise UsageError(f"{path.name} has no {factory!r}")
     return getattr(module, factory)()
+
+
+@contextmanager
+def taken(model: str, input: Optional[str], how: str = "") -> Iterator[None]:
+    """Whatever a model may raise of an input, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{model} does not take {input or '1x3x224x224'}{how}: {said}") from None
+
+
+def as_options(words: str) -> str:
+    """What the swap says, with its argument as the command line names it."""
+    return words.replace("fold_bn=True", "--fold-bn")
 
 
 def input_of(text: Optional[str], device: torch.device) -> torch.Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Optional
 
 import torch
 
 from .. import dispatch
-from ..autotuner import autotune
+from ..autotuner import problems_of, tune
 from ..measuring import Effort, measure
 from ..problem import Problem
-from ..swap import swap_separable_convs
+from ..swap import SwapReport, swap_separable_convs
 from ..tuning import findings
 from ..tuning.findings import DIRECTIONS, Finding
 from . import screen
-from .shapes import UsageError, input_of, model_of, problem_of
+from .shapes import UsageError, as_options, input_of, model_of, options_given, problem_of, shape_of, taken
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -30,7 +31,7 @@ def failures(finding: Finding) -> list[str]:
     return [f"{name}: {why}" for name, why in finding.refused.items() if why.startswith(("wrong", "failed"))]
 
 
-def show(found: dict[Problem, Finding]) -> None:
+def show(found: dict[Problem, Finding], known: Collection[Problem] = ()) -> None:
     console = screen.console()
     for problem, finding in found.items():
         table = screen.table(str(problem))
@@ -43,25 +44,33 @@ def show(found: dict[Problem, Finding]) -> None:
             cells = []
             for direction in DIRECTIONS:
                 times = finding.times.get(direction, {})
-                known = way in times
-                ratio = times["aten"] / times[way] if known else 0.0
+                timed = way in times
+                ratio = times["aten"] / times[way] if timed else 0.0
                 colour = "green" if ratio >= 1 else "red"
-                cells += [f"{times[way]:.1f}", f"[{colour}]{ratio:.2f}[/]"] if known else ["", ""]
+                cells += [f"{times[way]:.1f}", f"[{colour}]{ratio:.2f}[/]"] if timed else ["", ""]
             table.add_row(way, *cells)
         console.print(table)
+        if problem in known:
+            console.print("known before and not measured now: --again measures it anew", markup=False, highlight=False)
         for name, why in finding.refused.items():
             console.print(f"{name} left out: {why}", markup=False, highlight=False)
 
 
-def as_json(found: dict[Problem, Finding]) -> list[dict[str, Any]]:
-    return [{"problem": str(p), "us": f.times, "left_out": f.refused} for p, f in found.items()]
+def as_json(found: dict[Problem, Finding], known: Optional[Collection[Problem]] = None) -> list[dict[str, Any]]:
+    """``known`` are those that were not measured now; None where that cannot be."""
+    return [
+        {"problem": str(p), "us": f.times, "left_out": f.refused, **({} if known is None else {"known": p in known})}
+        for p, f in found.items()
+    ]
 
 
-def finish(args: argparse.Namespace, found: dict[Problem, Finding], **more: Any) -> int:
+def finish(
+    args: argparse.Namespace, found: dict[Problem, Finding], known: Optional[Collection[Problem]] = None, **more: Any
+) -> int:
     if args.json:
-        screen.print_json({"problems": as_json(found), **more})
+        screen.print_json({"problems": as_json(found, known), **more})
     else:
-        show(found)
+        show(found, known or ())
     wrong = [sentence for finding in found.values() for sentence in failures(finding)]
     return 1 if wrong else 0
 
@@ -73,26 +82,46 @@ def run_bench(args: argparse.Namespace) -> int:
     return finish(args, found)
 
 
+def why_none(report: SwapReport) -> str:
+    """Why a model that a swap has been over runs none of xsep's ops."""
+    if report.swapped:
+        return "what was swapped does not run as one in these calls"
+    if not report.missed:
+        return "there is no separable convolution in it"
+    first = report.missed[0]
+    return f"of its depthwise convolutions ({len(report.missed)}) none was swapped; {first.name}: {first.reason}"
+
+
+def problems_to_tune(args: argparse.Namespace, device: torch.device) -> list[Problem]:
+    """The problem of a shape, or those that a model runs."""
+    if not args.model:
+        for option, given in (("--input", args.input is not None), ("--fold-bn", args.fold_bn)):
+            if given:
+                raise UsageError(f"{option} is for --model")
+        return [problem_of(args, device.type)]
+    if shape_of(args):
+        raise UsageError("give a shape or --model, not both")
+    useless = options_given(args)
+    if useless:
+        verb = "is" if len(useless) == 1 else "are"
+        raise UsageError(f"{', '.join(useless)} {verb} for a shape: with --model the model and --input decide")
+    model: Any = model_of(args.model)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    report = swap_separable_convs(model, fold_bn=args.fold_bn, report=False)
+    x = input_of(args.input, device)
+    with taken(args.model, args.input):
+        problems = problems_of(model, (x,))
+    if not problems:
+        raise UsageError(f"{args.model} runs none of xsep's ops: {as_options(why_none(report))}")
+    return problems
+
+
 def run_autotune(args: argparse.Namespace) -> int:
     device = device_of(args)
     torch.backends.cudnn.benchmark = True
-    effort = Effort(args.rounds, args.seconds)
-    options: dict[str, Any] = {"quiet": args.json, "again": args.again, "effort": effort}
-    if args.model:
-        if args.shape:
-            raise UsageError("give a shape or --model, not both")
-        model: Any = model_of(args.model)
-        model = model.to(device=device, memory_format=torch.channels_last)
-        swap_separable_convs(model, report=False)
-        try:
-            found = autotune(model, input_of(args.input, device), **options)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    else:
-        found = autotune(problem_of(args, device.type), **options)
-    card = dispatch.card_of(device.type, dispatch.place(device.type))
-    path = str(findings.cache_path(card))
-    code = finish(args, found, cache=path)
+    tuned = tune(problems_to_tune(args, device), args.json, args.again, Effort(args.rounds, args.seconds))
+    path = str(findings.cache_path(dispatch.card_of(device.type, dispatch.place(device.type))))
+    code = finish(args, tuned.found, tuned.known, cache=path if tuned.kept else None)
     if not args.json:
-        print(f"kept in {path}")
-    return code
+        print(f"kept in {path}" if tuned.kept else f"not kept: {path} cannot be written")
+    return code or (0 if tuned.kept else 2)

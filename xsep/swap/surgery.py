@@ -45,7 +45,8 @@ def swap_separable_convs(model: nn.Module, fold_bn: bool = False, report: bool =
 
     A pair steps back to its two convolutions, by itself and in every call, where its middle value could be seen: a
     hook on one of its modules or on a module around one, a member called from elsewhere or replaced by another
-    module. So it does where the module that was traced is called with keywords, or with arguments that have defaults. Attributes other than ``training`` that decide which way a forward takes are read once, here.
+    module. So it does where the module that was traced is called with keywords, or with arguments that have defaults.
+    Attributes other than ``training`` that decide which way a forward takes are read once, here.
 
     The modules' classes become subclasses of what they were, so what asks for an exact class (eager quantization,
     ``torch.jit.script``) wants :func:`unswap` first. Two convolutions of a pair must not be sharded apart.
