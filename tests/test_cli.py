@@ -19,7 +19,7 @@ from xsep.cli import screen, shapes
 from xsep.tuning import findings
 
 ROOT = Path(__file__).resolve().parent.parent
-CARDS = ("NVIDIA H200", "A100", "RTX 4090", "T4")
+CARDS = ("NVIDIA H200", "H100", "A100", "RTX 4090", "T4")
 XCEPTION = [
     (64, 128, 147), (128, 128, 147), (128, 256, 74), (256, 256, 74), (256, 728, 37), (728, 728, 37), (728, 728, 19),
     (728, 1024, 19), (1024, 1536, 10), (1536, 2048, 10),
@@ -360,7 +360,7 @@ REFUSALS = {
     "filter": (("explain", *SHAPE, "--filter", "3by3"), "as in 3x5"),
     "padding": (("explain", *SHAPE, "--padding", "some"), "--padding must be a number"),
     "filter-too-large": (("explain", *SHAPE, "--filter", "11", "--padding", "0"), "output"),
-    "card": (("explain", *SHAPE, "--device-like", "Voodoo 2"), "there are NVIDIA H200, NVIDIA A100"),
+    "card": (("explain", *SHAPE, "--device-like", "Voodoo 2"), "there are NVIDIA H200, NVIDIA H100 HBM3, NVIDIA A100"),
     "no-gpu-here": (("bench", *SHAPE, "--device", "cuda"), "PyTorch sees no GPU"),
     "rounds": (("bench", *SHAPE, "--rounds", "0"), "--rounds is too small"),
     "no-shape": (("autotune",), "a shape is four numbers"),

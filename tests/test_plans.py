@@ -14,7 +14,7 @@ from xsep.backends import cuda as cuda_backend
 from xsep.problem import IDENTITY, RELU, Geometry, Problem
 from xsep.testing import float32_products
 from xsep.tuning import device as devices
-from xsep.tuning.device import A100, H200, PUBLISHED, RTX_4090, T4, DeviceProperties
+from xsep.tuning.device import A100, H100, H200, PUBLISHED, RTX_4090, T4, DeviceProperties
 
 #: C_in, C_out, height and width, and the microseconds of the fused floor on an H200 in bf16 at batch 64.
 SHAPES = [
@@ -171,13 +171,18 @@ def test_cards_by_name(name: str, card: DeviceProperties) -> None:
 
 @pytest.mark.parametrize("name", ["", "NVIDIA", "H2000", "Voodoo 2"])
 def test_an_unknown_card_is_refused_with_those_that_are_known(name: str) -> None:
-    with pytest.raises(ValueError, match="NVIDIA H200, NVIDIA A100"):
+    with pytest.raises(ValueError, match="NVIDIA H200, NVIDIA H100 HBM3, NVIDIA A100"):
         devices.published(name)
 
 
 @pytest.mark.parametrize(
     "name, capability, count, known",
-    [("NVIDIA H200", (9, 0), 132, H200), ("NVIDIA A100-SXM4-80GB", (8, 0), 108, A100), ("Tesla T4", (7, 5), 40, T4)],
+    [
+        ("NVIDIA H200", (9, 0), 132, H200),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, H100),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, A100),
+        ("Tesla T4", (7, 5), 40, T4),
+    ],
 )
 def test_a_running_card_is_known_by_its_name(
     monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], count: int, known: DeviceProperties
@@ -193,8 +198,8 @@ def test_a_running_card_is_known_by_its_name(
 @pytest.mark.parametrize("card", PUBLISHED, ids=lambda card: card.name.split()[-1])
 def test_an_unknown_card_is_estimated_near_its_data_sheet(card: DeviceProperties) -> None:
     """From what the driver says of the published cards alone: clocks from the same data sheets."""
-    clocks = {H200: (1830e3, 3201e3, 6016), A100: (1410e3, 1593e3, 5120), RTX_4090: (2520e3, 10501e3, 384),
-              T4: (1590e3, 5001e3, 256)}  # fmt: skip
+    clocks = {H200: (1830e3, 3201e3, 6016), H100: (1830e3, 2619e3, 5120), A100: (1410e3, 1593e3, 5120),
+              RTX_4090: (2520e3, 10501e3, 384), T4: (1590e3, 5001e3, 256)}  # fmt: skip
     clock, memory, bus = clocks[card]
     told = SimpleNamespace(
         name="?", major=card.capability[0], minor=card.capability[1], multi_processor_count=card.multiprocessors,

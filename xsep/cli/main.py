@@ -49,7 +49,7 @@ def parser() -> Parser:
     add_shape(one)
     where = one.add_mutually_exclusive_group()
     where.add_argument("--device", choices=["cpu", "cuda"], help="the default is the GPU where there is one")
-    where.add_argument("--device-like", metavar="CARD", help='a card that is not here: H200, A100, "RTX 4090", T4')
+    where.add_argument("--device-like", metavar="CARD", help='one that is not here: H200, H100, A100, "RTX 4090", T4')
 
     one = command("check", "holds the GPU kernels to float64 on the card that is here; auto then takes them", check.run)
     one.add_argument("--backend", nargs="+", choices=findings.VERIFIED_BY_CARDS, metavar="NAME",

@@ -46,6 +46,9 @@ class DeviceProperties:
 #: NVIDIA H200 data sheet (SXM): 4.8 TB/s, 989 TFLOP/s bf16 and 495 TF32 dense, 67 float32. H100 white paper: 132
 #: multiprocessors, 227 KB of shared memory a CTA. L2 as the CUDA runtime reports it.
 H200 = DeviceProperties("NVIDIA H200", (9, 0), 4.8e12, 989e12, 989e12, 495e12, 67e12, 60 << 20, 132, 227 << 10)
+#: NVIDIA H100 data sheet (SXM, whose name says HBM3; the others are slower): 3.35 TB/s, and the H200's chip; 50 MB of
+#: L2 (H100 white paper).
+H100 = DeviceProperties("NVIDIA H100 HBM3", (9, 0), 3.35e12, 989e12, 989e12, 495e12, 67e12, 50 << 20, 132, 227 << 10)
 #: NVIDIA A100 80GB data sheet (SXM): 2,039 GB/s, 312 TFLOP/s, 156 TF32, 19.5 float32; A100 white paper: 108
 #: multiprocessors, 40 MB of L2, 163 KB a CTA.
 A100 = DeviceProperties("NVIDIA A100", (8, 0), 2.039e12, 312e12, 312e12, 156e12, 19.5e12, 40 << 20, 108, 163 << 10)
@@ -58,7 +61,7 @@ RTX_4090 = DeviceProperties(
 #: No bf16 and no TF32 in its matrix units. 64 KB a CTA (CUDA programming guide, 7.5).
 T4 = DeviceProperties("NVIDIA T4", (7, 5), 0.32e12, 65e12, 8.1e12, 8.1e12, 8.1e12, 4 << 20, 40, 64 << 10)
 
-PUBLISHED = (H200, A100, RTX_4090, T4)
+PUBLISHED = (H200, H100, A100, RTX_4090, T4)
 
 #: (FLOP a clock and multiprocessor of float16 matrix products, and of float32 lanes), by capability: the data sheets
 #: above divided by multiprocessors and clock; Blackwell's from the RTX Blackwell and B200 data sheets alike.
