@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,11 @@ GOOD: dict[str, Any] = {
     "w_dw": torch.randn(8, 1, 3, 3),
     "w_pw": torch.randn(5, 8, 1, 1),
 }
+
+
+def elu(alpha: Any) -> ChannelAffine:
+    return ChannelAffine(activation="elu", alpha=alpha)
+
 
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("x_rank", {"x": torch.randn(4, 6, 7)}, ValueError, r"x must be \[N, C_in, H, W\], got \[4, 6, 7\].*x\[None\]"),
@@ -40,6 +46,11 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("stride_three", {"stride": (1, 1, 1)}, ValueError, "stride must be an int or a pair of ints"),
     ("stride_float", {"stride": (1.0, 1)}, ValueError, "stride must be an int or a pair of ints"),
     ("stride_word", {"stride": "2"}, ValueError, "stride must be an int or a pair of ints, got '2'"),
+    ("stride_numpy", {"stride": np.float32(1)}, ValueError, "stride must be an int or a pair of ints, got .*1.0"),
+    ("stride_numpy_zero", {"stride": (1, np.int64(0))}, ValueError, "stride must be at least 1, got .*0"),
+    ("stride_numpy_bool", {"stride": np.bool_(True)}, ValueError, "stride must be an int or a pair of ints, got .*True"),
+    ("stride_bool_beside_numpy", {"stride": (np.int64(1), True)}, ValueError, "stride must be an int or a pair of ints, got .*True"),
+    ("padding_numpy_side", {"padding": (0, np.int64(-1), 0, 0)}, ValueError, "left, right, top, bottom. must be at least 0, got"),
     ("stride_none", {"stride": None}, ValueError, "stride must be an int or a pair of ints, got None"),
     ("dilation_zero", {"dilation": (1, 0)}, ValueError, r"dilation must be at least 1, got \(1, 0\)"),
     ("padding_word", {"padding": "full"}, ValueError, "padding must be .*got 'full'"),
@@ -52,6 +63,15 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("prologue_type", {"prologue": "relu"}, TypeError, "prologue must be a ChannelAffine or None, got str"),
     ("activation", {"middle": ChannelAffine(activation="mish")}, ValueError, "middle.activation must be .*got 'mish'"),
     ("alpha", {"epilogue": ChannelAffine(activation="relu", alpha=0.1)}, ValueError, "epilogue.alpha belongs to elu"),
+    ("alpha_word", {"epilogue": elu("foo")}, ValueError, "epilogue.alpha must be a finite real number, got 'foo'"),
+    ("alpha_text", {"middle": elu("1")}, ValueError, "middle.alpha must be a finite real number, got '1'"),
+    ("alpha_nan", {"prologue": elu(float("nan"))}, ValueError, "prologue.alpha must be a finite real number, got nan"),
+    ("alpha_infinite", {"middle": elu(-float("inf"))}, ValueError, "middle.alpha must be .* got -inf"),
+    ("alpha_bool", {"middle": elu(True)}, ValueError, "middle.alpha must be .* got True"),
+    ("alpha_numpy_bool", {"middle": elu(np.bool_(True))}, ValueError, "middle.alpha must be .*True"),
+    ("alpha_complex", {"middle": elu(1j)}, ValueError, "middle.alpha must be .* got 1j"),
+    ("alpha_huge", {"middle": elu(10**400)}, ValueError, "middle.alpha must be .* got 1000"),
+    ("alpha_vector", {"middle": elu(torch.ones(2))}, ValueError, "middle.alpha must be .* got tensor"),
     ("prologue_length", {"prologue": ChannelAffine(torch.randn(8))}, ValueError, r"prologue.scale must be \[C_in\] = \[4\]"),
     ("middle_length", {"middle": ChannelAffine(None, torch.randn(4))}, ValueError, r"middle.shift must be \[C_mid\] = \[8\]"),
     ("epilogue_rank", {"epilogue": ChannelAffine(torch.randn(5, 1))}, ValueError, r"epilogue.scale must be \[C_out\]"),
@@ -109,6 +129,20 @@ def test_padding_forms_agree() -> None:
     assert torch.equal(run(1), run((1, 1, 1, 1)))
     assert torch.equal(run(1), run("same"))
     assert torch.equal(run((2, 1)), run((1, 1, 2, 2)))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    x, w_dw, w_pw = GOOD["x"], GOOD["w_dw"], GOOD["w_pw"]
+
+    def run(integer: Any, real: Any) -> list[torch.Tensor]:
+        zero, one, two = integer(0), integer(1), integer(2)
+        options: dict[str, Any] = dict(stride=(two, one), dilation=one, middle=elu(real(0.25)))
+        paddings: tuple[Any, ...] = (one, (one, zero), (two, zero, one, one))
+        return [xsep.separable_conv2d(x, w_dw, w_pw, padding=padding, **options) for padding in paddings]
+
+    for integer in (np.int64, np.int32, np.uint8):
+        for real in (np.float64, np.float32, np.float16):
+            assert all(torch.equal(a, b) for a, b in zip(run(integer, real), run(int, float), strict=True))
 
 
 def test_float32_vectors_beside_sixteen_bits() -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,8 +184,11 @@ def test_state_dict_keys_and_other_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("a", "a"), ("forward", "b"), ("", "b"), ("a.b", "c"), ("convs", "b"), ("a", "stride"), ("a",)], ids=str
-)
+    "names", [
+        ("a", "a"), ("forward", "b"), ("", "b"), ("a.b", "c"), ("convs", "b"), ("a", "stride"), ("a",), ("a", 5),
+        "ab", {"a": 1, "b": 2}, 5, None,
+    ], ids=str,
+)  # fmt: skip
 def test_impossible_child_names_are_refused(names: Any) -> None:
     with pytest.raises(ValueError, match="child_names"):
         layer(child_names=names)
@@ -269,16 +273,66 @@ def test_from_convs_gives_all_reasons_and_takes_a_subclass_without_a_forward() -
         pytest.param(dict(in_channels=0), "in_channels", id="in_channels"),
         pytest.param(dict(out_channels=0), "out_channels", id="out_channels"),
         pytest.param(dict(depth_multiplier=0), "depth_multiplier", id="multiplier"),
+        pytest.param(dict(in_channels="8"), "in_channels must be an int, got '8'", id="in_channels-text"),
+        pytest.param(dict(in_channels=8.0), "in_channels must be an int, got 8.0", id="in_channels-float"),
+        pytest.param(dict(in_channels=True), "in_channels must be an int, got True", id="in_channels-bool"),
+        pytest.param(dict(out_channels=8.0), "out_channels must be an int, got 8.0", id="out_channels-float"),
+        pytest.param(dict(out_channels=None), "out_channels must be an int, got None", id="out_channels-none"),
+        pytest.param(dict(depth_multiplier=1.5), "depth_multiplier must be an int, got 1.5", id="multiplier-float"),
+        pytest.param(dict(stride=True), "stride must be an int or a pair of ints, got True", id="stride-bool"),
+        pytest.param(dict(stride=np.int64(0)), "stride must be at least 1", id="stride-numpy"),
+        pytest.param(dict(kernel_size=np.float32(3)), "kernel_size must be an int or a pair", id="kernel-numpy-float"),
         pytest.param(dict(middle_activation="mish"), "middle_activation.*mish", id="middle"),
         pytest.param(dict(prologue_activation="identity"), "prologue_activation.*identity", id="prologue"),
         pytest.param(dict(middle_activation="relu", middle_alpha=0.1), "middle_alpha", id="alpha-of-relu"),
         pytest.param(dict(prologue_alpha=0.1), "prologue_alpha", id="alpha-of-nothing"),
+        pytest.param(
+            dict(middle_activation="elu", middle_alpha="foo"), "middle_alpha must be a finite real number, got 'foo'",
+            id="alpha-word",
+        ),
+        pytest.param(dict(middle_activation="elu", middle_alpha="1"), "middle_alpha must be .*'1'", id="alpha-text"),
+        pytest.param(
+            dict(prologue_activation="leaky_relu", prologue_alpha=float("nan")), "prologue_alpha must be .* got nan",
+            id="alpha-nan",
+        ),
         pytest.param(dict(backend="metal"), "backend.*metal", id="backend"),
     ],
-)
+)  # fmt: skip
 def test_constructor_names_what_cannot_be_meant(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         layer(**options)
+
+
+def test_from_convs_refuses_an_alpha_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="middle_alpha must be a finite real number, got inf"):
+        FusedSeparableConv2d.from_convs(dw(), nn.Conv2d(6, 5, 1), middle_activation="elu", middle_alpha=float("inf"))
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
+@pytest.mark.parametrize("way", ["constructor", "from_convs"])
+def test_numbers_of_numpy_are_taken_as_conv2d_takes_them(way: str) -> None:
+    """And kept as Python's, which the compiler takes too."""
+    one, two, three = np.int64(1), np.int32(2), np.uint8(3)
+    options: dict[str, Any] = dict(middle_activation="elu", middle_alpha=np.float32(0.25))
+    if way == "constructor":
+        ours: Any = FusedSeparableConv2d(
+            np.int64(7), np.int64(5), three, two, (one, two, one, one), one, depth_multiplier=two, **options
+        )
+        padding: Any = (1, 2, 1, 1)
+    else:
+        conv_dw = nn.Conv2d(7, 14, (3, 3), two, one, one, groups=7)
+        ours, padding = FusedSeparableConv2d.from_convs(conv_dw, nn.Conv2d(14, 5, 1), **options), (1, 1)
+    plain: Any = FusedSeparableConv2d(
+        7, 5, 3, 2, padding, 1, depth_multiplier=2, middle_activation="elu", middle_alpha=0.25
+    )
+    if way == "from_convs":
+        plain.conv_dw.bias = nn.Parameter(torch.empty(14))
+    plain.load_state_dict(ours.state_dict())
+    assert ours.extra_repr() == plain.extra_repr() and "int64" not in ours.extra_repr()
+    x = picture()
+    assert torch.equal(ours(x), plain(x))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
 def test_extra_repr_reads_like_conv2d() -> None:

@@ -520,7 +520,9 @@ def test_prints_its_report_unless_told_not_to(capsys: pytest.CaptureFixture[str]
 
 def test_a_model_with_nothing_to_swap_is_told_so() -> None:
     report = swap_separable_convs(nn.Sequential(nn.Conv2d(3, 4, 3)), report=False)
-    assert str(report) == "0 separable convolutions swapped"
+    assert str(report) == (
+        "0 separable convolutions swapped: the model has no nn.Conv2d whose groups are its input channels"
+    )
     assert report and len(report) == 0
 
 

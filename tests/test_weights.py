@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import struct
 import sys
 import types
@@ -118,6 +119,17 @@ def test_pytorch_checkpoints(state: State, tmp_path: Path, form: Callable[[State
     prefix = "module.backbone.adjust_channel."
     expected = {"deepfakebench": (f"{prefix}0.weight", f"{prefix}1.bias"), "trainer": ("ema.",)}
     assert loaded.ignored == expected.get(form.__name__, ())
+
+
+def test_counters_that_were_made_floating(state: State, target: Xception, tmp_path: Path) -> None:
+    """As who converts every tensor makes them: a count is read, one that became infinite is left out."""
+    counts = {"bn4.num_batches_tracked": torch.tensor(300), "bn3.num_batches_tracked": torch.tensor(70_000)}
+    torch.save({name: t.half() for name, t in {**state, **counts}.items()}, tmp_path / "weights.pth")
+    model = copy.deepcopy(target)
+    was = model.state_dict()["bn3.num_batches_tracked"].clone()
+    assert load_weights(model, tmp_path / "weights.pth").ignored == ("bn3.num_batches_tracked",)
+    counts["bn3.num_batches_tracked"] = was
+    assert_holds(model, {**half(state), **counts})
 
 
 def test_older_pytorch_format(state: State, target: Xception, tmp_path: Path) -> None:
@@ -344,6 +356,26 @@ def test_unreadable_paths(tmp_path: Path, target: Xception) -> None:
 def test_foreign_bytes(tmp_path: Path, target: Xception, content: bytes, why: str) -> None:
     (tmp_path / "weights").write_bytes(content)
     refuse(target, tmp_path / "weights", why)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("content", [{"lr": 0.1, "steps": [1, 2]}, [1, 2], b"bytes"], ids=["dict", "list", "bytes"])
+def test_pickles_that_are_no_checkpoints(tmp_path: Path, target: Xception, content: Any, protocol: int) -> None:
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(content, protocol))
+    refuse(target, tmp_path / "weights.pkl", "' holds Python objects that are not weights(?!.*weights_only)")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_protocol_that_pytorch_does_not_read(state: State, tmp_path: Path, target: Xception) -> None:
+    torch.save({"bn1.bias": state["bn1.bias"]}, tmp_path / "weights.pth", pickle_protocol=4)
+    refuse(target, tmp_path / "weights.pth", "saved with a pickle_protocol .* save it again(?!.*weights_only)")
+
+
+@pytest.mark.parametrize("path", [5, b"weights.pth", None], ids=str)
+def test_what_is_no_path_is_refused(target: Xception, path: Any) -> None:
+    with pytest.raises(TypeError, match=f"path must be a str or an os.PathLike, got {type(path).__name__}"):
+        load_weights(target, path)
 
 
 def test_foreign_bytes_of_hdf5(tmp_path: Path, target: Xception) -> None:

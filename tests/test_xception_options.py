@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,17 @@ def test_folding_changes_rounding_only(options: dict[str, Any]) -> None:
     [
         (dict(global_pool="sum"), "global_pool.*avg, max.*'sum'"),
         (dict(fc_layers=(4096, 0)), "fc_layers"),
+        (dict(fc_layers=5), "fc_layers must be a sequence of widths, got 5"),
+        (dict(fc_layers="ab"), "each width in fc_layers must be an int, got 'a'"),
+        (dict(fc_layers=(64, 1.5)), "each width in fc_layers must be an int, got 1.5"),
+        (dict(num_classes="10"), "num_classes must be an int, got '10'"),
+        (dict(num_classes=True), "num_classes must be an int, got True"),
+        (dict(in_chans=3.0), "in_chans must be an int, got 3.0"),
+        (dict(drop_rate="0.5"), "drop_rate must be a finite real number, got '0.5'"),
+        (dict(bn_eps=float("nan")), "bn_eps must be a finite real number, got nan"),
+        (dict(residual="no"), "residual must be one of True, False, got 'no'"),
+        (dict(segments=2.0), "segments must be an int, got 2.0"),
+        (dict(output_stride=32.0), "output_stride must be an int, got 32.0"),
         (dict(middle_activation="tanh"), "middle_activation.*relu.*'tanh'"),
         (dict(order="both"), "order.*pointwise_first.*'both'"),
         (dict(segments=3), "segments.*1, 2, 4, 8.*3"),
@@ -198,7 +210,35 @@ def test_unknown_options_are_refused(options: dict[str, Any], why: str) -> None:
         xception(**options)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    with torch.device("meta"):
+        model = xception(
+            num_classes=np.int64(3), in_chans=np.int64(1), drop_rate=np.float32(0.5), fc_layers=(np.int64(17),),
+            segments=np.int64(2), output_stride=np.int64(16),
+        )  # fmt: skip
+    assert model.state_dict()["fc.weight"].shape == (3, 17)
+    assert type(model.num_classes) is int and type(model.output_stride) is int
+
+
 # Pretrained
+
+
+@pytest.mark.parametrize(
+    "first, why",
+    [
+        (10, "got 10; num_classes is to be given by its name$"),
+        (np.int64(10), "num_classes is to be given by its name$"),
+        (True, 'got True; what is True for timm is "timm" here, and False is None$'),
+        (False, 'got False; what is True for timm is "timm" here, and False is None$'),
+        (1.5, "got 1.5$"),
+        (b"weights.pth", "got b'weights.pth'$"),
+    ],
+    ids=str,
+)
+def test_what_is_first_is_no_number_of_classes(first: Any, why: str) -> None:
+    begin = 'pretrained, the first argument, must be None, "timm" or the path of a checkpoint, '
+    with pytest.raises(ValueError, match=f"^{begin}.*{why}"):
+        xception(first)
 
 
 @pytest.fixture(scope="module")

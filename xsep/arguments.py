@@ -5,6 +5,8 @@ Every refusal names the argument, what it is and what was expected, before anyth
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, Union
 
@@ -27,7 +29,7 @@ class ChannelAffine(NamedTuple):
         scale: ``[C]`` or None; the type of the input, or float32 beside a 16-bit one.
         shift: ``[C]`` or None; likewise.
         activation: None, relu, relu6, silu, hardswish, gelu, gelu_tanh, elu or leaky_relu.
-        alpha: elu's alpha (default 1.0) or leaky_relu's slope (default 0.01); no other activation takes it.
+        alpha: elu's alpha (default 1.0) or leaky_relu's slope (default 0.01), finite; no other activation takes it.
     """
 
     scale: Optional[Tensor] = None
@@ -106,12 +108,38 @@ def backend_name(backend: Optional[str]) -> str:
     return name
 
 
+def whole(name: str, value: Any, smallest: int) -> int:
+    """An int of at least ``smallest``; numpy's become Python's."""
+    items = _ints([value])
+    if items is None:
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    if items[0] < smallest:
+        raise ValueError(f"{name} must be at least {smallest}, got {value!r}")
+    return items[0]
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite real number as a float."""
+    number = math.nan
+    # Text has no __float__, though float() reads it; numpy's bool has one, and is called bool as Python's or bool_.
+    # torch.compile cannot ask a symbol for it.
+    kind = type(value)
+    if kind is float or kind is int or (hasattr(value, "__float__") and kind.__name__ not in ("bool", "bool_")):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # of several values, complex, or above all floats
+            number = math.nan
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be a finite real number, got {value!r}")
+    return number
+
+
 def pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
-    """(vertical, horizontal) of an int or a pair of ints, each at least ``smallest``."""
+    """(vertical, horizontal) of an int or a pair of ints, each at least ``smallest``; numpy's become Python's."""
     if type(value) is int and value >= smallest:
         return value, value
-    items = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(items) != 2 or not _all_ints(items):
+    items = _ints(value if isinstance(value, Sequence) else [value, value])
+    if items is None or len(items) != 2:
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
     if items[0] < smallest or items[1] < smallest:
         raise ValueError(f"{name} must be at least {smallest}, got {value!r}")
@@ -120,15 +148,25 @@ def pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
 
 def sides(padding: Sequence[Any]) -> Sequence[int]:
     """Four explicit paddings (left, right, top, bottom), each an int and at least 0."""
-    if not _all_ints(padding):
+    items = _ints(padding)
+    if items is None:
         raise ValueError(f"padding (left, right, top, bottom) must be ints, got {padding!r}")
-    if min(padding) < 0:
+    if min(items) < 0:
         raise ValueError(f"padding (left, right, top, bottom) must be at least 0, got {padding!r}")
-    return padding
+    return items
 
 
-def _all_ints(items: Sequence[object]) -> bool:
-    return all(isinstance(i, (int, torch.SymInt)) and not isinstance(i, bool) for i in items)
+def _ints(items: Sequence[Any]) -> Optional[Sequence[int]]:
+    """The items as ints, or None where one is not whole or is a bool; symbols stay symbols."""
+    if all(isinstance(i, (int, torch.SymInt)) and not isinstance(i, bool) for i in items):
+        return items
+    if any(isinstance(i, bool) for i in items):
+        return None
+    try:
+        found: list[Any] = [i if isinstance(i, torch.SymInt) else operator.index(i) for i in items]
+    except TypeError:
+        return None
+    return found
 
 
 def _shape(t: Tensor) -> str:
@@ -201,7 +239,7 @@ def _affine(name: str, affine: Optional[ChannelAffine], channels: int, letter: s
     code = ACTIVATIONS.index(kind)
     if affine.alpha is not None and code not in DEFAULT_ALPHA:
         raise ValueError(f"{name}.alpha belongs to elu and leaky_relu, but {name}.activation is {affine.activation!r}")
-    alpha = DEFAULT_ALPHA.get(code, 0.0) if affine.alpha is None else float(affine.alpha)
+    alpha = DEFAULT_ALPHA.get(code, 0.0) if affine.alpha is None else finite(f"{name}.alpha", affine.alpha)
     return Affine(affine.scale, affine.shift, code, alpha)
 
 

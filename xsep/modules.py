@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .arguments import BACKEND_NAMES, ChannelAffine, Padding, Pair, pair, sides
+from .arguments import BACKEND_NAMES, ChannelAffine, Padding, Pair, finite, pair, sides, whole
 from .backends.packed_weights import kept
 from .functional import separable_conv2d
 from .problem import ACTIVATIONS, DEFAULT_ALPHA
@@ -85,11 +85,8 @@ class FusedSeparableConv2d(nn.Module):
         child_names: tuple[str, str] = CHILD_NAMES,
     ) -> None:
         super().__init__()
-        for name, count in (
-            ("in_channels", in_channels), ("out_channels", out_channels), ("depth_multiplier", depth_multiplier),
-        ):  # fmt: skip
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count!r}")
+        in_channels, out_channels = whole("in_channels", in_channels, 1), whole("out_channels", out_channels, 1)
+        depth_multiplier = whole("depth_multiplier", depth_multiplier, 1)
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -156,20 +153,20 @@ class FusedSeparableConv2d(nn.Module):
         backend: Optional[str],
         child_names: tuple[str, str],
     ) -> None:
-        for name, affine in (("prologue", prologue), ("middle", middle)):
-            _check_activation(name, affine)
+        prologue, middle = _checked_activation("prologue", prologue), _checked_activation("middle", middle)
         if backend is not None and backend not in BACKEND_NAMES:
             raise ValueError(f"backend must be None or one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
-        names = tuple(child_names)
+        names = tuple(child_names) if isinstance(child_names, Sequence) and not isinstance(child_names, str) else ()
         if len(names) != 2 or names[0] == names[1]:
-            raise ValueError(f"child_names must be two different names, got {child_names!r}")
+            raise ValueError(f"child_names must be a tuple or list of two different names, got {child_names!r}")
         self.in_channels = conv_dw.in_channels
         self.out_channels = conv_pw.out_channels
         self.depth_multiplier = conv_dw.out_channels // conv_dw.in_channels
-        self.kernel_size = conv_dw.kernel_size
-        self.stride = conv_dw.stride
+        # An nn.Conv2d made by numpy's ints keeps them, and csrc/eager remembers no call with those.
+        self.kernel_size = pair("kernel_size", conv_dw.kernel_size, 1)
+        self.stride = pair("stride", conv_dw.stride, 1)
         self.padding = padding
-        self.dilation = conv_dw.dilation
+        self.dilation = pair("dilation", conv_dw.dilation, 1)
         self.prologue_activation, self.prologue_alpha = prologue.activation, prologue.alpha
         self.middle_activation, self.middle_alpha = middle.activation, middle.alpha
         self.backend = backend
@@ -319,7 +316,8 @@ def _normal_padding(padding: Padding) -> Union[str, tuple[int, ...]]:
     return (top, left) if (left, top) == (right, bottom) else (left, right, top, bottom)
 
 
-def _check_activation(where: str, affine: ChannelAffine) -> None:
+def _checked_activation(where: str, affine: ChannelAffine) -> ChannelAffine:
+    """The same with a float as its alpha, if it has one."""
     names = ACTIVATIONS[1:]
     if affine.activation is not None and affine.activation not in names:
         raise ValueError(f"{where}_activation must be None or one of {', '.join(names)}, got {affine.activation!r}")
@@ -328,3 +326,4 @@ def _check_activation(where: str, affine: ChannelAffine) -> None:
         raise ValueError(
             f"{where}_alpha belongs to elu and leaky_relu, but {where}_activation is {affine.activation!r}"
         )
+    return affine if affine.alpha is None else affine._replace(alpha=finite(f"{where}_alpha", affine.alpha))

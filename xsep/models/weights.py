@@ -31,6 +31,9 @@ MARKER = "block1.rep.0.pointwise.weight"
 #: Modules that some publishers added and their own forward leaves out, so that nothing is lost without them.
 UNUSED = ("adjust_channel.",)
 
+#: A counter that no inference reads, and that neither Keras nor PyTorch before 0.4 kept.
+COUNTER = "num_batches_tracked"
+
 LISTED = 6
 
 
@@ -73,10 +76,12 @@ def load_weights(model: Xception, path: Union[str, os.PathLike[str]], *, head: b
     Raises:
         WeightsError: the file cannot be read, holds no Xception, or does not fit: the message says what is missing,
             unexpected or of another shape. The model is then unchanged.
-        TypeError: model is not an :class:`Xception`.
+        TypeError: model is not an :class:`Xception`, or path is no path.
     """
     if not isinstance(model, Xception):
         raise TypeError(f"model must be an xsep.models.Xception, got {type(model).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
     path = Path(path)
     state, convention, ignored = _read(path)
     own = model.state_dict()
@@ -146,17 +151,33 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Convention, list[str]]:
         ) from None
     except WeightsError:
         raise
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise WeightsError(
-                f"{str(path)!r} is a pickle of {foreign[1]} objects, which would run code to load: where the file is"
-                " trusted, save the state_dict() of what is in it, and load that"
-            ) from None
-        raise WeightsError(f"{str(path)!r} is damaged or cut short: {_first_line(error)}") from None
     except Exception as error:  # what a reader raises on damaged bytes is anything
-        raise WeightsError(f"{str(path)!r} is damaged or cut short: {_first_line(error)}") from None
+        raise WeightsError(f"{str(path)!r} {_unread(start, error)}") from None
     return _to_timm(path, content)
+
+
+def _unread(start: bytes, error: Exception) -> str:
+    """What a reader's error says of a file that starts so, without PyTorch's advice: ``weights_only`` stays True."""
+    text = str(error)
+    foreign = re.search(r"GLOBAL ([\w.]+)", text) if isinstance(error, pickle.UnpicklingError) else None
+    if foreign:
+        return (
+            f"is a pickle of {foreign[1]} objects, which would run code to load: where the file is trusted, save the"
+            " state_dict() of what is in it, and load that"
+        )
+    # PyTorch reads pickles of protocols 2 and 3, and then misses the number that begins its own files; of later ones
+    # it does not know the instructions.
+    if start.startswith(b"\x80") and ("magic number" in text or ("Unsupported operand" in text and start[1] > 2)):
+        return (
+            "holds Python objects that are not weights as torch.save writes them: save a state_dict() with torch.save,"
+            " and load that"
+        )
+    if "Unsupported operand 149" in text:  # the first of protocols 4 and 5
+        return (
+            "was saved with a pickle_protocol that PyTorch does not read without running code: save it again with"
+            " torch.save's own"
+        )
+    return f"is damaged or cut short: {_first_line(text.rpartition('WeightsUnpickler error:')[2] or error)}"
 
 
 def _is_keras_archive(path: Path, start: bytes) -> bool:
@@ -166,7 +187,7 @@ def _is_keras_archive(path: Path, start: bytes) -> bool:
         return "model.weights.h5" in archive.namelist()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Union[Exception, str]) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -197,6 +218,12 @@ def _to_timm(path: Path, content: Any) -> tuple[dict[str, Tensor], Convention, l
         if not key.startswith(prefixes[0]) or ours.startswith(UNUSED) or not isinstance(value, Tensor):
             ignored.append(name + key)
             continue
+        if ours.endswith(COUNTER) and value.is_floating_point():  # all of a model was made 16-bit, counters included
+            value = value.double()
+            if not bool((value.abs() <= 2**53).all()):  # 16 bits did not hold it
+                ignored.append(name + key)
+                continue
+            value = value.long()
         ours = re.sub(r"^last_linear\.(1\.)?", "fc.", ours)
         state[ours] = value[:, :, None, None] if ours.endswith("pointwise.weight") and value.dim() == 2 else value
     return state, PYTORCH, ignored
@@ -204,8 +231,7 @@ def _to_timm(path: Path, content: Any) -> tuple[dict[str, Tensor], Convention, l
 
 def _check(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """Raises WeightsError where state does not fill the model's tensors one by one."""
-    # A counter that no inference reads, and that neither Keras nor PyTorch before 0.4 kept.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
     unexpected = [name for name in state if name not in own]
     odd = [name for name in own if name in state and state[name].shape != own[name].shape]
     whole = [name for name in own if name in state and own[name].is_floating_point() != state[name].is_floating_point()]

@@ -15,6 +15,7 @@ from typing import Any, Optional, Union
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import finite, whole
 from ..modules import FusedSeparableConv2d
 from ..problem import ACTIVATIONS
 from .blocks import Block, Design, FoldableBatchNorm2d, MaxPool, separable_batchnorm
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pool_padding": ("torch", "same"),
     "global_pool": ("avg", "max"),
     "middle_activation": (None, *ACTIVATIONS[1:]),
+    "residual": (True, False),
     "order": ("depthwise_first", "pointwise_first"),
     "segments": (None, 1, 2, 4, 8),
     "output_stride": (8, 16, 32),
@@ -58,23 +60,24 @@ class Xception(ChainedXception):
         chain: Optional[bool] = None,
     ) -> None:
         super().__init__()
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes!r}")
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans!r}")
+        num_classes, in_chans = whole("num_classes", num_classes, 0), whole("in_chans", in_chans, 1)
+        drop_rate, bn_eps = finite("drop_rate", drop_rate), finite("bn_eps", bn_eps)
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
         if bn_eps <= 0.0:
             raise ValueError(f"bn_eps must be positive, got {bn_eps!r}")
-        if any(width < 1 for width in fc_layers):
-            raise ValueError(f"fc_layers must be widths of at least 1, got {fc_layers!r}")
+        if not isinstance(fc_layers, Sequence):
+            raise ValueError(f"fc_layers must be a sequence of widths, got {fc_layers!r}")
+        fc_layers = [whole("each width in fc_layers", width, 1) for width in fc_layers]
         chosen = {
             "pool_padding": pool_padding, "global_pool": global_pool, "middle_activation": middle_activation,
-            "order": order, "segments": segments, "output_stride": output_stride,
+            "residual": residual, "order": order, "segments": segments, "output_stride": output_stride,
         }  # fmt: skip
         for name, value in chosen.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[name]))}, got {value!r}")
+        segments = None if segments is None else whole("segments", segments, 1)  # 2.0 and True are among the choices
+        output_stride = whole("output_stride", output_stride, 1)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -295,15 +298,25 @@ def xception(
             and every pixel of the strided network's output is among it.
         backend: which backend runs the separable convolutions; None for the fastest there is.
         chain: whether training runs as a chain, in which BatchNorm, ReLU and the residuals' additions are part of the
-            layers around them and half as much is kept for the backward. Results are the same up to rounding, and what
-            cannot be chained runs as before: ``not_chained_reasons`` says what and why. Second derivatives are refused
-            in a chain. None chooses what is faster, and that is False so far: on the one CPU measured (an AMD EPYC, one
-            and two threads, 299 px) a chained step takes 1.1 to 1.4 times as long as an unchained one, and on a GPU
-            nothing has been measured yet.
+            layers around them, and less than half is kept for the backward of what PyTorch's modules keep. Results are
+            the same up to rounding, and what cannot be chained runs as before: ``not_chained_reasons`` says what and
+            why. Second derivatives are refused in a chain. None chooses what is faster, and that is False so far: on
+            the CPUs measured (README) a chained step takes a little longer than an unchained one, and on a GPU nothing
+            has been measured yet.
 
     Raises:
         ValueError: an argument cannot be meant, or the weights do not fit; the message says which and why.
     """
+    if pretrained is not None and not isinstance(pretrained, (str, os.PathLike)):
+        hint = ""
+        if isinstance(pretrained, bool):
+            hint = '; what is True for timm is "timm" here, and False is None'
+        elif hasattr(pretrained, "__index__"):
+            hint = "; num_classes is to be given by its name"
+        raise ValueError(
+            'pretrained, the first argument, must be None, "timm" or the path of a checkpoint, '
+            f"got {pretrained!r}{hint}"
+        )
     model = Xception(
         num_classes, in_chans, drop_rate, bn_eps, pool_padding, backend, global_pool=global_pool, fc_layers=fc_layers,
         middle_activation=middle_activation, residual=residual, order=order, segments=segments,

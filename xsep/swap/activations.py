@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple, Optional
 
@@ -31,6 +32,16 @@ _PRODUCTS: tuple[Any, ...] = (operator.mul, torch.mul, "mul")
 
 def activation_of(module: nn.Module) -> Optional[Activation]:
     """(name, alpha) of a module that applies one of the op's activations and nothing else, or None."""
+    found = _applied(module)
+    if found is None or found[1] is None:
+        return found
+    alpha: Any = found[1]
+    # The op takes no other.
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    return found if number and math.isfinite(alpha) else None
+
+
+def _applied(module: nn.Module) -> Optional[Activation]:
     if "forward" in vars(module):
         return None
     forward: Any = type(module).forward

@@ -40,6 +40,8 @@ class SwapReport:
         lines = [f"{_count(len(self.swapped), 'separable convolution')} swapped"]
         for s in self.swapped:
             lines.append(f"  {' + '.join(s.members)}")
+        if not self.swapped and not self.missed:
+            lines[0] += ": the model has no nn.Conv2d whose groups are its input channels"
         if self.missed:
             lines.append(f"{_count(len(self.missed), 'depthwise convolution')} left alone")
             for m in self.missed:
