@@ -113,7 +113,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "two-results": lambda: own(lambda x: (F.relu(x), x)),
     "another-gelu": lambda: own(lambda x: F.gelu(x, approximate=x)),
     "an-alpha-that-is-a-tensor": lambda: own(lambda x: F.elu(x, alpha=x)),
-    "an-alpha-that-is-none": lambda: nn.ELU(float("nan")),
+    "an-alpha-that-is-no-number": lambda: nn.ELU(float("nan")),
     "an-alpha-without-end": lambda: Slope(float("inf")),
     "silu-and-x": lambda: own(lambda x: x * torch.sigmoid(x) * x),
 }

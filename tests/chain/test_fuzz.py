@@ -12,13 +12,13 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.chain.support import DTYPES, WAY_IDS, WAYS, affine, hold, largest, layer, same, wide
 from tests.chain.test_forward_ops import check_partials, starts, torch_pool
-from tests.conftest import NIGHTLY
+from tests.fuzzing import examples
 from tests.gpu import PLACE
 from xsep.activations import activate
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
@@ -29,15 +29,7 @@ from xsep.testing import DOUBLE_ULPS, ULPS, poisoned_memory
 
 #: A case of so many elements takes about ten milliseconds, its float64 truth included.
 ELEMENTS = 10_000
-EXAMPLES = 2000 if NIGHTLY else 25 if PLACE.emulated else 60
-HOW = settings(
-    max_examples=EXAMPLES,
-    derandomize=not NIGHTLY,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-    phases=[Phase.generate, Phase.shrink],
-)
+HOW = examples(25 if PLACE.emulated else 60, 2000)
 #: Where an activation's derivative jumps: values keep so far away from there that no rounding carries them over.
 JUMPS, AWAY = {RELU6: (0.0, 6.0), HARDSWISH: (-3.0, 3.0)}, 0.1
 

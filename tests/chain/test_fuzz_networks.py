@@ -14,14 +14,11 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.chain.test_forward_ops import starts, torch_pool
-from tests.chain.test_fuzz import HOW
-from tests.conftest import NIGHTLY
+from tests.fuzzing import examples, hold_same, hold_seeds
 from xsep.chain import Handle
 from xsep.chain.layers import identity_block, pooled_block, separable
 from xsep.modules import FusedSeparableConv2d
@@ -175,24 +172,9 @@ def hold_network(seed: int) -> bool:
     if r.random() < 0.15:
         way = lambda leaf: checkpoint(net.chained, leaf, use_reentrant=False)  # noqa: E731
     expected, got = trained(truth, truth.plain, x, seed), trained(net, way, x, seed)
-    assert (expected is None) == (got is None), f"only one of the two raised; seed {seed}"
-    if expected is None or got is None or not all(bool(t.isfinite().all()) for t in expected.values()):
-        return False
-    assert expected.keys() == got.keys(), f"{expected.keys() ^ got.keys()}; seed {seed}"
-    size = max(float(t.abs().max()) for t in expected.values())
-    for name, t in expected.items():
-        error = float((t - got[name]).abs().max())
-        assert error <= 1e-9 * max(size, 1.0), f"{name}: off by {error:.3g}; seed {seed}"
-    return True
+    assert expected is not None or got is None, f"only PyTorch's modules raised; seed {seed}"
+    return hold_same(expected, got, f"seed {seed}")
 
 
 def test_any_network() -> None:
-    compared = []
-
-    @settings(HOW, max_examples=2000 if NIGHTLY else 60)
-    @given(st.integers(0, 2**32 - 1))
-    def any_network(seed: int) -> None:
-        compared.append(hold_network(seed))
-
-    any_network()
-    assert sum(compared) > len(compared) / 2
+    hold_seeds(hold_network, examples(60, 2000), share=0.5)

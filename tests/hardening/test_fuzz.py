@@ -10,26 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.conftest import NIGHTLY
+from tests.fuzzing import examples
 from xsep import testing
 from xsep.problem import is_channels_last
 from xsep.testing import LAYOUTS, NAMES, VECTORS, Case
 
 #: A case of so many elements takes about ten milliseconds, its float64 truth included.
 ELEMENTS = 20_000
-EXAMPLES = 4000 if NIGHTLY else 250
-HOW = settings(
-    max_examples=EXAMPLES,
-    derandomize=not NIGHTLY,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-    phases=[Phase.generate, Phase.shrink],
-)
+HOW = examples(250, 4000)
 TENSORS = ("x", "w_dw", "w_pw", "bias", "residual", *VECTORS)
 
 sizes = st.sampled_from([1, 2, 3, 5, 6, 7, 8, 9, 11, 13, 16, 17, 19, 24, 29])

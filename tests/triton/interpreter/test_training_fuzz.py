@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
-from tests.chain.test_fuzz import HOW, Layer, hold_layer, layers
-from tests.conftest import NIGHTLY
+from tests.chain.test_fuzz import Layer, hold_layer, layers
+from tests.fuzzing import examples
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_any_layer(kind: str) -> None:
-    @settings(HOW, max_examples=50 if NIGHTLY else 5)
+    @examples(5, 50)
     @given(layers(kind, elements=2000, most_stride=2))
     def any_layer(case: Layer) -> None:
         hold_layer(case, "triton")
