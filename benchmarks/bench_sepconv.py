@@ -330,6 +330,8 @@ def main(argv: Optional[list[str]] = None) -> int:
                         "ratios": {backend: ratios(times, backend) for backend in passed},
                     })  # fmt: skip
                     advance()
+    if not gpu:
+        record["notes"] += common.busy_note(t for row in record["results"] for t in row["times"].values())
     report(record, args, out, console)
     return 1 if record["failures"] else 0
 

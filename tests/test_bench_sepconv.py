@@ -262,6 +262,15 @@ def test_cpu_timing_interleaves_and_takes_the_minimum() -> None:
     assert common.summary([3e-6, 1e-6, 2e-6, 9e-6], "median")["us"] == pytest.approx(2.5)
 
 
+def test_a_busy_machine_is_noticed() -> None:
+    def taken(*medians: float) -> list[common.Times]:
+        return [common.summary([1.0, median, 2 * median], "min") for median in medians]
+
+    assert common.busy_note([]) == common.busy_note(taken(1.0, 1.02, 1.1, 9.0)) == []
+    (said,) = common.busy_note(taken(1.0, 1.3, 1.5))
+    assert said.startswith("the machine was busy: half of the medians are over 1.30 times their minimum")
+
+
 def test_a_gradient_is_drawn_where_it_is_used(layers: list[Any]) -> None:
     layer = layers[9]
     one, same = (bench_sepconv.inputs(layer, torch.bfloat16, torch.channels_last, False)[3] for _ in range(2))
