@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Optional
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.conftest import NIGHTLY
+
+
+def batch_norm(r: Random, channels: int) -> nn.BatchNorm2d:
+    """With options as networks have them, and weights and statistics that matter."""
+    bn = nn.BatchNorm2d(
+        channels, eps=r.choice([1e-5, 1e-3]), momentum=r.choice([0.1, 0.1, 0.3, None]), affine=r.random() < 0.85,
+        track_running_stats=r.random() < 0.9,
+    )  # fmt: skip
+    if bn.affine:
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+    if bn.running_mean is not None and bn.running_var is not None:
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    return bn
 
 
 def examples(usual: int, nightly: int) -> settings:

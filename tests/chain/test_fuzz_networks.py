@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.chain.test_forward_ops import starts, torch_pool
-from tests.fuzzing import examples, hold_same, hold_seeds
+from tests.fuzzing import batch_norm, examples, hold_same, hold_seeds
 from xsep.chain import Handle
 from xsep.chain.layers import identity_block, pooled_block, separable
 from xsep.modules import FusedSeparableConv2d
@@ -27,20 +27,9 @@ from xsep.problem import ACTIVATIONS
 WIDTHS = (2, 3, 5, 8)
 
 
-def batch_norm(r: Random, channels: int) -> nn.BatchNorm2d:
-    bn = nn.BatchNorm2d(
-        channels, eps=r.choice([1e-5, 1e-3]), momentum=r.choice([0.1, 0.1, 0.3, None]), affine=r.random() < 0.85,
-        track_running_stats=r.random() < 0.9,
-    )  # fmt: skip
-    if bn.affine:
-        nn.init.normal_(bn.weight)
-        nn.init.normal_(bn.bias)
-    if bn.running_mean is not None and bn.running_var is not None:
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
-        if r.random() < 0.15:
-            bn.eval()  # frozen
-    return bn
+def frozen_or_not(r: Random, channels: int) -> nn.BatchNorm2d:
+    bn = batch_norm(r, channels)
+    return bn.eval() if bn.running_mean is not None and r.random() < 0.15 else bn
 
 
 def pair(r: Random, c_in: int, c_out: int, keeps_size: bool = True) -> nn.ModuleList:
@@ -59,7 +48,7 @@ def pair(r: Random, c_in: int, c_out: int, keeps_size: bool = True) -> nn.Module
         prologue_activation=None if activation == "identity" else activation,
         prologue_alpha=r.choice([None, 0.3, -0.2]) if activation in ("elu", "leaky_relu") else None,
     )  # fmt: skip
-    return nn.ModuleList([conv, batch_norm(r, c_out)])
+    return nn.ModuleList([conv, frozen_or_not(r, c_out)])
 
 
 class Network(nn.Module):
@@ -71,7 +60,7 @@ class Network(nn.Module):
         self.parts: Any = nn.ModuleList()
         self.c_in = c = r.choice(WIDTHS)
         if r.random() < 0.6:
-            self.add("stem", r.choice(["", "relu"]), nn.Conv2d(c, c, 3, padding=1), batch_norm(r, c))
+            self.add("stem", r.choice(["", "relu"]), nn.Conv2d(c, c, 3, padding=1), frozen_or_not(r, c))
         for _ in range(r.randint(1, 5)):
             what = r.choice(["layer", "layer", "layer", "identity", "pooled", "relu", "read", "settle"])
             c_out, between = r.choice(WIDTHS), [r.choice(WIDTHS) for _ in range(r.randint(0, 2))]
@@ -82,7 +71,7 @@ class Network(nn.Module):
                 self.add(what, "", *(pair(r, a, b) for a, b in pairwise(widths)))
             elif what == "pooled":
                 widths = [c, *(between or [c]), c_out]
-                skip = nn.ModuleList([nn.Conv2d(c, c_out, 1, 2, bias=False), batch_norm(r, c_out)])
+                skip = nn.ModuleList([nn.Conv2d(c, c_out, 1, 2, bias=False), frozen_or_not(r, c_out)])
                 self.add(what, r.choice(["torch", "same"]), *(pair(r, a, b) for a, b in pairwise(widths)), skip)
             else:
                 self.add(what, "")

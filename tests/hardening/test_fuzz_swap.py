@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzzing import examples, hold_same, hold_seeds
+from tests.fuzzing import batch_norm, examples, hold_same, hold_seeds
 from xsep.swap import swap_separable_convs, unswap
 
 ACTIVATIONS = (
@@ -71,18 +71,7 @@ def pointwise(r: Random, c: int) -> nn.Conv2d:
 
 
 def norm(r: Random, c: int) -> nn.Module:
-    if r.random() < 0.05:
-        return nn.GroupNorm(1, c)
-    bn = nn.BatchNorm2d(
-        c, r.choice([1e-5, 1e-3]), r.choice([0.1, 0.1, 0.1, None]), r.random() < 0.85, r.random() < 0.9
-    )  # fmt: skip
-    if bn.affine:
-        nn.init.normal_(bn.weight)
-        nn.init.normal_(bn.bias)
-    if bn.running_mean is not None and bn.running_var is not None:
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
-    return bn
+    return nn.GroupNorm(1, c) if r.random() < 0.05 else batch_norm(r, c)
 
 
 def activation(r: Random) -> nn.Module:
