@@ -102,6 +102,16 @@ def test_same_padding_with_stride_pads_at_the_far_end(size: tuple[int, int]) -> 
     assert_as_good(ours, two, x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_same_padding_in_jit_trace(stride: int) -> None:
+    """Sizes are tensors there."""
+    ours = layer(padding="same", stride=stride)
+    traced = torch.jit.trace(ours, picture())
+    x = torch.cat([picture(), picture()])
+    torch.testing.assert_close(traced(x), ours(x))
+
+
 def test_explicit_padding_is_left_right_top_bottom() -> None:
     ours = layer(padding=(3, 0, 1, 2))
     assert_as_good(

@@ -275,10 +275,18 @@ def _geometry(
     return g, (out_h, out_w)
 
 
+def _untraced(size: Any) -> Any:
+    """The number itself: in jit.trace sizes are tensors, which the geometry, a list of ints, cannot hold."""
+    return int(size) if isinstance(size, Tensor) else size
+
+
 def same_padding(size: int, filter_size: int, stride: int, dilation: int) -> tuple[int, int]:
     """(before, after) so that the output is ceil(size / stride) long; TensorFlow's rule, the odd one goes after."""
-    out = (size + stride - 1) // stride
-    total = (out - 1) * stride + (filter_size - 1) * dilation + 1 - size
-    if total < 0:
-        total = 0
+    total = (_untraced(filter_size) - 1) * dilation
+    if stride > 1:
+        size = _untraced(size)
+        out = (size + stride - 1) // stride
+        total += (out - 1) * stride + 1 - size
+        if total < 0:
+            total = 0
     return total // 2, total - total // 2

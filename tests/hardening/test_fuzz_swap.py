@@ -1,15 +1,18 @@
 """Models drawn from a seed, swapped: same outputs, gradients, buffers and hooked values as before, in float64.
 
 Values are read twice, written in place and returned from the middle; modules are called twice, nested, frozen, watched.
-A failure names the seed; ``hold_model(seed)`` is that model again.
+In eval mode, torch.fx, torch.jit.trace, torch.export and torch.compile see the same function of them.
+A failure names the seed; ``hold_model(seed)``, or ``hold_traced(seed)``, is that model again.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from random import Random
 from typing import Any, Optional
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -245,5 +248,51 @@ def hold_model(seed: int) -> bool:
     return True
 
 
+def compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager")
+
+
+TRACERS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]] = {
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "jit": lambda model, x: torch.jit.trace(model, x.clone(), check_trace=False),
+    "export": lambda model, x: torch.export.export(model, (x.clone(),)).module(),
+    "compile": compiled,
+}
+
+
+def seen(model: nn.Module, tracer: Callable[[nn.Module, Tensor], Callable[[Tensor], Any]], x: Tensor) -> Any:
+    """What a traced model makes of x, and of x; None where it cannot be traced."""
+    try:
+        with torch.no_grad():
+            given = x.clone()  # which may be written in place
+            outputs = tracer(model, x)(given)
+    except Exception:  # anything, of four tracers
+        return None
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {**{f"y{i}": y for i, y in enumerate(outputs)}, "x afterwards": given}
+
+
+def hold_traced(seed: int) -> bool:
+    """Whether there was something to swap and to trace."""
+    torch.manual_seed(seed)
+    r = Random(seed)
+    shape = (r.randint(2, 6), r.randint(5, 9), r.randint(5, 9))
+    truth = program(r, shape).double().eval()
+    x = torch.randn(r.choice([1, 2, 3]), *shape, dtype=torch.float64)
+    model = copy.deepcopy(truth)
+    if not len(swap_separable_convs(model, fold_bn=r.random() < 0.6, report=False)):
+        return False
+    how = r.choice(list(TRACERS))
+    if seen(truth, TRACERS[how], x) is None:
+        return False
+    return hold_same(seen(truth, lambda m, _: m, x), seen(model, TRACERS[how], x), f"seed {seed}, {how}")
+
+
 def test_any_model() -> None:
     hold_seeds(hold_model, examples(100, 3000), share=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_any_model_traced() -> None:
+    hold_seeds(hold_traced, examples(60, 1000), share=0.2)
