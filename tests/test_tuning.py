@@ -326,11 +326,20 @@ def test_writers_at_the_same_time_lose_nothing() -> None:
     assert [p.suffix for p in findings.cache_folder().iterdir()].count(".tmp") == 0
 
 
+def time_of(us: str) -> bytes:
+    """A file that is right but for its times."""
+    made = findings.fresh(Card("", ""))
+    made.entries = entry(problem(), aten=1234.5)
+    assert findings.from_json(findings.to_json(made)) == made
+    return findings.to_json(made).replace("1234.5", us).encode()
+
+
 DAMAGE = {
     "empty": b"", "half": b'{"format": 1, "card": "x"', "binary": bytes(range(256)), "list": b"[1, 2]",
     "number": b"3", "another program's": b'{"name": "left-pad"}', "another format": b'{"format": 99}',
     "entries of no sense": b'{"format": 2, "card": "", "architecture": "", "versions": {}, "digests": {}, "date": "",'
     b' "verified": [], "entries": {"k": 3}}',
+    "nested": b"[" * 100_000, **{f"a time of {us[:5]}": time_of(us) for us in ("NaN", "-1", "1" + 400 * "0")},
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -103,11 +104,18 @@ def to_json(findings: Findings) -> str:
     return json.dumps(to_dict(findings), indent=1, sort_keys=True) + "\n"
 
 
+def _time(us: Any) -> float:
+    """Microseconds as something may have taken them; raises what a wrong type raises, and ValueError."""
+    if not 0 < float(us) < math.inf:
+        raise ValueError(f"{us} microseconds are no time")
+    return float(us)
+
+
 def entries_from(raw: dict[str, Any]) -> dict[str, Finding]:
     """Findings by name from what JSON holds of them; raises what a wrong type raises."""
     found = {}
     for key, entry in raw.items():
-        times = {d: {str(n): float(us) for n, us in entry["times"].get(d, {}).items()} for d in DIRECTIONS}
+        times = {d: {str(n): _time(us) for n, us in entry["times"].get(d, {}).items()} for d in DIRECTIONS}
         found[str(key)] = Finding(str(entry["problem"]), times, dict(entry["refused"]))
     return found
 
@@ -123,7 +131,7 @@ def from_json(text: str) -> Findings:
             [str(name) for name in raw["verified"]], {str(k): str(v) for k, v in raw["checked"].items()},
             entries_from(raw["entries"]), entries_from(raw.get("probes", {})),
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no record of xsep's ({type(error).__name__}: {error})") from None
 
 
