@@ -282,11 +282,8 @@ def _untraced(size: Any) -> Any:
 
 def same_padding(size: int, filter_size: int, stride: int, dilation: int) -> tuple[int, int]:
     """(before, after) so that the output is ceil(size / stride) long; TensorFlow's rule, the odd one goes after."""
-    total = (_untraced(filter_size) - 1) * dilation
-    if stride > 1:
-        size = _untraced(size)
-        out = (size + stride - 1) // stride
-        total += (out - 1) * stride + 1 - size
-        if total < 0:
-            total = 0
+    least = (_untraced(filter_size) - 1) * dilation + 1 - stride
+    total = least + -_untraced(size) % stride
+    if least < 0:  # the size may be a symbol, of which nothing should be asked
+        total = torch.sym_max(total, 0)
     return total // 2, total - total // 2

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.export import Dim
 
+from xsep.models import xception
+
 from .models import network, pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
@@ -30,6 +32,31 @@ def test_an_exported_program_runs_after_saving(layout: torch.memory_format) -> N
     for n in (1, 3, 8):
         x = pictures(n)
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+SIDE = Dim("height", min=71, max=400), Dim("width", min=71, max=400)
+
+
+@pytest.mark.parametrize("output_stride", [32, 16])
+@pytest.mark.parametrize("pool", ["torch", "same"])
+def test_pictures_of_any_size(pool: str, output_stride: int) -> None:
+    """TensorFlow's padding depends on whether a size is even."""
+    torch.manual_seed(3)
+    model = xception(num_classes=3, pool_padding=pool, output_stride=output_stride).eval()
+    sizes = {2: SIDE[0], 3: SIDE[1]}
+    program = torch.export.export(model, (torch.randn(1, 3, 83, 92),), dynamic_shapes=(sizes,)).module()
+    for size in [(71, 72), (74, 75), (77, 73), (76, 78)]:
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_any_size() -> None:
+    model = network().eval()
+    sizes = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=4, max=99), 3: Dim("width", min=4, max=99)}
+    program = torch.export.export(model, (pictures(2),), dynamic_shapes=(sizes,)).module()
+    for size in [(4, 4), (5, 9), (18, 7), (31, 32)]:
+        x = torch.randn(3, 5, *size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_an_exported_program_keeps_the_ops_and_trains() -> None:

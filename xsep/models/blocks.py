@@ -98,6 +98,9 @@ class MaxPool(nn.Module):
             return F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 1, 0, self.dilation)
         if self.padding == "torch":
             return F.max_pool2d(x, 3, 2, 1)
+        if any(isinstance(size, torch.SymInt) for size in x.shape[2:]):
+            # Exported for any size, whose parity nobody may ask for: from the far end it is the padding by one.
+            return F.max_pool2d(x.flip((2, 3)), 3, 2, 1).flip((2, 3))
         # With an even size and no padding, ceil_mode lets the last window hang over the far end by one.
         return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
@@ -109,7 +112,7 @@ class MaxPool(nn.Module):
         """Padding before and after that keeps the size and the strided pool's windows."""
         d = self.dilation
         strided_size = -(-size // d)
-        before = d if self.padding == "torch" or strided_size % 2 == 1 else 0
+        before = d if self.padding == "torch" else d * (strided_size % 2)
         return before, 2 * d - before
 
     def extra_repr(self) -> str:
