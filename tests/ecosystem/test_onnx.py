@@ -48,22 +48,36 @@ MODELS: dict[str, tuple[Any, Optional[list[str]], int]] = {
 }
 
 
+def exported(model: nn.Module, file: Path, sizes: dict[int, torch.export.Dim]) -> None:
+    program = torch.onnx.export(model, (pictures(2),), dynamo=True, verbose=False, dynamic_shapes=(sizes,))
+    assert program is not None
+    program.save(file)
+
+
+def hold_same(file: Path, model: nn.Module, x: Tensor) -> None:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path) -> None:
     make, nodes, convolutions = MODELS[name]
     model = make().eval()
     file = tmp_path / "model.onnx"
-    program = torch.onnx.export(
-        model, (pictures(2),), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch", max=64)},)
-    )
-    assert program is not None
-    program.save(file)
+    exported(model, file, {0: torch.export.Dim("batch", max=64)})
     onnx.checker.check_model(str(file), full_check=True)
     kinds = [node.op_type for node in onnx.load(str(file)).graph.node]
     assert nodes is None or kinds == nodes
     assert kinds.count("Conv") == convolutions
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     for n in (1, 5):
-        x = pictures(n)
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
+        hold_same(file, model, pictures(n))
+
+
+def test_pictures_of_any_size(tmp_path: Path) -> None:
+    """Also where TensorFlow's padding at a stride depends on whether a size is even."""
+    model = network().eval()
+    file = tmp_path / "model.onnx"
+    exported(model, file, {2: torch.export.Dim("height", min=4, max=99), 3: torch.export.Dim("width", min=4, max=99)})
+    for size in [(5, 9), (18, 7), (31, 32)]:
+        hold_same(file, model, torch.randn(2, SHAPE[0], *size))

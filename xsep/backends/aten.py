@@ -20,7 +20,8 @@ from .base import Backend, DepthwiseGradients, channel_sum, with_bias
 def pad(x: Tensor, g: Geometry) -> tuple[Tensor, list[int]]:
     """x and the symmetric padding (vertical, horizontal) that is left for the convolution itself to add."""
     left, right, top, bottom = g.pad_left, g.pad_right, g.pad_top, g.pad_bottom
-    if left == right and top == bottom:
+    symbols = any(isinstance(side, torch.SymInt) for side in (left, right, top, bottom))
+    if not symbols and left == right and top == bottom:  # of symbols it is not asked: an export is for any size
         return x, [top, left]
     return F.pad(x, (left, right, top, bottom)), [0, 0]
 
