@@ -233,7 +233,7 @@ class Translator:
         if op in UNARY:
             return self.put(o[0], kind, f"{UNARY[op]}({self.value(o[1], kind)})")
         if op in BINARY:
-            if kind.startswith("b") and op in ("min", "max", "div"):
+            if re.fullmatch(r"b\d+", kind) and op in ("min", "max", "div"):
                 raise ValueError(op)
             if "NaN" in rest:
                 op = f"{op}.NaN"

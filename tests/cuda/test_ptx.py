@@ -115,6 +115,15 @@ CASES: dict[str, tuple[str, Callable[[int], int]]] = {
         f"cvt.rn.bf16x2.f32 %r2, {word(1)}, {word(-2)}; mov.b32 %r3, 2143305728; max.NaN.bf16x2 %r0, %r2, %r3;",
         lambda lane: 0x7FFF4000,
     ),
+    "max-of-16-bits": (
+        f"cvt.rn.bf16.f32 %rs0, {word(1)}; cvt.rn.bf16.f32 %rs1, {word(-2)}; max.NaN.bf16 %rs0, %rs1, %rs0; "
+        "cvt.u32.u16 %r0, %rs0;",
+        lambda lane: 0x3F80,
+    ),
+    "max-of-16-bits-keeps-nan": (
+        f"cvt.rn.bf16.f32 %rs0, {word(1)}; mov.u16 %rs1, 32704; max.NaN.bf16 %rs0, %rs0, %rs1; cvt.u32.u16 %r0, %rs0;",
+        lambda lane: 0x7FFF,
+    ),
     "setp-of-two": (
         f"cvt.rn.bf16x2.f32 %r2, {word(2)}, {word(-2)}; mov.b32 %r3, 0; setp.gt.bf16x2 %p0|%p1, %r2, %r3; "
         "selp.b32 %r0, 1, 0, %p0; @%p1 add.s32 %r0, %r0, 2;",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.conftest import NIGHTLY
 from tests.triton.ahead_of_time import DEVICES, SHARED_LIMIT, TYPES, Job, Report, launch_of
 from tests.triton.chain_launches import LAUNCHES
 from xsep.backends import triton_plans as plans
+from xsep.backends.triton import installed_version
 from xsep.problem import ELU, GELU, GELU_TANH, HARDSWISH, IDENTITY, LEAKY_RELU, RELU, RELU6, SILU
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +197,6 @@ def test_compiles_within_the_card(job: Job, reports: dict[str, Report]) -> None:
     # The chain's tiles are the same on cards of capability 8.6, 8.9 and 12.0, which have 99 KB.
     limit = min(SHARED_LIMIT[job.target], 99 << 10) if job.kernel in LAUNCHES else SHARED_LIMIT[job.target]
     assert report.shared <= limit, f"{report.shared} bytes of shared memory"
-    assert report.spilled == 0, f"{report.spilled} spilled, {report.registers} registers"
     assert report.loads + report.stores > 0
     exact = job.dtype == "fp32" and not job.tf32
     if job.kernel in ("separable", "pointwise", *PRODUCTS) and (job.target == "gfx942" or not exact):
@@ -209,6 +210,17 @@ def test_compiles_within_the_card(job: Job, reports: dict[str, Report]) -> None:
     if job.kernel == "fprop" and job.target != "gfx942":
         taken_once = loads_in_text(job)
         assert report.loads <= taken_once, f"{report.loads} loads where {taken_once} bring every row of x once"
+    spilled = f"{report.spilled} spilled, {report.registers} registers"
+    if report.spilled and installed_version() != tiles_chosen_with():
+        pytest.xfail(f"{spilled} by another Triton than the tiles were chosen with")
+    assert report.spilled == 0, spilled
+
+
+def tiles_chosen_with() -> tuple[int, int]:
+    """The version of Triton, major and minor, that every change is tested with."""
+    found = re.search(r"^triton==(\d+)\.(\d+)", (ROOT / "requirements" / "triton.txt").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
