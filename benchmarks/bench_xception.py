@@ -362,6 +362,8 @@ def main(argv: Optional[list[str]] = None) -> int:
                 say(f"{kind}: {mode}")
                 measure(passed, mode, kind, pictures, ways, args, record)
                 advance()
+    if not gpu:
+        record["notes"] += common.busy_note(row["times"] for row in record["results"])
     record["ratios"] = ratios(record["results"])
     report(record, args, out, console)
     return 1 if record["failures"] else 0

@@ -90,7 +90,10 @@ def test_gate_opens_for_what_is_right_and_closes_for_what_is_not(
     assert list(dict.fromkeys(sentence.split(":")[0] for sentence in found)) == ["y", "dx", "dw_dw", "dw_pw"]
 
 
-def test_program_writes_a_whole_record(small: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+def test_program_writes_a_whole_record(
+    small: Callable[..., int], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "QUIET", 0.0)
     assert small("--out", str(tmp_path), "--shapes", "1", "7", "--dtype", "float32", "bfloat16") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sepconv.json", "sepconv.png"]
     assert (tmp_path / "sepconv.png").read_bytes().startswith(b"\x89PNG")
@@ -116,6 +119,8 @@ def test_program_writes_a_whole_record(small: Callable[..., int], tmp_path: Path
     assert str(BENCHMARKS.parent) not in text and str(tmp_path) not in text
     shown = capsys.readouterr().out
     assert "5→7 @147" in shown and "all layers" in shown and "china.jpg" in shown
+    assert record["notes"][-1].startswith("the machine was busy")
+    assert record["notes"][-1] in " ".join(shown.split())
     assert re.search(r"auto: (cpu|aten)", shown)
 
 

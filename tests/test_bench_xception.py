@@ -299,6 +299,7 @@ def test_a_chart_that_cannot_be_drawn_costs_no_figures(tmp_path: Path, monkeypat
 def test_program(
     models: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(common, "QUIET", 0.0)
     assert program(monkeypatch, models, "--out", str(tmp_path), "--mode", "training", "folded") == 0
     record = json.loads((tmp_path / "xception.json").read_text())
     rows = {(r["mode"], r["network"]): r for r in record["results"]}
@@ -318,6 +319,7 @@ def test_program(
     ours, chained = (f"{speed[name] / speed[INCEPTION]:.3f}" for name in (OURS, CHAINED))
     assert f"{ours} with xsep's, {chained} with a chain; the paper: 28 / 31 = 0.903" in printed
     assert "counted from the shapes" in printed
+    assert record["notes"][-1].startswith("the machine was busy") and record["notes"][-1] in printed
     assert rows["training", OURS]["takes"] == {"forward": "cpu", "backward": "cpu"}
     assert rows["training", CHAINED]["takes"]["chain"] == "cpu" and "takes" not in rows["training", PLAIN]
     assert "float32, Xception, xsep, training: its layers ran on cpu" in printed
