@@ -284,9 +284,8 @@ def hold_traced(seed: int) -> bool:
     if not len(swap_separable_convs(model, fold_bn=r.random() < 0.6, report=False)):
         return False
     how = r.choice(list(TRACERS))
-    if seen(truth, TRACERS[how], x) is None:
-        return False
-    return hold_same(seen(truth, lambda m, _: m, x), seen(model, TRACERS[how], x), f"seed {seed}, {how}")
+    # Not what the model makes of x untraced: torch.fx has `x += y` make another tensor.
+    return hold_same(seen(truth, TRACERS[how], x), seen(model, TRACERS[how], x), f"seed {seed}, {how}")
 
 
 def test_any_model() -> None:
