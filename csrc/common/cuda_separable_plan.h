@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cuda_plan.h"
+#include "divisor.h"
 
 namespace xsep::cuda {
 
@@ -17,13 +18,17 @@ inline constexpr int kMostChannelWarps = 4;
 inline constexpr int kMostFusedWarps = 8;
 inline constexpr int kFusedThreads = 32 * kMostFusedWarps;
 static_assert(kMostFusedWarps >= kMostChannelWarps, "one CTA holds all of C_out");
-static_assert(kMostFusedWarps * kWarpPixels < 1 << 12, "a row of a tile has 12 bits in a block's word");
 
 // z is made in strips of neighbouring pixels: in float32 by threads, each for kFusedVectorBytes of channels; in 16 bits
 // by warps on tensor cores, for up to as many rows of one picture as a group has.
 inline constexpr int kFusedStripWidth = 8;
 inline constexpr int kFusedVectorBytes = 8;
 inline constexpr int kFusedGroupRows = 4;
+// A block of these is a word: its first strip in the tile, the pixel of the halo at its first tap, its rows.
+inline constexpr int kFusedStripBits = 9, kFusedHaloBits = 14, kFusedRowsBits = 3;
+static_assert(kMostFusedWarps * kWarpPixels <= 1 << kFusedStripBits, "a strip has a pixel");
+static_assert(kFusedGroupRows < 1 << kFusedRowsBits);
+
 // ldmatrix reads 16 bytes of 8 neighbouring pixels of x: with so much behind each they lie in different banks.
 inline constexpr int kFusedPixelMargin = 16;
 // Weights of this many channels follow the last one's, all zeros: what a tensor core's lanes beside the diagonal read.
@@ -31,7 +36,7 @@ inline constexpr int kFusedZeroChannels = 16;
 
 // Buffers for x: while one is read, the others are on their way.
 inline constexpr int kMostHalos = 4;
-inline constexpr int kFusedTileBytes = 6 * 4;
+inline constexpr int kFusedTileBytes = 7 * 4;
 // A tile's statistics are added up where a chunk of z was: for each block of pixels two floats a channel, and one more.
 static_assert(3 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "with one block of pixels, in 64 bytes");
 static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "and with each that is added");
@@ -40,20 +45,22 @@ static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "an
 // finds them in its parameters and need not keep them in registers.
 struct FusedLayout {
   int halo, w_pw, z;  // several buffers each
-  int taps, vectors, source, slot, block, tile, place, affine;
+  int taps, vectors, source, slot, block, tile, place, z_place, affine;
 };
 
 struct SeparablePlan {
-  bool fused;         // else staged: the depthwise kernel, then a GEMM
-  bool keeps_w_pw;    // all of it in shared memory; else each chunk is loaded again for every tile
-  int chunk_bytes;    // 64 or 128: what one pipeline step takes of a pixel's channels
-  int chunk_log2;     // 6 or 7
-  int pixel_bytes;    // from one pixel of x to the next, in a buffer
-  int row_warps;      // warps along the pixels
+  bool fused;       // else staged: the depthwise kernel, then a GEMM
+  bool keeps_w_pw;  // all of it in shared memory; else each chunk is loaded again for every tile
+  int chunk_bytes;  // 64 or 128: what one pipeline step takes of a pixel's channels
+  int chunk_log2;   // 6 or 7
+  int pixel_bytes;  // from one pixel of x to the next, in a buffer
+  int row_warps;    // warps along the pixels
+  int row_warps_log2;
   int channel_warps;  // and along the output channels
   int warps;          // of a CTA
   int pixels;         // of a tile, at most
   int tile_rows, tile_columns;
+  int strips;                        // of kFusedStripWidth pixels across a tile
   int group_rows;                    // rows that tiles may run across: one picture's P, or all N P
   int tiles_of_group, tiles_across;  // tiles down a group and across
   int tiles;                         // also rows of the statistics
@@ -68,6 +75,8 @@ struct SeparablePlan {
   int table_channels;                // C_in, up to whole chunks
   int tap_words;                     // of the depthwise weights' table
   int chunks;
+  // Where a tile lies and what is under it is found by divisions.
+  Divisor by_tiles_across, by_tiles_of_group, by_picture_rows, by_picture_halo, by_halo_pitch, by_strips, by_warps;
   FusedLayout layout;
   int shared_bytes;
   double clocks;  // that it should take, as fused_clocks has it
@@ -76,6 +85,9 @@ struct SeparablePlan {
 namespace detail {
 
 inline constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+// Words for the blocks of a tile: of one row at the least, and one more, as they go in pairs.
+XSEP_HOST_DEVICE constexpr int blocks_of(const SeparablePlan& plan) { return plan.tile_rows * plan.strips + 1; }
 
 // Words that hold a column of taps, which are read 16 bytes at a time.
 constexpr int diagonal_taps(int k) { return ceil_div(k, 4) * 4; }
@@ -99,9 +111,10 @@ inline void lay_out_shared_memory(SeparablePlan& plan, int halos, int w_pw_chunk
   plan.layout.vectors = take(4 * plan.table_channels * 4);
   plan.layout.source = take(plan.maps * plan.halo_rows * plan.halo_pitch * 4);
   plan.layout.slot = take(plan.maps * plan.tile_rows * 4);
-  plan.layout.block = take(plan.maps * plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth) * 4);
+  plan.layout.block = take(plan.maps * blocks_of(plan) * 4);
   plan.layout.tile = take(plan.maps * kFusedTileBytes);
   plan.layout.place = take(plan.pixels * 4);
+  plan.layout.z_place = take(plan.tile_rows * plan.strips * kFusedStripWidth * 4);
   plan.layout.affine = take(2 * channels * 4);
 }
 
@@ -112,6 +125,7 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
   plan.chunk_log2 = plan.chunk_bytes == 128 ? 7 : 6;
   plan.pixel_bytes = plan.chunk_bytes + (element_bytes == 2 ? kFusedPixelMargin : 0);
   plan.channel_warps = ceil_div(c_out, kWarpChannels);
+  while (1 << plan.row_warps_log2 < plan.row_warps) ++plan.row_warps_log2;
   plan.warps = plan.row_warps * plan.channel_warps;
   plan.pixels = plan.row_warps * kWarpPixels;
   plan.tile_rows = std::min(plan.pixels / plan.tile_columns, plan.group_rows);
@@ -123,11 +137,13 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
   const int pictures = plan.group_rows == c.p ? 1 : std::min(plan.tile_rows, ceil_div(plan.tile_rows - 1, c.p) + 1);
   plan.halo_rows = plan.tile_rows * c.stride_h + pictures * (c.r - c.stride_h);
   plan.halo_columns = (plan.tile_columns - 1) * c.stride_w + c.s;
-  plan.halo_pitch = (ceil_div(plan.tile_columns, kFusedStripWidth) * kFusedStripWidth - 1) * c.stride_w + c.s;
+  plan.strips = ceil_div(plan.tile_columns, kFusedStripWidth);
+  plan.halo_pitch = (plan.strips * kFusedStripWidth - 1) * c.stride_w + c.s;
   // It counts in 32 bits: tiles, and a little past the last; and from a tile's first pixel, in y and in x.
   const int64_t reach_y = static_cast<int64_t>(plan.tile_rows) * c.q * c_out;
   const int64_t rows_x = static_cast<int64_t>(pictures - 1) * c.h + plan.halo_rows;
   if (tiles > kMostTiles || reach_y > kMost || rows_x > kMost / c.w / c.c_in) return false;
+  if (plan.halo_rows * plan.halo_pitch > 1 << kFusedHaloBits) return false;
   const int chunk = plan.chunk_bytes / element_bytes;
   plan.chunks = ceil_div(c.c_in, chunk);
   plan.table_channels = plan.chunks * chunk;
@@ -135,6 +151,10 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
                                       : plan.table_channels * c.s * c.r;
   plan.z_rows = ceil_div(plan.tile_rows * plan.tile_columns, kWarpPixels) * kWarpPixels;
   plan.w_pw_rows = ceil_div(c_out, 32) * 32;
+  plan.by_tiles_across = divisor_of(plan.tiles_across), plan.by_tiles_of_group = divisor_of(plan.tiles_of_group);
+  plan.by_picture_rows = divisor_of(c.p), plan.by_picture_halo = divisor_of((c.p - 1) * c.stride_h + c.r);
+  plan.by_halo_pitch = divisor_of(plan.halo_pitch), plan.by_strips = divisor_of(plan.strips);
+  plan.by_warps = divisor_of(plan.warps);
   return true;
 }
 
@@ -169,7 +189,7 @@ struct StepWork {
 // Of z, by threads in float32.
 inline StepWork strips_work(const SeparablePlan& plan, const ConvShape& c, int element_bytes) {
   const int threads = 32 * plan.warps;
-  const int strips = plan.tile_rows * ceil_div(plan.tile_columns, kFusedStripWidth);
+  const int strips = plan.tile_rows * plan.strips;
   const int turns = ceil_div(strips * plan.chunk_bytes / kFusedVectorBytes, threads);
   // A strip: for each row of taps its weights, then each pixel of x loaded and multiplied.
   const int vec = kFusedVectorBytes / element_bytes, loads = (kFusedStripWidth - 1) * c.stride_w + c.s;
@@ -182,17 +202,17 @@ inline StepWork strips_work(const SeparablePlan& plan, const ConvShape& c, int e
 inline StepWork diagonal_work(const SeparablePlan& plan, const ConvShape& c) {
   const int pictures = plan.group_rows == c.p ? 1 : ceil_div(plan.tile_rows, c.p);
   const int groups = pictures * ceil_div(ceil_div(plan.tile_rows, pictures), kFusedGroupRows);
-  const int pairs = ceil_div(groups * ceil_div(plan.tile_columns, kFusedStripWidth), 2);  // of blocks
-  const int units = pairs * plan.chunk_bytes / 32, share = ceil_div(units, plan.warps);
+  const int pairs = ceil_div(groups * plan.strips, 2);  // of blocks
+  const int eights = pairs * plan.chunk_bytes / 16, share = ceil_div(eights, plan.warps);
   const int row_pairs = ((kFusedGroupRows - 1) * c.stride_h + c.r + 1) / 2;
-  const double mma = 2.0 * kFusedGroupRows * c.r * c.s, ldmatrix = 2.0 * c.s * row_pairs;
-  const double weights = 2.0 * c.s * diagonal_taps(c.r) / 4;
-  // Beside a unit's own, what a warp finds out of its pair. Of mma, four run beside each other, each some 33 clocks
+  const double mma = 1.0 * kFusedGroupRows * c.r * c.s, ldmatrix = 1.0 * c.s * row_pairs;
+  const double weights = 1.0 * c.s * diagonal_taps(c.r) / 4;
+  // Beside an eight's own, what a warp finds out of its pair. Of mma, four run beside each other, each some 33 clocks
   // long.
-  const double unit = mma + ldmatrix + weights + 90, pair = 150;
-  const double runs = std::max(pairs, ceil_div(units, share));
-  return {32.0 * (units * unit + runs * pair), units * (512 * ldmatrix + 256 * weights + 2048.0), units * mma * 1024,
-          share * (mma / 4 * 33 + 100.0)};
+  const double eight = mma + ldmatrix + weights + 60, pair = 110;
+  const double runs = std::max(pairs, ceil_div(eights, share));
+  return {32.0 * (eights * eight + runs * pair), eights * (512 * ldmatrix + 256 * weights + 1024.0),
+          eights * mma * 1024, share * (mma / 4 * 33 + 50.0)};
 }
 
 // What a plan should cost, in clocks of the busiest multiprocessor: instructions as counted in the compiled kernel,
@@ -206,12 +226,12 @@ inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_
   const int units = plan.chunk_bytes / 16;
   const StepWork z = element_bytes == 2 ? diagonal_work(plan, c) : strips_work(plan, c, element_bytes);
   // Two steps of mma, 32 bytes of the chunk; and from accumulators to y.
-  const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 56 : 32), finish = 400;
+  const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 52 : 30), finish = 400;
   const int blocks = plan.channel_warps * (plan.z_rows / kWarpPixels);
   const double x_pieces = units * plan.halo_rows * plan.halo_pitch;
   const double w_pieces = plan.keeps_w_pw ? 0.0 : units * plan.w_pw_rows;
-  const double mapped = plan.halo_rows * plan.halo_pitch * 100.0;
-  const double instructions = z.instructions + 32 * blocks * multiply + x_pieces * 11 + w_pieces * 20;
+  const double mapped = plan.halo_rows * plan.halo_pitch * 60.0;
+  const double instructions = z.instructions + 32 * blocks * multiply + x_pieces * 14 + w_pieces * 40;
   const double of_blocks = blocks * static_cast<double>(kWarpPixels + kWarpChannels) * plan.chunk_bytes;
   const double shared_bytes = z.shared_bytes + of_blocks + 16 * (x_pieces + w_pieces);
   const double multiply_adds = z.multiply_adds + static_cast<double>(plan.z_rows) * plan.w_pw_rows * plan.chunk_bytes /

@@ -26,6 +26,9 @@ __device__ __forceinline__ unsigned char* shared_base() {
 #endif
 }
 
+// The other way round: where in shared memory a pointer into it points.
+__device__ __forceinline__ int shared_place(const unsigned char* p) { return static_cast<int>(p - shared_base()); }
+
 // A buffer in shared memory, by its place: half the registers of a pointer.
 template <class T>
 struct SharedBuffer {

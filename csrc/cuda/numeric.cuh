@@ -77,6 +77,11 @@ struct alignas(sizeof(T) * VEC) Pack {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) f[i] = to_float(v[i]);
   }
+  // The larger of each and 0; a NaN stays one.
+  __device__ __forceinline__ void relu() {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) v[i] = from_float<T>(max_nan(to_float(v[i]), 0.0f));
+  }
 };
 
 // 16-bit channels are kept two to a register: kept one by one, the compiler takes them apart and puts them together
@@ -108,6 +113,10 @@ struct alignas(sizeof(T) * VEC) Pack<T, VEC, true> {
       widen_pair(both, pair[i], T());
       f[2 * i] = both[0], f[2 * i + 1] = both[1];
     }
+  }
+  __device__ __forceinline__ void relu() {
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) pair[i] = max_nan_pairs(pair[i], 0, T());
   }
 };
 

@@ -19,12 +19,31 @@ __device__ __forceinline__ unsigned thread_index_again() {
   return index;
 }
 
-// Starts copying 16 bytes from global to shared memory, zeros where !valid (then source is not read, but must be
+// The same value, of which the compiler cannot tell where it comes from: it is kept in a register rather than made anew
+// from its parts at each use.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm("" : "+l"(value));
+  } else {
+    asm("" : "+r"(value));
+  }
+  return value;
+}
+
+// Starts copying 16 bytes from global to shared memory, zeros where exists is 0 (then source is not read, but must be
 // a valid address). Both 16-byte aligned. Bypasses L1: what is copied is read once a CTA.
-__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
-               "r"(valid ? 16 : 0)
-               : "memory");
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, int exists) {
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      ".reg .b32 bytes;\n"
+      "setp.ne.b32 exists, %2, 0;\n"
+      "selp.b32 bytes, 16, 0, exists;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, bytes;\n"
+      "}" ::"r"(shared_address(destination)),
+      "l"(source), "r"(exists)
+      : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -284,15 +284,20 @@ class SumPartials(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Divisor(ctypes.Structure):
+    _fields_ = [*_ints("divisor shift"), ("multiplier", ctypes.c_uint32)]
+
+
 class SeparablePlan(ctypes.Structure):
     _fields_ = [
         ("fused", ctypes.c_bool), ("keeps_w_pw", ctypes.c_bool),
-        *_ints("chunk_bytes chunk_log2 pixel_bytes row_warps channel_warps warps pixels tile_rows tile_columns"),
-        *_ints("group_rows"),
+        *_ints("chunk_bytes chunk_log2 pixel_bytes row_warps row_warps_log2 channel_warps warps pixels"),
+        *_ints("tile_rows tile_columns strips group_rows"),
         *_ints("tiles_of_group tiles_across tiles workers halo_rows halo_columns halo_pitch halos maps"),
         *_ints("z_rows w_pw_rows w_pw_chunks table_channels tap_words chunks"),
-        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_block at_tile at_place at_affine"),
-        *_ints("shared_bytes"), ("clocks", ctypes.c_double),
+        ("divisors", Divisor * 7),
+        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_block at_tile at_place at_z_place"),
+        *_ints("at_affine shared_bytes"), ("clocks", ctypes.c_double),
     ]  # fmt: skip
 
 

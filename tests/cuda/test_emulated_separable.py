@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 from typing import NamedTuple, Optional
 
 import pytest
@@ -233,6 +234,17 @@ def test_forward_with_everything(library: emulated.Library, case: Case, kind: st
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
 def test_activations(library: emulated.Library, activation: int) -> None:
     check(library, CASES[5], "fp32", draw(CASES[5], "fp32", activation, everything=True, seed=activation))
+
+
+def test_division_by_multiplication(library: emulated.Library) -> None:
+    """At multiples of the divisor and beside them, up to the largest numbers that are divided."""
+    most, draw = 2**31 - 1, random.Random(0).randrange
+    divisors = [*range(1, 100), most, most - 1, 2**30, 2**30 + 1, *(draw(1, 2**k) for k in range(2, 32))]
+    for divisor in divisors:
+        quotients = [0, 1, most // divisor, *(draw(most // divisor + 1) for _ in range(5))]
+        for i in {q * divisor + beside for q in quotients for beside in (-1, 0, 1)}:
+            if 0 <= i <= most:
+                assert library.lib.emulate_quotient(i, divisor) == i // divisor, (i, divisor)
 
 
 def test_where_shared_memory_is_scarce(library: emulated.Library) -> None:

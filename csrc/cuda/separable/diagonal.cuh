@@ -16,7 +16,7 @@ namespace xsep::cuda {
 
 template <class T, int K, int STRIDE, int CHUNK>
 class DiagonalDepthwise {
-  static constexpr int kUnits = CHUNK / 32;  // of 16 channels, two halves
+  static constexpr int kEights = CHUNK / 16;  // of channels
   static constexpr int kPixel = CHUNK + kFusedPixelMargin;
   static constexpr int kPairs = ((kFusedGroupRows - 1) * STRIDE + K + 1) / 2;       // of rows of x under a block
   static constexpr int kColumn = detail::diagonal_taps(K), kChannel = K * kColumn;  // words of weights
@@ -34,90 +34,79 @@ class DiagonalDepthwise {
                                                const FusedStep& step, const unsigned char* halo, const unsigned char* z)
       : p_(p), memory_(memory), step_(step), halo_(halo), z_(z) {}
 
-  // The units of all pairs of blocks, shared out among the warps in runs, so that a warp seldom changes its pair.
+  // The eights of channels of all pairs of blocks, shared out among the warps in runs, so that a warp seldom changes
+  // its pair.
   __device__ __forceinline__ void run() const {
-    const int units = (blocks() + 1) / 2 * kUnits;
-    const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-    const int share = (units + warps - 1) / warps, end = min((warp + 1) * share, units);
+    const FusedTile& tile = memory_.tile[step_.map];
+    const int warp = static_cast<int>(threadIdx.x) / 32, end = min((warp + 1) * tile.share, tile.pairs * kEights);
 #pragma unroll 1
-    for (int i = warp * share; i < end;) {
-      const int first = i / kUnits, stop = min((first + 1) * kUnits, end);
-      make(2 * first, i % kUnits, i % kUnits + stop - i);
+    for (int i = warp * tile.share; i < end;) {
+      const int pair = i / kEights, stop = min((pair + 1) * kEights, end);
+      make(pair, i % kEights, i % kEights + stop - i);
       i = stop;
     }
   }
 
  private:
-  using Sums = float[kFusedGroupRows][4];  // of 8 channels: a row of both blocks is a fragment of mma
+  using Sums = float[kFusedGroupRows][4];  // a row of both blocks is a fragment of mma
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-  __device__ __forceinline__ int blocks() const { return memory_.tile[step_.map].blocks; }
-
   __device__ __forceinline__ FusedBlock block_of(int number) const {
-    const int tables = step_.map * p_.plan.tile_rows * strips_of(p_.plan);
-    return FusedBlock::unpacked(memory_.block[tables + number]);
+    return FusedBlock::unpacked(memory_.block[step_.map * detail::blocks_of(p_.plan) + number]);
   }
 
   // Where in shared memory a pixel of x under a block is: `across` from the block's first, in its first row.
   __device__ __forceinline__ int place_of(const FusedBlock& block, int across) const {
-    const SeparablePlan& plan = p_.plan;
-    const int row = memory_.slot[step_.map * plan.tile_rows + block.first_row];
-    return static_cast<int>(halo_ - shared_base()) +
-           (row * plan.halo_pitch + (block.column + across) * STRIDE) * kPixel;
+    return shared_place(halo_) + (block.halo_pixel + across * STRIDE) * kPixel;
   }
 
-  // Some units of two blocks, or of one where there is no other.
-  __device__ __forceinline__ void make(int first, int unit, int stop) const {
+  // Some eights of channels of two blocks.
+  __device__ __forceinline__ void make(int pair, int eight, int stop) const {
     const int row_bytes = p_.plan.halo_pitch * kPixel;
     // ldmatrix reads two rows: lanes 0 to 7 have the first block's pixels, the next 8 the other's, and so on. Rows of
     // which no tap is wanted are the last one that is.
-    const FusedBlock read = block_of(min(first + lane() / 8 % 2, blocks() - 1));
-    const int corner = place_of(read, lane() % 8) + unit * 32, last = (read.rows - 1) * STRIDE + K - 1;
+    const FusedBlock read = block_of(2 * pair + lane() / 8 % 2);
+    static_assert(K > STRIDE, "a block of no rows has rows of x");
+    const int corner = place_of(read, lane() % 8) + eight * 16, last = (read.rows - 1) * STRIDE + K - 1;
     int source[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) source[i] = corner + min(2 * i + lane() / 16, last) * row_bytes;
     // A lane has two rows, 2 (lane % 4) and the next, of column lane / 4 of the diagonal matrix.
     const bool on_diagonal = lane() / 8 == lane() % 4;
-    const int channel = on_diagonal ? step_.chunk * kUnits * 16 + lane() / 4 : p_.plan.table_channels;
-    const uint32_t* weights = memory_.taps.get() + (channel + (on_diagonal ? unit * 16 : 0)) * kChannel;
+    const int channel = on_diagonal ? (step_.chunk * kEights + eight) * 8 + lane() / 4 : p_.plan.table_channels;
+    const uint32_t* weights = memory_.taps.get() + channel * kChannel;
     int places[2][kFusedGroupRows];
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      const bool exists = first + block < blocks();
-      const FusedBlock written = block_of(exists ? first + block : first);
+      const FusedBlock written = block_of(2 * pair + block);
 #pragma unroll
-      for (int row = 0; row < kFusedGroupRows; ++row) places[block][row] = exists ? place_in_z(written, row) : -1;
+      for (int row = 0; row < kFusedGroupRows; ++row) places[block][row] = place_in_z(written, row);
     }
 #pragma unroll 1
-    for (; unit < stop; ++unit) {
+    for (; eight < stop; ++eight) {
+      Sums sums = {};
+      multiply(sums, source, weights);
+      if (p_.has_middle != 0) apply_middle(sums, eight);
       uint32_t largest = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Sums sums = {};
-        multiply(sums, source, half * 16, weights + half * 8 * kChannel);
-        if (p_.has_middle != 0) apply_middle(sums, unit, half);
-#pragma unroll
-        for (int i = 0; i < 2 * kFusedGroupRows; ++i) {
-          const int row = i / 2, block = i % 2;
-          const uint32_t pair = round_pair(sums[row][2 * block], sums[row][2 * block + 1], T());
-          largest = max_nan_pairs(largest, pair, T());
-          store(places[block][row], unit * 2 + half, pair);
-        }
+      for (int i = 0; i < 2 * kFusedGroupRows; ++i) {
+        const int row = i / 2, block = i % 2;
+        const uint32_t values = round_pair(sums[row][2 * block], sums[row][2 * block + 1], T());
+        largest = max_nan_pairs(largest, values, T());
+        store(places[block][row], eight, values);
       }
-      if (__any_sync(0xffffffffu, is_nan(largest))) make_again(first, unit);
+      if (__any_sync(0xffffffffu, is_nan(largest))) make_again(pair, eight);
       __syncwarp();  // ldmatrix wants all lanes, and they may have gone several ways
-      weights += on_diagonal ? 16 * kChannel : 0;
+      weights += on_diagonal ? 8 * kChannel : 0;
 #pragma unroll
-      for (int& row : source) row += 32;
+      for (int& row : source) row += 16;
     }
   }
 
-  // sums += one half of a unit.
-  __device__ __forceinline__ void multiply(Sums& sums, const int (&source)[kPairs], int bytes,
-                                           const uint32_t* weights) const {
+  __device__ __forceinline__ void multiply(Sums& sums, const int (&source)[kPairs], const uint32_t* weights) const {
     uint32_t x[2][4];  // the rows that are multiplied, and the next
-    ldmatrix_x4(x[0], shared_base() + source[0] + bytes);
+    ldmatrix_x4(x[0], shared_base() + source[0]);
 #pragma unroll
     for (int s = 0; s < K; ++s) {
       Pack<uint32_t, 4> taps[kColumn / 4];
@@ -127,7 +116,7 @@ class DiagonalDepthwise {
       for (int pair = 0; pair < kPairs; ++pair) {
         const int turn = s * kPairs + pair, next = turn + 1;
         if (next < K * kPairs) {
-          ldmatrix_x4(x[next % 2], shared_base() + source[next % kPairs] + next / kPairs * kPixel + bytes);
+          ldmatrix_x4(x[next % 2], shared_base() + source[next % kPairs] + next / kPairs * kPixel);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -143,13 +132,13 @@ class DiagonalDepthwise {
   }
 
   // The first of a lane's two channels in 8.
-  __device__ __forceinline__ int channel_of(int unit, int half) const {
-    return (step_.chunk * kUnits + unit) * 16 + half * 8 + lane() % 4 * 2;
+  __device__ __forceinline__ int channel_of(int eight) const {
+    return (step_.chunk * kEights + eight) * 8 + lane() % 4 * 2;
   }
 
   template <int ROWS>
-  __device__ __forceinline__ void apply_middle(float (&u)[ROWS][4], int unit, int half) const {
-    const float* vectors = memory_.vectors.get() + 2 * p_.plan.table_channels + channel_of(unit, half);
+  __device__ __forceinline__ void apply_middle(float (&u)[ROWS][4], int eight) const {
+    const float* vectors = memory_.vectors.get() + 2 * p_.plan.table_channels + channel_of(eight);
     const auto scale = Pack<float, 2>::load(vectors);
     const auto shift = Pack<float, 2>::load(vectors + p_.plan.table_channels);
 #pragma unroll
@@ -165,14 +154,14 @@ class DiagonalDepthwise {
     return (pair & 0x7fffu) > kInfinity || (pair >> 16 & 0x7fffu) > kInfinity;
   }
 
-  // Where in shared memory this lane's first two channels of its pixel in a row of the block are in z; -1 where that is
-  // none of the tile's. The places of other channels differ in single bits: z begins at a multiple of 128 bytes.
+  // Where in shared memory this lane's first two channels of its pixel in a row of the block are in z; negative where
+  // that is none of the tile's. The places of other channels differ in single bits: z begins at a multiple of 128
+  // bytes.
   __device__ __forceinline__ int place_in_z(const FusedBlock& block, int row) const {
     static_assert(kSharedAlignment % 128 == 0, "as do all buffers");
-    const int columns = p_.plan.tile_columns, column = block.column + lane() / 4;
-    const int pixel = (block.first_row + row) * columns + column;
-    if (row >= block.rows || column >= columns) return -1;
-    return static_cast<int>(z_ - shared_base()) + lane() % 4 * 4 + swizzled_offset(pixel, 0, CHUNK);
+    const int pixel = (block.strip + row * p_.plan.strips) * kFusedStripWidth + lane() / 4;
+    if (row >= block.rows) return kNowhere;
+    return shared_place(z_) + lane() % 4 * 4 + memory_.z_place[pixel];
   }
 
   static __device__ __forceinline__ void store(int place, int eight, uint32_t pair) {
@@ -180,18 +169,17 @@ class DiagonalDepthwise {
   }
 
   // The same values one by one.
-  __device__ __forceinline__ void make_again(int first, int unit) const {
+  __device__ __forceinline__ void make_again(int pair, int eight) const {
     const int row_bytes = p_.plan.halo_pitch * kPixel;
 #pragma unroll 1
-    for (int i = 0; i < 4 * kFusedGroupRows; ++i) {
-      const int half = i % 2, row = i / 2 % kFusedGroupRows, number = first + i / (2 * kFusedGroupRows);
-      if (number >= blocks()) break;
-      const FusedBlock block = block_of(number);
+    for (int i = 0; i < 2 * kFusedGroupRows; ++i) {
+      const int row = i / 2;
+      const FusedBlock block = block_of(2 * pair + i % 2);
       const int place = place_in_z(block, row);
       if (place < 0) continue;
-      const unsigned char* corner = shared_base() + place_of(block, lane() / 4) + row * STRIDE * row_bytes + unit * 32 +
-                                    half * 16 + lane() % 4 * 4;
-      const uint32_t* weights = memory_.taps.get() + channel_of(unit, half) * kChannel;
+      const unsigned char* corner =
+          shared_base() + place_of(block, lane() / 4) + row * STRIDE * row_bytes + eight * 16 + lane() % 4 * 4;
+      const uint32_t* weights = memory_.taps.get() + channel_of(eight) * kChannel;
       float u[1][4] = {};
 #pragma unroll 1
       for (int tap = 0; tap < K * K; ++tap) {
@@ -203,8 +191,8 @@ class DiagonalDepthwise {
 #pragma unroll
         for (int v = 0; v < 2; ++v) u[0][v] = fmaf(x[v], weight[v], u[0][v]);
       }
-      if (p_.has_middle != 0) apply_middle(u, unit, half);
-      store(place, unit * 2 + half, round_pair(u[0][0], u[0][1], T()));
+      if (p_.has_middle != 0) apply_middle(u, eight);
+      store(place, eight, round_pair(u[0][0], u[0][1], T()));
     }
   }
 };

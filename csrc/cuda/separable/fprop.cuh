@@ -27,9 +27,12 @@ struct Halo {
   const FusedStep& step;
   unsigned char* buffer;
 
-  // Where the map counts from, in elements of x.
+  // Where the map counts from for this thread, in elements of x: its first channel, or the pixel's where that is past
+  // the last one.
   __device__ __forceinline__ int64_t origin() const {
-    return static_cast<int64_t>(memory.tile[step.map].first_x_row) * (p.shape.w * p.shape.c_in);
+    const int c = first_channel();
+    return static_cast<int64_t>(memory.tile[step.map].first_x_row) * (p.shape.w * p.shape.c_in) +
+           (c < p.shape.c_in ? c : 0);
   }
 
   // Which 16 bytes of a pixel's chunk this thread has, and their first channel.
@@ -40,17 +43,18 @@ struct Halo {
     return ((step.chunk << (p.plan.chunk_log2 - 4)) + unit()) * kVec;
   }
 
-  // Calls f(piece, where it is from the map's origin on, whether it is there, whether the tile is to write x_pre of it)
-  // for this thread's 16-byte pieces: the same ones for a copy and for what is done to it after the wait, which
-  // therefore needs no barrier between.
+  // Calls f(piece, where it is from the origin on, whether it is there, whether the tile is to write x_pre of it), both
+  // 0 if not, for this thread's 16-byte pieces: the same ones for a copy and for what is done to it after the wait,
+  // which therefore needs no barrier between.
   template <class Function>
   __device__ __forceinline__ void for_each_piece(Function f) const {
-    const int* source = memory.source.get() + step.map * (p.plan.halo_rows * p.plan.halo_pitch);
+    const int first = step.map * (p.plan.halo_rows * p.plan.halo_pitch);
+    const SharedBuffer<int> source{kept(memory.source.place + first * static_cast<int>(sizeof(int)))};
     // Past the last channel nothing is there, at an address that could be read.
-    const int c = first_channel(), flags = c < p.shape.c_in ? kIsPixel | kIsOwned : 0, first = flags != 0 ? c : 0;
+    const int flags = first_channel() < p.shape.c_in ? kIsPixel | kIsOwned : 0;
     for_each_place([&](unsigned char* piece, int pixel) {
       const int of_x = source[pixel];
-      f(piece, (of_x & ~(kIsPixel | kIsOwned)) + first, (of_x & flags & kIsPixel) != 0, (of_x & kIsOwned) != 0);
+      f(piece, of_x & ~(kIsPixel | kIsOwned), of_x & flags & kIsPixel, of_x & kIsOwned);
     });
   }
 
@@ -61,14 +65,17 @@ struct Halo {
     const int log2_units = plan.chunk_log2 - 4, pixels = plan.halo_rows * plan.halo_pitch;
     const int step = static_cast<int>(blockDim.x) >> log2_units, bytes = step * plan.pixel_bytes;
     int i = static_cast<int>(threadIdx.x) >> log2_units;
-    int place = static_cast<int>(buffer - shared_base()) + i * plan.pixel_bytes + unit() * 16;
+    int place = shared_place(buffer) + i * plan.pixel_bytes + unit() * 16;
 #pragma unroll 4
     for (; i < pixels; i += step, place += bytes) f(shared_base() + place, i);
   }
 
   __device__ __forceinline__ void copy() const {
-    const T* x = static_cast<const T*>(p.x) + origin();
-    for_each_piece([=](unsigned char* piece, int at, bool exists, bool) { cp_async_16(piece, x + at, exists); });
+    // Kept, so that an address is one instruction: a product of a number of which nothing is known, and a sum.
+    const T* x = kept(static_cast<const T*>(p.x) + origin());
+    for_each_piece([=](unsigned char* piece, int at, int exists, int) {
+      cp_async_16(piece, x + kept(static_cast<unsigned>(at)), exists);
+    });
   }
 
   // Applies the prologue where there is a pixel; padding stays zero.
@@ -80,7 +87,7 @@ struct Halo {
     if (by_pairs && !with_affine && p.addend == nullptr) {
       for_each_place([](unsigned char* place, int) {  // padding's zeros among them
         auto piece = Pack<T, kVec>::load(reinterpret_cast<T*>(place));
-        relu(piece);
+        piece.relu();
         piece.store(reinterpret_cast<T*>(place));
       });
       return;
@@ -95,16 +102,29 @@ struct Halo {
 #pragma unroll
       for (int v = 0; v < 4; ++v) scale[half + v] = a.v[v], shift[half + v] = b.v[v];
     }
+    const auto apply_affine = [&](float (&u)[kVec]) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) u[v] = fmaf(scale[v], u[v], shift[v]);
+    };
+    if (by_pairs && p.addend == nullptr) {  // BatchNorm and ReLU, as networks have them: no branch
+      for_each_piece([&](unsigned char* place, int, int exists, int) {
+        T* piece = reinterpret_cast<T*>(place);
+        float u[kVec];
+        Pack<T, kVec>::load(piece).widen(u);
+        apply_affine(u);
+        auto rounded = Pack<T, kVec>::round(u);
+        rounded.relu();
+        if (exists != 0) rounded.store(piece);
+      });
+      return;
+    }
     const int64_t first = origin();
-    for_each_piece([&](unsigned char* place, int at, bool exists, bool owned) {
-      if (!exists) return;
+    for_each_piece([&](unsigned char* place, int at, int exists, int owned) {
+      if (exists == 0) return;
       T* piece = reinterpret_cast<T*>(place);
       float u[kVec];
       Pack<T, kVec>::load(piece).widen(u);
-      if (with_affine) {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) u[v] = fmaf(scale[v], u[v], shift[v]);
-      }
+      if (with_affine) apply_affine(u);
       auto rounded = Pack<T, kVec>::round(u);
       if (p.addend != nullptr) {
         float other[kVec];
@@ -113,25 +133,17 @@ struct Halo {
         for (int v = 0; v < kVec; ++v) u[v] += other[v];
         // The activation sees the sum as it is stored, so that a backward that reads it finds the same signs.
         rounded = Pack<T, kVec>::round(u);
-        if (owned) rounded.store(static_cast<T*>(p.x_pre) + first + at);
+        if (owned != 0) rounded.store(static_cast<T*>(p.x_pre) + first + at);
         rounded.widen(u);
       }
       if (by_pairs) {
-        relu(rounded);
+        rounded.relu();
       } else {
         activate(u, {p.prologue.activation, p.prologue.alpha});
         rounded = Pack<T, kVec>::round(u);
       }
       rounded.store(piece);
     });
-  }
-
- private:
-  static __device__ __forceinline__ void relu(Pack<T, kVec>& piece) {
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-      for (int i = 0; i < kVec / 2; ++i) piece.pair[i] = max_nan_pairs(piece.pair[i], 0, T());
-    }
   }
 };
 
@@ -147,7 +159,7 @@ __device__ __forceinline__ void copy_w_pw(const SeparableFpropParams& p, unsigne
        row += stride, n = stride % kRunsBlock == 0 ? n + stride : channel_of_column(row)) {
     const bool valid = n < p.c_out && c < p.shape.c_in;
     const T* source = static_cast<const T*>(p.w_pw) + (valid ? static_cast<int64_t>(n) * p.shape.c_in + c : 0);
-    cp_async_16(buffer + swizzled_offset(row, unit, p.plan.chunk_bytes), source, valid);
+    cp_async_16(buffer + swizzled_offset(row, unit, p.plan.chunk_bytes), source, valid ? 1 : 0);
   }
 }
 
@@ -227,8 +239,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       } else {
         const WarpBlock block(p);
         if (!multiplied.exists(plan) || !block.exists) continue;
-        multiply_chunk<Policy>(accumulators, memory.z[even], memory.w_pw[plan.keeps_w_pw ? multiplied.chunk : even],
-                               plan.chunk_bytes, block);
+        const unsigned char* w_pw = memory.w_pw[plan.keeps_w_pw ? multiplied.chunk : even];
+        if (plan.chunk_log2 == 7) {
+          multiply_chunk<Policy, 128>(accumulators, memory.z[even], w_pw, block);
+        } else {
+          multiply_chunk<Policy, 64>(accumulators, memory.z[even], w_pw, block);
+        }
       }
     }
     if (multiplied.exists(plan) && multiplied.chunk == plan.chunks - 1) {

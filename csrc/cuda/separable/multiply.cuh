@@ -27,7 +27,7 @@ struct WarpBlock {
 
   __device__ __forceinline__ explicit WarpBlock(const SeparableFpropParams& p) {
     const int warp = static_cast<int>(thread_index_again()) / 32;
-    pixel = warp % p.plan.row_warps * kWarpPixels, channel = warp / p.plan.row_warps * kWarpChannels;
+    pixel = (warp & (p.plan.row_warps - 1)) * kWarpPixels, channel = (warp >> p.plan.row_warps_log2) * kWarpChannels;
     exists = pixel < p.plan.z_rows;
     wide = p.c_out - channel > kRunsBlock;
   }
@@ -62,28 +62,30 @@ struct Simt32 {
 };
 
 // accumulators += z w_pw^T over one chunk; a step is 32 bytes, 16 or 8 elements of K. The rows that one lane reads are
-// multiples of 8 apart, so they share their permutation: one address serves them all.
-template <class Policy>
+// multiples of 8 apart, so they share their permutation: one address serves them all. That of another unit differs in
+// single bits, as buffers begin at multiples of 128 bytes.
+template <class Policy, int CHUNK>
 __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const unsigned char* z,
-                                               const unsigned char* w_pw, int chunk_bytes, const WarpBlock& block) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, eight_rows = 8 * chunk_bytes;
+                                               const unsigned char* w_pw, const WarpBlock& block) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kEightRows = 8 * CHUNK;
   if constexpr (Policy::kSimt) {
     const auto load = [](const unsigned char* p) { return Pack<float, 2>::load(reinterpret_cast<const float*>(p)); };
     const int row = block.pixel + lane / 4, column = block.channel + lane % 4 * 2;
 #pragma unroll 1
-    for (int half = 0; half < chunk_bytes / 8; ++half) {
+    for (int half = 0; half < CHUNK / 8; ++half) {
       const int unit = half / 2, within = half % 2 * 8;
       Pack<float, 2> a[kMmaRows * 2];
-      const unsigned char* source = z + swizzled_offset(row, unit, chunk_bytes) + within;
+      const unsigned char* source = z + swizzled_offset(row, unit, CHUNK) + within;
 #pragma unroll
-      for (int i = 0; i < kMmaRows * 2; ++i) a[i] = load(source + i * eight_rows);
+      for (int i = 0; i < kMmaRows * 2; ++i) a[i] = load(source + i * kEightRows);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        source = w_pw + swizzled_offset(column + e, unit, chunk_bytes) + within;
+        source = w_pw + swizzled_offset(column + e, unit, CHUNK) + within;
 #pragma unroll
         for (int j = 0; j < kMmaColumns; ++j) {
           if (j == kMmaColumns / 2 && !block.wide) break;
-          const auto b = load(source + j * eight_rows);
+          const auto b = load(source + j * kEightRows);
 #pragma unroll
           for (int i = 0; i < kMmaRows * 2; ++i) {
             float& sum = accumulators[i / 2 * kMmaColumns + j][i % 2 * 2 + e];
@@ -95,21 +97,23 @@ __device__ __forceinline__ void multiply_chunk(Accumulators& accumulators, const
     }
   } else {
     const int row = block.pixel + lane % 16, column = block.channel + lane % 8 + lane / 16 * 8;
+    const int of_z = shared_place(z) + swizzled_offset(row, lane / 16, CHUNK);
+    const int of_w_pw = shared_place(w_pw) + swizzled_offset(column, lane / 8 % 2, CHUNK);
 #pragma unroll 1
-    for (int unit = 0; unit < chunk_bytes / 16; unit += 2) {
+    for (int unit = 0; unit < CHUNK / 16; unit += 2) {
       uint32_t a[kMmaRows][4];
-      const unsigned char* source = z + swizzled_offset(row, unit + lane / 16, chunk_bytes);
+      const unsigned char* source = shared_base() + (of_z ^ unit << 4);
 #pragma unroll
       for (int i = 0; i < kMmaRows; ++i) {
-        ldmatrix_x4(a[i], source + 2 * i * eight_rows);
+        ldmatrix_x4(a[i], source + 2 * i * kEightRows);
         Policy::prepare(a[i]);
       }
-      source = w_pw + swizzled_offset(column, unit + lane / 8 % 2, chunk_bytes);
+      source = shared_base() + (of_w_pw ^ unit << 4);
 #pragma unroll
       for (int j = 0; j < kMmaColumns; j += 2) {
         if (j == kMmaColumns / 2 && !block.wide) break;
         uint32_t b[4];
-        ldmatrix_x4(b, source + j * eight_rows);
+        ldmatrix_x4(b, source + j * kEightRows);
         Policy::prepare(b);
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll

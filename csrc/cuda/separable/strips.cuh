@@ -14,14 +14,14 @@ __device__ __forceinline__ void depthwise_chunk(const SeparableFpropParams& p, c
   static_assert(kBytes == 8, "a vector lies in one unit");
   const SeparablePlan& plan = p.plan;
   const int table = plan.table_channels, vector = static_cast<int>(threadIdx.x) % kVectors;
-  const int strips_across = strips_of(plan);
+  const int strips_across = plan.strips;
   const int strips = memory.tile[step.map].rows * strips_across;
   const int first_channel = (step.chunk * kVectors + vector) * kVec;
   const float* taps = reinterpret_cast<const float*>(memory.taps.get()) + first_channel;
 #pragma unroll 1
   for (int strip = static_cast<int>(threadIdx.x) / kVectors; strip < strips;
        strip += static_cast<int>(blockDim.x) / kVectors) {
-    const int row = strip / strips_across, column = strip % strips_across * kFusedStripWidth;
+    const int row = plan.by_strips.quotient(strip), column = (strip - row * strips_across) * kFusedStripWidth;
     const int corner = memory.slot[step.map * plan.tile_rows + row] * plan.halo_pitch + column * STRIDE;
     float sum[kFusedStripWidth][kVec] = {};
     slide_window<T, K, STRIDE>(sum, halo + corner * CHUNK + vector * kBytes, CHUNK, plan.halo_pitch * CHUNK, taps,

@@ -18,7 +18,9 @@ struct FusedTile {
   int first_row, rows;
   int first_column, columns;
   int first_x_row;  // of x, through all pictures likewise: no tap of the tile lies in one above it
-  int blocks;       // of kFusedStripWidth pixels and up to kFusedGroupRows rows of one picture
+  // Of kFusedStripWidth pixels and up to kFusedGroupRows rows of one picture, two of them each; and how many eights of
+  // channels of such a pair a warp makes.
+  int pairs, share;
 
   __device__ int64_t first_pixel(const SeparableFpropParams& p) const {  // in y
     return static_cast<int64_t>(first_row) * p.shape.q + first_column;
@@ -29,14 +31,17 @@ static_assert(sizeof(FusedTile) == kFusedTileBytes, "as the planner lays it out"
 __device__ __forceinline__ FusedTile tile_of(const SeparableFpropParams& p, int index) {
   const SeparablePlan& plan = p.plan;
   const ConvShape& s = p.shape;
-  const int across = index % plan.tiles_across, down = index / plan.tiles_across;
-  const int group = down / plan.tiles_of_group, in_group = down % plan.tiles_of_group * plan.tile_rows;
+  const int down = plan.by_tiles_across.quotient(index), across = index - down * plan.tiles_across;
+  const int group = plan.by_tiles_of_group.quotient(down);
+  const int in_group = (down - group * plan.tiles_of_group) * plan.tile_rows;
   const int first_column = across * plan.tile_columns, first_row = group * plan.group_rows + in_group;
+  const int picture = plan.by_picture_rows.quotient(first_row), in_picture = first_row - picture * s.p;
   return {first_row,
           min(plan.tile_rows, plan.group_rows - in_group),
           first_column,
           min(plan.tile_columns, s.q - first_column),
-          first_row / s.p * s.h + min(max(first_row % s.p * s.stride_h - s.pad_top, 0), s.h - 1),
+          picture * s.h + min(max(in_picture * s.stride_h - s.pad_top, 0), s.h - 1),
+          0,
           0};
 }
 
@@ -56,18 +61,19 @@ struct FusedStep {
 
 // Pixels of a tile that a warp makes z of together.
 struct FusedBlock {
-  int first_row, rows;
-  int column;  // the first
+  int strip, halo_pixel, rows;
 
-  __device__ __forceinline__ int packed() const { return first_row | rows << 12 | column << 16; }
+  __device__ __forceinline__ int packed() const {
+    return (rows << kFusedHaloBits | halo_pixel) << kFusedStripBits | strip;
+  }
   static __device__ __forceinline__ FusedBlock unpacked(int word) {
-    return {word & 0xfff, word >> 12 & 0xf, word >> 16};
+    return {word & ((1 << kFusedStripBits) - 1), word >> kFusedStripBits & ((1 << kFusedHaloBits) - 1),
+            word >> (kFusedStripBits + kFusedHaloBits)};
   }
 };
 
-__device__ __forceinline__ int strips_of(const SeparablePlan& plan) {
-  return (plan.tile_columns + kFusedStripWidth - 1) / kFusedStripWidth;
-}
+// A place in shared memory that is none, and stays negative whatever buffer it is counted from.
+inline constexpr int kNowhere = -(1 << 30);
 
 // What a map says of a pixel beside its place, which is a multiple of 4.
 inline constexpr int kIsOwned = 1;  // it is in the middle of one of the tile's own windows
@@ -84,9 +90,10 @@ struct FusedMemory {
   // kIsPixel and kIsOwned added; 0 where it is padding
   SharedBuffer<int> source;
   SharedBuffer<int> slot;        // [maps, tile_rows] the halo row of a tile row's first tap
-  SharedBuffer<int> block;       // [maps, tile_rows * strips] FusedBlock::packed
+  SharedBuffer<int> block;       // [maps, blocks_of] FusedBlock::packed; where they are odd, one of no rows follows
   SharedBuffer<FusedTile> tile;  // [maps]
   SharedBuffer<int> place;       // [pixels] a pixel's row in the tile times 65536, and its column
+  SharedBuffer<int> z_place;     // [tile_rows, strips of pixels] where a pixel starts in a buffer of z, or kNowhere
   SharedBuffer<float> affine;    // [2, output channels] the epilogue's scale, and its shift with the bias in it
 
   __device__ __forceinline__ explicit FusedMemory(const SeparableFpropParams& p) {
@@ -101,9 +108,10 @@ struct FusedMemory {
     vectors = arena.take_at<float>(layout.vectors, 4 * plan.table_channels);
     source = arena.take_at<int>(layout.source, plan.maps * plan.halo_rows * plan.halo_pitch);
     slot = arena.take_at<int>(layout.slot, plan.maps * plan.tile_rows);
-    block = arena.take_at<int>(layout.block, plan.maps * plan.tile_rows * strips_of(plan));
+    block = arena.take_at<int>(layout.block, plan.maps * detail::blocks_of(plan));
     tile = arena.take_at<FusedTile>(layout.tile, plan.maps);
     place = arena.take_at<int>(layout.place, plan.pixels);
+    z_place = arena.take_at<int>(layout.z_place, plan.tile_rows * plan.strips * kFusedStripWidth);
     affine = arena.take_at<float>(layout.affine, 2 * channels);
   }
 };
@@ -114,23 +122,24 @@ __device__ __forceinline__ void map_tile(const SeparableFpropParams& p, const Fu
                                          const FusedStep& step) {
   const ConvShape& s = p.shape;
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const SeparablePlan& plan = p.plan;
   const FusedTile tile = tile_of(p, step.tile);
-  const int picture = tile.first_row / s.p, first = tile.first_row % s.p;
+  const int picture = plan.by_picture_rows.quotient(tile.first_row), first = tile.first_row - picture * s.p;
   const int in_first = min(tile.rows, s.p - first);  // the tile's rows in its first picture,
   const int of_first = (in_first - 1) * STRIDE + K;  // their halo's,
   const int of_whole = (s.p - 1) * STRIDE + K;       // and a whole picture's
-  const int pitch = p.plan.halo_pitch, pixels = p.plan.halo_rows * pitch;
+  const int pitch = plan.halo_pitch, pixels = plan.halo_rows * pitch;
   for (int i = tid; i < pixels; i += threads) {
-    const int halo_row = i / pitch, halo_column = i % pitch;
+    const int halo_row = plan.by_halo_pitch.quotient(i), halo_column = i - halo_row * pitch;
     const bool later = halo_row >= of_first;
-    const int skipped = later ? (halo_row - of_first) / of_whole : 0;
+    const int skipped = later ? plan.by_picture_halo.quotient(halo_row - of_first) : 0;
     const int within = later ? halo_row - of_first - skipped * of_whole : halo_row;
     const int rows_before = later ? in_first + skipped * s.p : 0;
     const int rows = min(tile.rows - rows_before, later ? s.p : in_first);  // of the tile in this picture
     const int h = (later ? 0 : first * STRIDE) - s.pad_top + within;
     const int w = tile.first_column * STRIDE - s.pad_left + halo_column;
     const bool inside = rows > 0 && within < (rows - 1) * STRIDE + K &&
-                        static_cast<unsigned>(h) < static_cast<unsigned>(s.h) && halo_column < p.plan.halo_columns &&
+                        static_cast<unsigned>(h) < static_cast<unsigned>(s.h) && halo_column < plan.halo_columns &&
                         static_cast<unsigned>(w) < static_cast<unsigned>(s.w);
     const int x_row = (picture + (later ? 1 + skipped : 0)) * s.h + h - tile.first_x_row;
     // Of interest at stride 1 alone.
@@ -139,23 +148,28 @@ __device__ __forceinline__ void map_tile(const SeparableFpropParams& p, const Fu
     memory.source[step.map * pixels + i] = inside ? (x_row * s.w + w) * s.c_in + kIsPixel + (own ? kIsOwned : 0) : 0;
   }
   for (int i = tid; i < tile.rows; i += threads) {
-    memory.slot[step.map * p.plan.tile_rows + i] = i * STRIDE + (first + i) / s.p * (K - STRIDE);
+    memory.slot[step.map * plan.tile_rows + i] = i * STRIDE + plan.by_picture_rows.quotient(first + i) * (K - STRIDE);
   }
-  const int strips = strips_of(p.plan), groups_in_first = (in_first - 1) / kFusedGroupRows + 1;
+  const int strips = plan.strips, groups_in_first = (in_first - 1) / kFusedGroupRows + 1;
   const int groups_of_picture = (s.p - 1) / kFusedGroupRows + 1;
-  int* const blocks = memory.block.get() + step.map * p.plan.tile_rows * strips;
+  int* const blocks = memory.block.get() + step.map * detail::blocks_of(plan);
   for (int i = tid; i < tile.rows * strips; i += threads) {
-    const int row = i / strips, strip = i % strips;
+    const int row = plan.by_strips.quotient(i), strip = i - row * strips;
     const bool later = row >= in_first;
-    const int pictures = later ? (row - in_first) / s.p : 0;  // whole ones before, but for the first
+    const int pictures = later ? plan.by_picture_rows.quotient(row - in_first) : 0;  // whole ones before, but the first
     const int within = later ? row - in_first - pictures * s.p : row;
     const int rows = min(tile.rows - (row - within), later ? s.p : in_first);  // of the tile in this picture
     const int group = (later ? groups_in_first + pictures * groups_of_picture : 0) + within / kFusedGroupRows;
-    const FusedBlock block{row, min(rows - within, kFusedGroupRows), strip * kFusedStripWidth};
+    const int halo_row = row * STRIDE + (later ? pictures + 1 : 0) * (K - STRIDE);
+    const FusedBlock block{i, halo_row * pitch + strip * kFusedStripWidth * STRIDE,
+                           min(rows - within, kFusedGroupRows)};
     if (within % kFusedGroupRows == 0) blocks[group * strips + strip] = block.packed();
     if (i == tile.rows * strips - 1) {
-      memory.tile[step.map] = tile;
-      memory.tile[step.map].blocks = (group + 1) * strips;
+      const int count = (group + 1) * strips, pairs = (count + 1) / 2, eights = pairs * (plan.chunk_bytes / 16);
+      if (count % 2 != 0) blocks[count] = FusedBlock{}.packed();
+      FusedTile& mapped = memory.tile[step.map];
+      mapped = tile;
+      mapped.pairs = pairs, mapped.share = plan.by_warps.quotient(eights + plan.warps - 1);
     }
   }
 }
@@ -206,6 +220,12 @@ __device__ void load_tables(const SeparableFpropParams& p, const FusedMemory& me
   }
   for (int m = tid; m < p.plan.pixels; m += threads) {
     memory.place[m] = m / p.plan.tile_columns << 16 | m % p.plan.tile_columns;
+  }
+  const int strip_columns = p.plan.strips * kFusedStripWidth;
+  for (int i = tid; i < p.plan.tile_rows * strip_columns; i += threads) {
+    const int row = i / strip_columns, column = i % strip_columns;
+    const int pixel = row * p.plan.tile_columns + column;
+    memory.z_place[i] = column < p.plan.tile_columns ? swizzled_offset(pixel, 0, p.plan.chunk_bytes) : kNowhere;
   }
 }
 

@@ -257,6 +257,13 @@ const GroupSlots& warp_group_exchange(const char* collective, const void* data, 
 unsigned char* shared_base() { return shared_storage.data(); }
 size_t shared_declared() { return shared_bytes_declared; }
 
+void check_shared(const void* p, size_t bytes, const char* what) {
+  const auto at = reinterpret_cast<uintptr_t>(p), begin = reinterpret_cast<uintptr_t>(shared_storage.data());
+  if (at < begin || at + bytes > begin + shared_storage.size()) {
+    fail(std::string(what) + " past the end of shared memory");
+  }
+}
+
 int shared_buffer(int ordinal, int place, int size_in_bytes) {
   const auto start = static_cast<size_t>(place), bytes = static_cast<size_t>(size_in_bytes);
   if (ordinal == static_cast<int>(buffers.size())) {
@@ -283,6 +290,7 @@ void copy_async(void* destination, const void* source, size_t bytes, bool valid)
   if (reinterpret_cast<uintptr_t>(destination) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0) {
     fail("cp.async with an address not aligned to its size");
   }
+  check_shared(destination, bytes, "cp.async");
   // The hardware may write at any time from here on, so whoever still reads the old contents must get caught.
   std::memset(destination, kPoison, bytes);
   fibers[current].open_group.push_back({destination, valid ? source : nullptr, bytes});

@@ -62,6 +62,8 @@ int lane_of_warp_group();
 int shared_buffer(int ordinal, int place, int bytes);
 unsigned char* shared_base();
 size_t shared_declared();  // bytes that the launch asked for
+// Fails where so many bytes lie outside of all shared memory, whose end a kernel compiled from C++ is not told.
+void check_shared(const void* p, size_t bytes, const char* what);
 
 void copy_async(void* destination, const void* source, size_t bytes, bool valid);
 void copy_async_commit();

@@ -26,5 +26,7 @@ int emulate_cut_separable_fprop(const ConvShape* c, int c_out, int bytes, const 
   return 1;
 }
 
+int emulate_quotient(int i, int divisor) { return xsep::divisor_of(divisor).quotient(i); }
+
 size_t emulate_sizeof_separable_fprop() { return sizeof(SeparableFpropParams); }
 }

@@ -8,8 +8,13 @@ namespace xsep::cuda {
 
 inline unsigned thread_index_again() { return threadIdx.x; }
 
-inline void cp_async_16(void* destination, const void* source, bool valid) {
-  emulator::copy_async(destination, source, 16, valid);
+template <class T>
+T kept(T value) {
+  return value;
+}
+
+inline void cp_async_16(void* destination, const void* source, int exists) {
+  emulator::copy_async(destination, source, 16, exists != 0);
 }
 inline void cp_async_commit() { emulator::copy_async_commit(); }
 template <int kGroupsLeft>
@@ -24,6 +29,7 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
   for (int i = 0; i < 4; ++i) {
     const auto* source = static_cast<const std::byte*>(rows[i * 8 + lane / 4]);
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("ldmatrix row not aligned to 16 bytes");
+    emulator::check_shared(source, 16, "ldmatrix");
     std::memcpy(&out[i], source + lane % 4 * 4, 4);
   }
 }
@@ -37,6 +43,7 @@ inline void ldmatrix_x4_transposed(uint32_t (&out)[4], const void* row) {
     for (int k = 0; k < 2; ++k) {
       const auto* source = static_cast<const std::byte*>(rows[i * 8 + lane % 4 * 2 + k]);
       if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("ldmatrix row not aligned to 16 bytes");
+      emulator::check_shared(source, 16, "ldmatrix");
       std::memcpy(&pair[k], source + lane / 4 * 2, 2);
     }
     out[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
