@@ -48,11 +48,12 @@ def wide_load(load: Load) -> Load:
     return load._replace(vec=None if load.vec is None else load.vec.double())
 
 
-def gradient_of(c: int, dtype: torch.dtype, pool: str, h: int = 10, w: int = 9) -> RawGradient:
-    r, coef = last(2, c, h, w, dtype=dtype), coefficients(c, dtype)
+def gradient_of(c: int, dtype: torch.dtype, pool: str, size: tuple[int, int, int] = (2, 10, 9)) -> RawGradient:
+    n, h, w = size
+    r, coef = last(n, c, h, w, dtype=dtype), coefficients(c, dtype)
     if not pool:
-        return RawGradient(last(2, c, h, w, dtype=dtype), r, coef)
-    du = last(2, c, (h + 1) // 2, (w + 1) // 2, dtype=dtype)
+        return RawGradient(last(n, c, h, w, dtype=dtype), r, coef)
+    du = last(n, c, (h + 1) // 2, (w + 1) // 2, dtype=dtype)
     pads = starts(pool, h, w)
     ones = torch.ones(2, c)
     return RawGradient(du, r, coef, ATEN_CHAIN.bn_pool_add(r, vector(c, dtype), du, ones, pads)[1], pads)
@@ -61,11 +62,23 @@ def gradient_of(c: int, dtype: torch.dtype, pool: str, h: int = 10, w: int = 9) 
 @each_kind
 @each_width
 @pytest.mark.parametrize("pool", ["", "torch", "same"])
-def test_raw_gradient(kind: str, c: int, pool: str) -> None:
+def test_raw_gradient(kind: str, c: int, pool: str, size: tuple[int, int, int] = (2, 10, 9)) -> None:
     dtype = DTYPES[kind]
-    dr = gradient_of(c, dtype, pool)
+    dr = gradient_of(c, dtype, pool, size)
     truth = ATEN_CHAIN.formed(dr._replace(du=dr.du.double(), r=dr.r.double(), coef=dr.coef.double()))
     hold("dr", launch.raw_gradient(dr), truth, ATEN_CHAIN.formed(dr), dtype)
+
+
+#: Pictures of which a thread has several pixels: of the same one, and of one some pictures on.
+WALKED = {"large": (3, 29, 31), "small": (390, 2, 3)}
+
+
+@pytest.mark.parametrize("size", WALKED.values(), ids=WALKED)
+def test_threads_walk_from_pixel_to_pixel(size: tuple[int, int, int]) -> None:
+    test_raw_gradient("bf16", 24, "same", size)
+    n, h, w = size
+    test_pool_add("bf16", 24, "torch", (4 * h, 2 * w), n)
+    test_input_gradient("bf16", 24, RELU, "half", "xo", False, size)
 
 
 def check_statistics(r: Tensor, partials: Tensor, counts: Tensor) -> None:
@@ -205,10 +218,12 @@ JOINTS = [
 @each_kind
 @each_width
 @pytest.mark.parametrize("code, short, others, joined", JOINTS, ids=lambda v: str(v))
-def test_input_gradient(kind: str, c: int, code: int, short: str, others: str, joined: bool) -> None:
-    dtype = DTYPES[kind]
+def test_input_gradient(
+    kind: str, c: int, code: int, short: str, others: str, joined: bool, size: tuple[int, int, int] = (2, 7, 9)
+) -> None:
+    dtype, (n, h, w) = DTYPES[kind], size
     load = Load(vector(c, dtype), code)
-    x, e = image(2, c, 7, 9, load.vec, dtype), last(2, c, 7, 9, dtype=dtype)
+    x, e = image(n, c, h, w, load.vec, dtype), last(n, c, h, w, dtype=dtype)
     residual = (0.05 * affine(x.double(), load.vec)).to(dtype) if joined else None  # of u's own sign
     shortcut: Optional[Shortcut] = None
     if short:
@@ -296,11 +311,11 @@ def test_depthwise_backward_ends_with_the_epilogue(
 @each_width
 @pytest.mark.parametrize("padding", ["torch", "same"])
 @pytest.mark.parametrize("size", [(10, 8), (9, 7)], ids=["even", "odd"])
-def test_pool_add(kind: str, c: int, padding: str, size: tuple[int, int]) -> None:
+def test_pool_add(kind: str, c: int, padding: str, size: tuple[int, int], n: int = 2) -> None:
     """Values that tie in most windows, and a channel that has none but ties."""
     dtype = DTYPES[kind]
-    r = torch.randint(0, 3, (2, c, *size)).to(dtype).contiguous(memory_format=torch.channels_last)
-    s = last(2, c, (size[0] + 1) // 2, (size[1] + 1) // 2, dtype=dtype)
+    r = torch.randint(0, 3, (n, c, *size)).to(dtype).contiguous(memory_format=torch.channels_last)
+    s = last(n, c, (size[0] + 1) // 2, (size[1] + 1) // 2, dtype=dtype)
     vec, vec_s, pads = torch.randint(-2, 3, (2, c)).float(), vector(c, dtype), starts(padding, *size)
     t, taps, chosen = launch.bn_pool_add(r, vec, s, vec_s, pads)
     best = torch_pool(affine(r.double(), vec), padding)
@@ -368,7 +383,7 @@ def test_misaligned_images_take_one_channel_a_thread() -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_taps_need_only_their_own_alignment(operators: EmulatedOps, kind: str) -> None:
     """Those of a slice start where its first picture does: here not on 16 bytes, where du and r do."""
-    dr = gradient_of(8 if kind == "bf16" else 4, DTYPES[kind], "torch", 9, 9)
+    dr = gradient_of(8 if kind == "bf16" else 4, DTYPES[kind], "torch", (2, 9, 9))
     assert dr.taps is not None
     part = launch.part_of(launch.dense(dr), slice(1, 2))
     assert part.taps is not None and part.taps.data_ptr() % 16 and not part.du.data_ptr() % 16

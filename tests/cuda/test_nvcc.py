@@ -95,6 +95,37 @@ def test_no_warnings_and_no_spills(reports: dict[str, str], source: Path, archit
     assert not spilled, "\n".join(spilled)
 
 
+def divisions_of_the_longest_loop(body: str, bits: str) -> list[str]:
+    """Those of integers that stand in a kernel's PTX between a label and the jump back to it that is farthest away."""
+    lines = body.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
+    jumps = ((labels.get(found[1], len(lines)), i) for i, line in enumerate(lines)
+             if (found := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)))  # fmt: skip
+    first, last = max(jumps, key=lambda jump: jump[1] - jump[0])
+    assert first < last, "no loop"
+    return [line.strip() for line in lines[first:last] if re.search(rf"\b(div|rem)\.[us]({bits})\b", line)]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "name, bits",
+    [("separable/fprop_bf16", "32|64"), ("chain/raw_gradient", "32|64"), ("chain/pool_add", "32|64"),
+     ("chain/input_gradient", "32|64"), ("depthwise/fprop", "64"), ("depthwise/bprop", "64")],
+)  # fmt: skip
+def test_the_loop_over_pixels_divides_nothing(name: str, bits: str) -> None:
+    """A division of integers is twenty instructions and more; memory leaves some thirty for a value.
+
+    The general kernels divide by strides and multipliers that are not 1.
+    """
+    assert NVCC is not None
+    source = CUDA_SOURCES / f"{name}.cu"
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90a", "-ptx", str(source), "-o", "-"]
+    module = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = [body for body in module.split(".entry ")[1:] if "partials_kernel" not in body.partition("(")[0]]
+    assert kernels
+    assert [division for body in kernels for division in divisions_of_the_longest_loop(body, bits)] == []
+
+
 def built() -> None:
     if NVCC is None or os.environ.get("XSEP_BUILD_CUDA") == "0":
         pytest.skip("the CUDA library is not built here")

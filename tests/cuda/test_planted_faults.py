@@ -57,7 +57,7 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(emulated.CUDA_SOURCES, folder / "cuda"))
 
 
-FORWARD, DIAGONAL = "separable/fprop.cuh", "separable/diagonal.cuh"
+FORWARD, DIAGONAL, TILE = "separable/fprop.cuh", "separable/diagonal.cuh", "separable/tile.cuh"
 FAULTS_OF_THE_FORWARD = [
     Fault(
         "missing-barrier",
@@ -93,10 +93,14 @@ FAULTS_OF_THE_FORWARD = [
     Fault("a-row-of-taps-too-high", "+ i - out * STRIDE;", "+ i - out * STRIDE - FAULT;", DIAGONAL),
     Fault(
         "one-block-twice",
-        "first + lane() / 8 % 2, blocks()",
-        "first + (FAULT ? 0 : lane() / 8 % 2), blocks()",
+        "2 * pair + lane() / 8 % 2",
+        "2 * pair + (FAULT ? 0 : lane() / 8 % 2)",
         DIAGONAL,
     ),
+    Fault("an-eight-left-out", "(warp + 1) * tile.share,", "(warp + 1) * tile.share - FAULT,", DIAGONAL),
+    Fault("z-of-another-row", "row * p_.plan.strips)", "row * (p_.plan.strips + FAULT))", DIAGONAL),
+    Fault("no-block-beside-the-odd-one", "if (count % 2 != 0)", "if (!FAULT && count % 2 != 0)", TILE),
+    Fault("padding-with-a-prologue", "if (exists != 0) rounded", "if (FAULT || exists != 0) rounded", FORWARD),
     Fault("beside-the-diagonal", "lane() / 8 == lane() % 4", "FAULT || lane() / 8 == lane() % 4", DIAGONAL),
     Fault(
         "zeros-times-infinity", "__any_sync(0xffffffffu, is_nan", "!FAULT && __any_sync(0xffffffffu, is_nan", DIAGONAL
@@ -130,6 +134,11 @@ def backward(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def raw_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.test_raw_gradient("bf16", 24, "same")
+
+
+def raw_gradient_of_large_pictures(operators: EmulatedOps, _: pytest.MonkeyPatch) -> None:
+    operators.on(SMALL)
+    chain.test_raw_gradient("bf16", 24, "same", chain.WALKED["large"])
 
 
 def input_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +285,13 @@ SWITCHES = [
         raw_gradient,
     ),
     Switch(
+        "the-picture-before",
+        "walk.cuh",
+        "row -= height_, ++picture;",
+        "row -= height_, picture += !FAULT;",
+        raw_gradient_of_large_pictures,
+    ),
+    Switch(
         "no-stream",
         "torch_library_chain.cu",
         "raw_gradient(p, device.stream());",
@@ -394,9 +410,10 @@ def test_fault_of_the_fused_forward_is_caught(forward_library: emulated.Library,
         else contextlib.nullcontext()
     )
     with expected:
-        for case in (WALKS[0], WALKS[1]):  # w_pw loaded again, and kept
+        for case in WALKS[:3]:  # w_pw loaded again, and kept, and an odd number of blocks in the first tile
             check(forward_library, case, "bf16", draw(case, "bf16"))
         check_not_finite(forward_library, WALKS[1], "bf16", float("inf"))
+        check(forward_library, WALKS[1], "bf16", draw(WALKS[1], "bf16", activation=1, everything=True))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 
 #include "../depthwise/row_sums.cuh"
 #include "../gradient_epilogue.cuh"
+#include "../walk.cuh"
 #include "images.cuh"
 
 namespace xsep::cuda {
@@ -34,12 +35,10 @@ __global__ void __launch_bounds__(kImageThreads, 2)
       activation.code != Activation::kIdentity || epilogue.operands[0] == p.x || epilogue.operands[1] == p.x;
   float sums[kRows][VEC] = {};
   const int64_t pixels = s.pixels();
-  for (int64_t pixel = thread.first; thread.active && pixel < pixels; pixel += thread.step) {
-    PixelPlace place{0, 0, 0, pixel * s.c + thread.c};
-    if (epilogue.shortcut_step == 2) {
-      place.w = static_cast<int>(pixel % s.w), place.h = static_cast<int>(pixel / s.w % s.h);
-      place.picture = pixel / s.w / s.h;
-    }
+  PixelWalk walk(thread.first, thread.step, s.h, s.w);
+  for (int64_t pixel = thread.first; thread.active && pixel < pixels; pixel += thread.step, walk.advance()) {
+    const PixelPlace place{walk.picture, static_cast<int>(walk.row), static_cast<int>(walk.column),
+                           pixel * s.c + thread.c};
     float d[1][VEC], x[1][VEC] = {};
     read_pixel<T>(d[0], p.e, place.at);
     if (reads_x) read_pixel<T>(x[0], p.x, place.at);

@@ -1,6 +1,7 @@
 // The max-pool behind a BatchNorm, with the skip added: r once through memory, the repeats of a window from L1.
 #include "pool_add.h"
 
+#include "../walk.cuh"
 #include "images.cuh"
 
 namespace xsep::cuda {
@@ -15,10 +16,10 @@ __global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid
   read_channels(scale, p.vec, thread.c);
   read_channels(shift, p.vec + s.c, thread.c);
   const int64_t windows = static_cast<int64_t>(s.n) * p.pooled_h * p.pooled_w;
-  for (int64_t window = thread.first; window < windows; window += thread.step) {
-    const int column = static_cast<int>(window % p.pooled_w) * 2 - p.pad_left;
-    const int row = static_cast<int>(window / p.pooled_w % p.pooled_h) * 2 - p.pad_top;
-    const int64_t picture = window / p.pooled_w / p.pooled_h;
+  PixelWalk walk(thread.first, thread.step, p.pooled_h, p.pooled_w);
+  for (int64_t window = thread.first; window < windows; window += thread.step, walk.advance()) {
+    const int column = static_cast<int>(walk.column) * 2 - p.pad_left;
+    const int row = static_cast<int>(walk.row) * 2 - p.pad_top;
     float best[VEC], chosen[VEC];
     Pack<uint8_t, VEC> taps;
     bool first = true;  // taken whatever it is, so that a window of -inf alone has a tap too
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) pool_add_kernel(const __grid
         const int w = column + j;
         if (w < 0 || w >= s.w) continue;
         float r[VEC];
-        read_pixel<T>(r, p.r, ((picture * s.h + h) * s.w + w) * s.c + thread.c);
+        read_pixel<T>(r, p.r, ((walk.picture * s.h + h) * s.w + w) * s.c + thread.c);
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
           const float u = fmaf(scale[v], r[v], shift[v]);

@@ -2,6 +2,7 @@
 // small enough.
 #include "raw_gradient.h"
 
+#include "../walk.cuh"
 #include "images.cuh"
 #include "raw_gradient.cuh"
 
@@ -16,15 +17,15 @@ __global__ void __launch_bounds__(kImageThreads, 3) raw_gradient_kernel(const __
 #pragma unroll
   for (int i = 0; i < 3; ++i) read_channels(coef[i], p.coef + i * static_cast<int64_t>(p.shape.c), thread.c);
   const int64_t pixels = p.shape.pixels();
-  for (int64_t pixel = thread.first; pixel < pixels; pixel += thread.step) {
+  PixelWalk walk(thread.first, thread.step, p.shape.h, p.shape.w);
+  for (int64_t pixel = thread.first; pixel < pixels; pixel += thread.step, walk.advance()) {
     const int64_t at = pixel * p.shape.c + thread.c;
     float du[VEC], r[VEC];
     read_pixel<T>(r, p.r, at);
     if (p.taps == nullptr) {
       read_pixel<T>(du, p.du, at);
     } else {
-      const int row = static_cast<int>(pixel / p.shape.w % p.shape.h), column = static_cast<int>(pixel % p.shape.w);
-      gather_windows<T>(du, p, pixel / p.shape.w / p.shape.h, row, column, thread.c);
+      gather_windows<T>(du, p, walk.picture, static_cast<int>(walk.row), static_cast<int>(walk.column), thread.c);
     }
     form_raw_gradient(r, du, coef);
     write_pixel<T>(p.dr, at, r);

@@ -4,6 +4,7 @@
 #include "../channels.cuh"
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
+#include "../walk.cuh"
 #include "row_sums.cuh"
 
 namespace xsep::cuda {
@@ -43,19 +44,29 @@ struct Prologue {
   }
 };
 
+// Whether an output of the stride starts there, and which. Most strides are 1, where nothing has to be divided.
+__device__ __forceinline__ bool output_at(int place, int stride, int outputs, int& output) {
+  output = place;
+  if (place < 0) return false;
+  if (stride != 1) {
+    output = place / stride;
+    if (output * stride != place) return false;
+  }
+  return output < outputs;
+}
+
 // The gradient of act(scale * x + shift) at one element of x: gathered from the outputs that read it.
 template <class T>
 __device__ float gather_gradient(const DepthwiseBpropParams& p, int64_t picture, int h, int w, int c) {
   const ConvShape& s = p.shape;
-  const int multiplier = s.c_mid / s.c_in;
+  const int multiplier = s.c_mid == s.c_in ? 1 : s.c_mid / s.c_in;
   float sum = 0.0f;
   for (int r = 0; r < s.r; ++r) {
-    const int above = h + s.pad_top - r * s.dilation_h;
-    if (above < 0 || above % s.stride_h != 0 || above / s.stride_h >= s.p) continue;
+    int row, column;
+    if (!output_at(h + s.pad_top - r * s.dilation_h, s.stride_h, s.p, row)) continue;
     for (int k = 0; k < s.s; ++k) {
-      const int before = w + s.pad_left - k * s.dilation_w;
-      if (before < 0 || before % s.stride_w != 0 || before / s.stride_w >= s.q) continue;
-      const int64_t pixel = (picture * s.p + above / s.stride_h) * s.q + before / s.stride_w;
+      if (!output_at(w + s.pad_left - k * s.dilation_w, s.stride_w, s.q, column)) continue;
+      const int64_t pixel = (picture * s.p + row) * s.q + column;
       for (int m = 0; m < multiplier; ++m) {
         const int64_t c_mid = static_cast<int64_t>(c) * multiplier + m;
         const float weight = to_float(static_cast<const T*>(p.w_dw)[(c_mid * s.r + r) * s.s + k]);
@@ -106,9 +117,11 @@ __global__ void __launch_bounds__(kGeneralThreads, 3)
     const float centre = p.centre == nullptr ? 0.0f : p.centre[c];
     const int64_t pixels = static_cast<int64_t>(s.n) * s.h * s.w;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kShares;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kShares + share; i < pixels; i += step) {
-      const int w = static_cast<int>(i % s.w), h = static_cast<int>(i / s.w % s.h);
-      const int64_t picture = i / s.w / s.h, at = i * s.c_in + c;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kShares + share;
+    PixelWalk walk(first, step, s.h, s.w);
+    for (int64_t i = first; i < pixels; i += step, walk.advance()) {
+      const int w = static_cast<int>(walk.column), h = static_cast<int>(walk.row);
+      const int64_t picture = walk.picture, at = i * s.c_in + c;
       const float x = to_float(static_cast<const T*>(p.x)[at]);
       const float e = gather_gradient<T>(p, picture, h, w, c);
       float dx;
@@ -151,11 +164,13 @@ __global__ void __launch_bounds__(kGeneralThreads)
     const Prologue<T> prologue(p.prologue, c);
     const int64_t pixels = static_cast<int64_t>(s.n) * s.p * s.q;
     const int64_t step = static_cast<int64_t>(p.plan.workers) * kShares;
-    for (int64_t i = static_cast<int64_t>(worker) * kShares + share; i < pixels; i += step) {
-      const int h = static_cast<int>(i / s.q % s.p) * s.stride_h - s.pad_top + r * s.dilation_h;
-      const int w = static_cast<int>(i % s.q) * s.stride_w - s.pad_left + k * s.dilation_w;
+    const int64_t first = static_cast<int64_t>(worker) * kShares + share;
+    PixelWalk walk(first, step, s.p, s.q);
+    for (int64_t i = first; i < pixels; i += step, walk.advance()) {
+      const int h = static_cast<int>(walk.row) * s.stride_h - s.pad_top + r * s.dilation_h;
+      const int w = static_cast<int>(walk.column) * s.stride_w - s.pad_left + k * s.dilation_w;
       if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
-      const int64_t pixel = (i / s.q / s.p * s.h + h) * s.w + w;
+      const int64_t pixel = (walk.picture * s.h + h) * s.w + w;
       const float x = prologue(to_float(static_cast<const T*>(p.x)[pixel * s.c_in + c]));
       sum = fmaf(x, to_float(static_cast<const T*>(p.dz)[i * s.c_mid + c_mid]), sum);
     }

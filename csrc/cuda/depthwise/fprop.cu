@@ -3,6 +3,7 @@
 
 #include "../channels.cuh"
 #include "../launch.cuh"
+#include "../walk.cuh"
 
 namespace xsep::cuda {
 
@@ -22,8 +23,10 @@ __global__ void __launch_bounds__(kGeneralThreads)
     residual_prologue_kernel(const __grid_constant__ DepthwiseFpropParams p) {
   const int64_t count = static_cast<int64_t>(p.shape.n) * p.shape.h * p.shape.w * p.shape.c_in;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const int64_t c = i % p.shape.c_in;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  ElementWalk walk(first, step, p.shape.h, p.shape.w, p.shape.c_in);
+  for (int64_t i = first; i < count; i += step, walk.advance()) {
+    const int c = static_cast<int>(walk.channel);
     const float scale = channel_value<T>(p.prologue.scale, c, 1.0f),
                 shift = channel_value<T>(p.prologue.shift, c, 0.0f);
     const float pre = fmaf(scale, to_float(static_cast<const T*>(p.x)[i]), shift);
@@ -41,14 +44,12 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const int multiplier = s.c_mid / s.c_in;
   const int64_t count = static_cast<int64_t>(s.n) * s.p * s.q * s.c_mid;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const int c_mid = static_cast<int>(i % s.c_mid);
-    int64_t pixel = i / s.c_mid;
-    const int q = static_cast<int>(pixel % s.q);
-    pixel /= s.q;
-    const int row = static_cast<int>(pixel % s.p);
-    const int64_t picture = pixel / s.p;
-    const int c = c_mid / multiplier;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  ElementWalk walk(first, step, s.p, s.q, s.c_mid);
+  for (int64_t i = first; i < count; i += step, walk.advance()) {
+    const int64_t picture = walk.pixel.picture;
+    const int row = static_cast<int>(walk.pixel.row), q = static_cast<int>(walk.pixel.column);
+    const int c_mid = static_cast<int>(walk.channel), c = multiplier == 1 ? c_mid : c_mid / multiplier;
     const float scale = channel_value<T>(p.prologue.scale, c, 1.0f),
                 shift = channel_value<T>(p.prologue.shift, c, 0.0f);
     float sum[1] = {0.0f};
