@@ -55,6 +55,12 @@ struct PixelRow {
     for (int i = 0; i < WIDTH; ++i) pixel[i].widen(values[i]);
   }
 
+  // Before widening it takes half the instructions, and leaves the zeros beside the image zeros.
+  __device__ __forceinline__ void relu() {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) pixel[i].relu();
+  }
+
   static __device__ __forceinline__ PixelRow round(const float (&values)[WIDTH][VEC]) {
     PixelRow row;
 #pragma unroll

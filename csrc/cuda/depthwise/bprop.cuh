@@ -8,6 +8,8 @@
 // leave as one partial; a second kernel adds the partials.
 #pragma once
 
+#include <type_traits>
+
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
 #include "../row.cuh"
@@ -16,24 +18,46 @@
 
 namespace xsep::cuda {
 
-// The rows of dz that reach the rows of x of one step; the newest comes in at the end.
-template <class T, int K, int STRIDE, int VEC>
-struct DzRows {
-  static constexpr int kBefore = DzReach<K, STRIDE>::kBefore, kWidth = DzReach<K, STRIDE>::kWidth;
+// The rows of dz that reach the rows of x of one step. With TURNS the newest comes in the place of the oldest, rather
+// than that all the others move; where that is has to be known at compile time, so each place has code of its own.
+template <class T, int K, int STRIDE, int VEC, bool TURNS>
+class DzRows {
+ public:
+  static constexpr int kRows = DzReach<K, STRIDE>::kBefore + 1, kWidth = DzReach<K, STRIDE>::kWidth;
   using Row = PixelRow<T, VEC, kWidth>;
 
-  float row[kBefore + 1][kWidth][VEC];
+  // Row i of the first step, whose last is the newest.
+  __device__ __forceinline__ void begin(int i, const Row& row) { row.widen(row_[TURNS ? i : i + 1]); }
 
-  __device__ __forceinline__ void push(const Row& newest) {
+  // Takes in the newest row of a step, then calls f(i, row i from the oldest on).
+  template <class Function>
+  __device__ __forceinline__ void add(int step, const Row& newest, Function f) {
+    if constexpr (TURNS) {
+      add_at<0>((static_cast<unsigned>(step) + kRows - 1) % kRows, newest, f);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kBefore; ++i) {
+      for (int i = 0; i + 1 < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) row[i][j][v] = row[i + 1][j][v];
+          for (int v = 0; v < VEC; ++v) row_[i][j][v] = row_[i + 1][j][v];
+        }
       }
+      add_at<kRows - 1>(kRows - 1, newest, f);
     }
-    newest.widen(row[kBefore]);
+  }
+
+ private:
+  float row_[kRows][kWidth][VEC];
+
+  template <int PLACE, class Function>
+  __device__ __forceinline__ void add_at(unsigned place, const Row& newest, Function f) {
+    if constexpr (PLACE + 1 < kRows) {
+      if (place != PLACE) return add_at<PLACE + 1>(place, newest, f);
+    }
+    newest.widen(row_[PLACE]);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) f(i, row_[(PLACE + 1 + i) % kRows]);
   }
 };
 
@@ -48,6 +72,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   // registers allow: else x is read again, from L1.
   constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7,
                  kLoadsXAhead = kLoadsDzAhead && kKeepsX && STRIDE == 1;
+  // Turning takes code for each place, and a register, which the others do not have.
+  constexpr bool kTurns = STRIDE == 1 && (K == 5 || std::is_same<T, __nv_bfloat16>::value);
   using Table = ChannelTable<VEC, kBpropVectors>;
   using XRow = PixelRow<T, VEC, kStripWidth>;
   using DzRow = PixelRow<T, VEC, kWidth>;
@@ -78,6 +104,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   const bool with_sums = in_chain || p.dscale != nullptr || p.dshift != nullptr;
   const bool with_affine = p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr;
   const ActivationChoice activation{p.prologue.activation, p.prologue.alpha};
+  const bool plain_relu = activation.code == Activation::kRelu && !with_affine;
   const int64_t x_row_length = static_cast<int64_t>(s.w) * s.c_in, dz_row_length = static_cast<int64_t>(s.q) * s.c_mid;
 
   float dw[kTaps][VEC] = {};
@@ -113,14 +140,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
       }
     };
 
-    DzRows<T, K, STRIDE, VEC> window;
+    DzRows<T, K, STRIDE, VEC, kTurns> window;
     XRow next_x[STRIDE];
     DzRow next_dz;
     if (kKeepsRows) {
 #pragma unroll
       for (int i = 0; i < kBefore; ++i) {
         load_dz(next_dz, dz, i);
-        window.push(next_dz);
+        window.begin(i, next_dz);
         dz += dz_row_length;
       }
     }
@@ -138,7 +165,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
       XRow raw[STRIDE];
 #pragma unroll
       for (int y = 0; y < STRIDE; ++y) raw[y] = next_x[y];
-      if (kKeepsRows) window.push(next_dz);
+      const DzRow newest = next_dz;
       dz += dz_row_length;
       if (step + 1 < steps) {
         if (kLoadsDzAhead) load_dz(next_dz, dz, step + 1 + kBefore);
@@ -151,6 +178,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
       float x[STRIDE][kStripWidth][VEC];
 #pragma unroll
       for (int y = 0; y < STRIDE; ++y) {
+        if (plain_relu) {
+          XRow activated = raw[y];
+          activated.relu();
+          activated.widen(x[y]);
+          continue;
+        }
         raw[y].widen(x[y]);
         if (!is_row(step * STRIDE + y)) continue;
         if (with_affine) affine(x[y], scale, shift);
@@ -160,8 +193,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
 
       float dx[STRIDE][kStripWidth][VEC] = {};
       if (kKeepsRows) {
-#pragma unroll
-        for (int i = 0; i <= kBefore; ++i) add_dz_row<K, STRIDE>(dx, dw, x, window.row[i], i, weights, vector);
+        window.add(step, newest, [&](int i, const float (&dz_row)[kWidth][VEC]) {
+          add_dz_row<K, STRIDE>(dx, dw, x, dz_row, i, weights, vector);
+        });
       } else {
 #pragma unroll
         for (int i = 0; i <= kBefore; ++i) {

@@ -123,6 +123,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
   const int c = first + vector * kVec;
   const bool idle = strip >= p.plan.strips_down * p.plan.strips_across || c >= s.c_in;
   const bool with_prologue = !p.prologue.is_identity() || p.residual != nullptr;
+  const bool plain_relu = p.prologue.activation == Activation::kRelu && p.prologue.scale.data == nullptr &&
+                          p.prologue.shift.data == nullptr && p.residual == nullptr;
   const bool with_epilogue = !p.epilogue.is_identity();
   const int64_t row_length = static_cast<int64_t>(s.w) * s.c_in;
 
@@ -171,9 +173,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
         if (phase > 0 && i >= steps) break;
         float tap[kWidth][kVec];
         if (!kLoadsAhead) load(i);
-        next.widen(tap);
+        if (plain_relu) {
+          Row activated = next;
+          activated.relu();
+          activated.widen(tap);
+        } else {
+          next.widen(tap);
+        }
         if (kLoadsAhead) load(i + 1);
-        if (is_row(i) && with_prologue) apply_prologue<T>(tap, p, affines, vector, residual, columns);
+        if (is_row(i) && with_prologue && !plain_relu) apply_prologue<T>(tap, p, affines, vector, residual, columns);
         if (residual != nullptr) residual += row_length;
         if (phase == 0) {
 #pragma unroll
