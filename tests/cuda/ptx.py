@@ -70,8 +70,15 @@ def kind_of(words: list[str], operands: list[str]) -> str:
     return next((kind for kind, ops in KINDS.items() if op in ops), "none")
 
 
+def machine_instructions(words: list[str]) -> int:
+    """How many of the machine's an instruction is: a GPU divides no integers, and ptxas puts so many in its place."""
+    if words[0] in ("div", "rem") and words[-1][0] in "us":
+        return 100 if words[-1].endswith("64") else 20
+    return 1
+
+
 def entries(ptx: str, counted: bool = False) -> Iterator[Entry]:
-    """Each ``.entry`` of a module; counted: every instruction adds one to ``emulate_counts`` at its kind's place."""
+    """Each ``.entry`` of a module; counted: every instruction adds to ``emulate_counts`` at its kind's place."""
     ptx = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
     shared = re.findall(r"\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+(\w+)\[", ptx)
     for found in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{]*\{", ptx):
@@ -150,7 +157,8 @@ class Translator:
         try:
             code = self.instruction(words, split(found[4]))
             if self.counted:
-                code = f"++emulate_counts[{list(KINDS).index(kind_of(words, split(found[4])))}]; {code}"
+                kind = list(KINDS).index(kind_of(words, split(found[4])))
+                code = f"emulate_counts[{kind}] += {machine_instructions(words)}; {code}"
         except (KeyError, ValueError, AttributeError, IndexError) as error:
             raise NotImplementedError(f"PTX that the translator does not know: {text}") from error
         return f"if ({found[1]}{self.value(found[2], 'pred')}) {{ {code} }}" if found[2] else code
