@@ -8,8 +8,9 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 
 # Processes that share the tests; the kernels inside are threaded themselves.
 JOBS ?= 2
-# One nightly test may hold a whole matrix, so it may take longer than the tests' own limit before it counts as hanging.
-NIGHTLY := XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -o faulthandler_timeout=7200
+# One nightly test may hold a whole matrix, so it may take longer than the tests' own limit before it counts as hanging;
+# in the environment, as some tests run pytest in processes of their own.
+NIGHTLY := XSEP_NIGHTLY=1 OMP_WAIT_POLICY=passive PYTEST_ADDOPTS="-o faulthandler_timeout=7200" $(PY) -m pytest
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
