@@ -69,7 +69,7 @@ GENERAL = [
 EVERY = FAST + GENERAL
 
 
-PLAIN = emulated.Affine()
+PLAIN, RELU = emulated.Affine(), emulated.Affine(activation=1)
 EVERY_GRADIENT = ("dx", "dw_dw", "dscale", "dshift")
 
 
@@ -158,6 +158,18 @@ def test_forward(library: emulated.Library, case: Case, kind: str) -> None:
     plain = AtenAffine()
     theirs = ATEN.depthwise(x, w, plain, plain, case.geometry)
     assert_close("y", ours, theirs, ATEN.depthwise(x.double(), w.double(), plain, plain, case.geometry))
+
+
+@pytest.mark.parametrize("case", FAST, ids=ids)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_relu_alone(library: emulated.Library, case: Case, kind: str) -> None:
+    """Forward and backward have it before they widen x."""
+    x, w = draw(case, DTYPES[kind])
+    plain, relu = AtenAffine(), AtenAffine(activation=1)
+    theirs = ATEN.depthwise(x, w, relu, plain, case.geometry)
+    truth = ATEN.depthwise(x.double(), w.double(), relu, plain, case.geometry)
+    assert_close("y", fprop(library, case, x, w, RELU).y, theirs, truth)
+    check_backward(library, case, DTYPES[kind], RELU)
 
 
 @pytest.mark.parametrize("case", [FAST[0], FAST[1], GENERAL[0]], ids=ids)

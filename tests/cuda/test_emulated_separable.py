@@ -231,6 +231,16 @@ def test_forward_with_everything(library: emulated.Library, case: Case, kind: st
     check(library, case, kind, draw(case, kind, activation=1, everything=True))
 
 
+@pytest.mark.parametrize("case", [CASES[0], *WALKS], ids=ids)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("affine", [False, True], ids=["alone", "affine"])
+def test_relu_in_front(library: emulated.Library, case: Case, kind: str, affine: bool) -> None:
+    """In 16 bits it has code of its own, alone and behind a BatchNorm."""
+    inputs = draw(case, kind)
+    scale, shift = (torch.randn(case.c_in), torch.randn(case.c_in)) if affine else (None, None)
+    check(library, case, kind, inputs._replace(prologue=emulated.Affine(scale, shift, 1)))
+
+
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
 def test_activations(library: emulated.Library, activation: int) -> None:
     check(library, CASES[5], "fp32", draw(CASES[5], "fp32", activation, everything=True, seed=activation))
