@@ -8,6 +8,7 @@ Environment: ``MAX_JOBS`` limits the compilers run at once, ``TORCH_CUDA_ARCH_LI
 
 from __future__ import annotations
 
+import copy
 import glob
 import importlib.util
 import os
@@ -48,8 +49,9 @@ if CUDA:
     # A CPU-only PyTorch looks for no CUDA, yet the library is built beside it too: nothing in it needs CUDA to load.
     cpp_extension.CUDA_HOME = CUDA
 ROOT = os.path.dirname(os.path.abspath(__file__))
-#: Architectures where TORCH_CUDA_ARCH_LIST names none: Ampere, Hopper, and PTX for what comes later.
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+#: Architectures where TORCH_CUDA_ARCH_LIST names none: Ampere (Ada runs its code too), with PTX for what comes later,
+#: and Hopper.
+DEFAULT_CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
 CPU_LEVELS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -172,6 +174,15 @@ def remove_stale_objects(folder: str, headers: list[str]) -> None:
 class Build(BuildExtension):
     """One folder of objects a library, since several share sources; no Python tag on what is no Python module."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Two libraries at a time, each with half of the compilers: what one's longest file leaves idle the other takes.
+        limit = os.environ.get("MAX_JOBS", "")
+        jobs = int(limit) if limit.isdigit() else 2 + (os.cpu_count() or 1)
+        if self.parallel is None and self.use_ninja and jobs >= 2:
+            self.parallel = 2
+            os.environ["MAX_JOBS"] = str(jobs // 2)
+
     def run(self) -> None:
         super().run()
         if not self.inplace:
@@ -184,14 +195,15 @@ class Build(BuildExtension):
                 stream.writelines(f"{name} {value}\n" for name, value in folders.items())
 
     def build_extension(self, ext: Extension) -> None:
+        build = copy.copy(self)  # as two are built at a time
         # Not setuptools' own choice: an editable install puts objects into a folder that is then thrown away.
-        self.build_temp = os.path.join(
+        build.build_temp = os.path.join(
             ROOT, "build", f"{sys.implementation.cache_tag}-torch{torch.__version__}", ext.name
         )
         if ext.name == "xsep._C_cuda" and torch.version.cuda is None:
             # PyTorch has nvcc write down what it reads only where it has a CUDA of its own.
-            remove_stale_objects(self.build_temp, files("csrc/common/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/*.cuh"))
-        super().build_extension(ext)
+            remove_stale_objects(build.build_temp, files("csrc/common/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/*.cuh"))
+        super(Build, build).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         name = fullname.rpartition(".")[2]
@@ -203,10 +215,10 @@ class Build(BuildExtension):
 cuda = cuda_library()
 setup(
     ext_modules=[
-        binding_module(),
+        *cuda,  # what takes longest comes first
+        *(cpu_library(level, flags) for level, flags in reversed(cpu_levels().items()) if BUILD_CPU),
         *([repeated_calls()] if BUILD_CPU or cuda else []),  # by operators, of the one or the other
-        *(cpu_library(level, flags) for level, flags in cpu_levels().items() if BUILD_CPU),
-        *cuda,
+        binding_module(),
     ],
     cmdclass={"build_ext": Build},
 )

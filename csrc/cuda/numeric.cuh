@@ -118,6 +118,12 @@ struct alignas(sizeof(T) * VEC) Pack<T, VEC, true> {
 #pragma unroll
     for (int i = 0; i < VEC / 2; ++i) pair[i] = max_nan_pairs(pair[i], 0, T());
   }
+  // Zero where `activated`, of which relu() was taken, is zero: what has no sign is not zero where 0x7fff carries into
+  // the place of the sign.
+  __device__ __forceinline__ void clear_where_zero(const Pack& activated) {
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) pair[i] &= spread_signs(activated.pair[i] + 0x7fff7fffu);
+  }
 };
 
 // As stored and read back.

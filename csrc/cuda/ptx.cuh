@@ -154,4 +154,11 @@ __device__ __forceinline__ uint32_t max_nan_pairs(uint32_t a, uint32_t b, __half
   return larger;
 }
 
+// Of each half, whether its highest bit is set: all bits or none.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t halves) {
+  uint32_t spread;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(spread) : "r"(halves));
+  return spread;
+}
+
 }  // namespace xsep::cuda

@@ -19,10 +19,11 @@ struct Columns {
   template <int VEC>
   __device__ __forceinline__ void clear_others(float (&values)[WIDTH][VEC]) const {
     if (all()) return;
+    const Columns some{kept(first), size};
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) values[i][v] = has(i) ? values[i][v] : 0.0f;
+      for (int v = 0; v < VEC; ++v) values[i][v] = some.has(i) ? values[i][v] : 0.0f;
     }
   }
 };
@@ -45,9 +46,18 @@ struct PixelRow {
     }
   }
 
-  __device__ __forceinline__ void clear() {
+  // The same of a row that may not be there.
+  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns, bool is_row) {
+    if (is_row && columns.all()) {
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::zero();
+      for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::load(source + i * step);
+    } else {
+      const Columns<WIDTH> some{kept(columns.first), columns.size};
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        pixel[i] = is_row && some.has(i) ? Pack<T, VEC>::load(source + i * step) : Pack<T, VEC>::zero();
+      }
+    }
   }
 
   __device__ __forceinline__ void widen(float (&values)[WIDTH][VEC]) const {
@@ -59,6 +69,12 @@ struct PixelRow {
   __device__ __forceinline__ void relu() {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) pixel[i].relu();
+  }
+
+  // The gradient before ReLU from the one behind it: zero where `activated`, of which relu() was taken, is zero.
+  __device__ __forceinline__ void clear_where_zero(const PixelRow& activated) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) pixel[i].clear_where_zero(activated.pixel[i]);
   }
 
   static __device__ __forceinline__ PixelRow round(const float (&values)[WIDTH][VEC]) {
@@ -73,9 +89,10 @@ struct PixelRow {
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) store_pixel(target + i * step, i);
     } else {
+      const Columns<WIDTH> some{kept(columns.first), columns.size};
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
-        if (columns.has(i)) store_pixel(target + i * step, i);
+        if (some.has(i)) store_pixel(target + i * step, i);
       }
     }
   }

@@ -169,7 +169,22 @@ def test_relu_alone(library: emulated.Library, case: Case, kind: str) -> None:
     theirs = ATEN.depthwise(x, w, relu, plain, case.geometry)
     truth = ATEN.depthwise(x.double(), w.double(), relu, plain, case.geometry)
     assert_close("y", fprop(library, case, x, w, RELU).y, theirs, truth)
-    check_backward(library, case, DTYPES[kind], RELU)
+    for wanted in (EVERY_GRADIENT, ("dx", "dw_dw"), ("dx",), ("dw_dw",)):
+        check_backward(library, case, DTYPES[kind], RELU, wanted)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("wanted", [("dx",), EVERY_GRADIENT], ids=["dx-alone", "with-sums"])
+def test_gradient_of_relu_at_its_edges(library: emulated.Library, kind: str, wanted: Sequence[str]) -> None:
+    """Where x is a zero of either sign nothing passes, at the smallest numbers above it and at infinity all."""
+    case, dtype = FAST[0], DTYPES[kind]
+    tiny = torch.finfo(dtype).smallest_normal
+    edges = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1.0, -1.0, torch.inf, -torch.inf])
+    x = edges[torch.arange(case.n * case.c * case.h * case.w) % 10].reshape(case.n, case.c, case.h, case.w).to(dtype)
+    dz = torch.ones(case.n, case.c, case.h, case.w).to(dtype)
+    w = torch.zeros(case.c, 1, 3, 3).to(dtype)
+    w[:, :, 1, 1] = 1
+    assert torch.equal(bprop(library, case, dz, x, w, RELU, wanted=wanted)["dx"], (x > 0).to(dtype))
 
 
 @pytest.mark.parametrize("case", [FAST[0], FAST[1], GENERAL[0]], ids=ids)
@@ -234,17 +249,21 @@ def bprop(
     return {**results, "dx": results["dx"].permute(0, 3, 1, 2)}
 
 
-def check_backward(library: emulated.Library, case: Case, dtype: torch.dtype, prologue: emulated.Affine) -> None:
+def check_backward(
+    library: emulated.Library, case: Case, dtype: torch.dtype, prologue: emulated.Affine,
+    wanted: Sequence[str] = EVERY_GRADIENT,
+) -> None:  # fmt: skip
     x, w = draw(case, dtype)
     shape = shape_of(case)
     dz = torch.randn(shape.n, shape.c_mid, shape.p, shape.q).to(dtype)
     every = (True, True, True, True)
     theirs = ATEN.depthwise_backward_kernel(dz, x, w, AtenAffine(*prologue), case.geometry, every)
     truth = ATEN.depthwise_backward_kernel(dz.double(), x.double(), w.double(), double(prologue), case.geometry, every)
-    ours = bprop(library, case, dz, x, w, prologue)
+    ours = bprop(library, case, dz, x, w, prologue, wanted=wanted)
     for name, t, exact in zip(EVERY_GRADIENT, theirs, truth):
         assert t is not None and exact is not None
-        assert_close(name, ours[name], t, exact)
+        if name in wanted:
+            assert_close(name, ours[name], t, exact)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=ids)

@@ -220,7 +220,7 @@ __device__ __forceinline__ void store_sums(const StripSums& total, const FusedBa
       for (int v = 0; v < kChainVec; ++v) rows[k][v] = r < 3 ? total.dw[r * 3 + k][v] : total.sums[k][v];
     }
     reduce_over_strips<kChainVec>(rows, scratch, partial + r * 3 * channels, channels, 0, channels, thread.vectors,
-                                  thread.lanes, thread.active, thread.vector, thread.lane);
+                                  thread.lanes, thread.vector, thread.lane);
   }
 }
 

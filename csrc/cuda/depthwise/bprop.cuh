@@ -8,8 +8,6 @@
 // leave as one partial; a second kernel adds the partials.
 #pragma once
 
-#include <type_traits>
-
 #include "../gradient_epilogue.cuh"
 #include "../launch.cuh"
 #include "../row.cuh"
@@ -18,46 +16,39 @@
 
 namespace xsep::cuda {
 
-// The rows of dz that reach the rows of x of one step. With TURNS the newest comes in the place of the oldest, rather
-// than that all the others move; where that is has to be known at compile time, so each place has code of its own.
-template <class T, int K, int STRIDE, int VEC, bool TURNS>
+// The rows of dz that reach the rows of x of one step. The newest comes in the place of the oldest, rather than that
+// all the others move; where that is has to be known at compile time, so each place has code of its own.
+template <class T, int K, int STRIDE, int VEC>
 class DzRows {
  public:
   static constexpr int kRows = DzReach<K, STRIDE>::kBefore + 1, kWidth = DzReach<K, STRIDE>::kWidth;
   using Row = PixelRow<T, VEC, kWidth>;
 
   // Row i of the first step, whose last is the newest.
-  __device__ __forceinline__ void begin(int i, const Row& row) { row.widen(row_[TURNS ? i : i + 1]); }
+  __device__ __forceinline__ void begin(int i, const Row& row) { row.widen(row_[i]); }
 
-  // Takes in the newest row of a step, then calls f(i, row i from the oldest on).
-  template <class Function>
-  __device__ __forceinline__ void add(int step, const Row& newest, Function f) {
-    if constexpr (TURNS) {
-      add_at<0>((static_cast<unsigned>(step) + kRows - 1) % kRows, newest, f);
-    } else {
-#pragma unroll
-      for (int i = 0; i + 1 < kRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) row_[i][j][v] = row_[i + 1][j][v];
-        }
-      }
-      add_at<kRows - 1>(kRows - 1, newest, f);
-    }
+  // A step: calls f(i, row i from the oldest on), and bring(row) for the newest before it is used.
+  template <class Bring, class Function>
+  __device__ __forceinline__ void add(Bring bring, Function f) {
+    add_at<0>(bring, f);
+    newest_ = newest_ + 1 == kRows ? 0 : newest_ + 1;
   }
 
  private:
   float row_[kRows][kWidth][VEC];
+  int newest_ = kRows - 1;  // its place
 
-  template <int PLACE, class Function>
-  __device__ __forceinline__ void add_at(unsigned place, const Row& newest, Function f) {
+  // The newest comes last: widened first it would be widened before the places part, and then moved to its own.
+  template <int PLACE, class Bring, class Function>
+  __device__ __forceinline__ void add_at(Bring bring, Function f) {
     if constexpr (PLACE + 1 < kRows) {
-      if (place != PLACE) return add_at<PLACE + 1>(place, newest, f);
+      if (newest_ != PLACE) return add_at<PLACE + 1>(bring, f);
     }
-    newest.widen(row_[PLACE]);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) f(i, row_[(PLACE + 1 + i) % kRows]);
+    for (int i = 0; i < kRows; ++i) {
+      if (i + 1 == kRows) bring(row_[PLACE]);
+      f(i, row_[(PLACE + 1 + i) % kRows]);
+    }
   }
 };
 
@@ -70,10 +61,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   constexpr bool kKeepsRows = K < 7 || STRIDE == 2;
   // Rows of the next step are loaded while this one's are used, and x is kept beside its activation; but as the
   // registers allow: else x is read again, from L1.
-  constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7,
-                 kLoadsXAhead = kLoadsDzAhead && kKeepsX && STRIDE == 1;
-  // Turning takes code for each place, and a register, which the others do not have.
-  constexpr bool kTurns = STRIDE == 1 && (K == 5 || std::is_same<T, __nv_bfloat16>::value);
+  constexpr bool kKeepsX = sizeof(T) == 2, kLoadsDzAhead = K < 7, kLoadsXAhead = kLoadsDzAhead && kKeepsX;
   using Table = ChannelTable<VEC, kBpropVectors>;
   using XRow = PixelRow<T, VEC, kStripWidth>;
   using DzRow = PixelRow<T, VEC, kWidth>;
@@ -98,13 +86,18 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   }
   __syncthreads();
 
-  const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
-  const int c = first + vector * VEC;
+  const int vector = static_cast<int>(threadIdx.x) % vectors, c = first + vector * VEC;
+  const int strip = static_cast<int>(threadIdx.x) / vectors;
   const bool active = strip < strips && c < s.c_in;
   const bool with_sums = in_chain || p.dscale != nullptr || p.dshift != nullptr;
   const bool with_affine = p.prologue.scale.data != nullptr || p.prologue.shift.data != nullptr;
   const ActivationChoice activation{p.prologue.activation, p.prologue.alpha};
   const bool plain_relu = activation.code == Activation::kRelu && !with_affine;
+  // With nothing to add up, ReLU's slope clears values that are rounded already, two an instruction.
+  constexpr bool kCanMask = kKeepsX;
+  enum Way { kThroughX = 1, kPlainRelu = 2, kMasks = 4 };  // the first: more than dw_dw is wanted
+  const int way = kept((p.dx != nullptr || with_sums ? kThroughX : 0) |
+                       (!plain_relu ? 0 : (kCanMask && !with_sums ? kMasks : kPlainRelu)));
   const int64_t x_row_length = static_cast<int64_t>(s.w) * s.c_in, dz_row_length = static_cast<int64_t>(s.q) * s.c_mid;
 
   float dw[kTaps][VEC] = {};
@@ -113,160 +106,166 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
   for (int tile = static_cast<int>(blockIdx.x); active && tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int tile_q = tile % p.plan.tiles_across, rest = tile / p.plan.tiles_across;
     const int tile_p = rest % p.plan.tiles_down;
-    const int64_t picture = rest / p.plan.tiles_down;
+    const int picture = rest / p.plan.tiles_down;
     const int row = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * p.plan.strip_rows;
     const int column = (tile_q * p.plan.strips_across + strip % p.plan.strips_across) * kStripWidth;
     const int h0 = row - s.pad_top % STRIDE, w0 = column - s.pad_left % STRIDE;
     if (h0 >= s.h || w0 >= s.w) continue;
-    const int steps = (min(p.plan.strip_rows, s.h - h0) + STRIDE - 1) / STRIDE;
     const int p0 = row / STRIDE + s.pad_top / STRIDE - kBefore, q0 = column / STRIDE + s.pad_left / STRIDE - kBefore;
     const Columns<kStripWidth> columns{w0, s.w};
     const Columns<kWidth> dz_columns{q0, s.q};
-    const T* dz = static_cast<const T*>(p.dz) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
-    int64_t at = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;  // of the step's first pixel in x
-    const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
-    const auto load_x = [&](XRow& into, int64_t from, int i) {
-      if (is_row(i)) {
-        into.load(static_cast<const T*>(p.x) + from, s.c_in, columns);
-      } else {
-        into.clear();
-      }
-    };
-    const auto load_dz = [&](DzRow& into, const T* from, int i) {
-      if (static_cast<unsigned>(p0 + i) < static_cast<unsigned>(s.p)) {
-        into.load(from, s.c_mid, dz_columns);
-      } else {
-        into.clear();
-      }
-    };
+    const T* dz = static_cast<const T*>(p.dz) + ((static_cast<int64_t>(picture) * s.p + p0) * s.q + q0) * s.c_mid + c;
+    // The step's first pixel in x.
+    const T* source = static_cast<const T*>(p.x) + ((static_cast<int64_t>(picture) * s.h + h0) * s.w + w0) * s.c_in + c;
+    const int h_end = min(s.h, h0 + p.plan.strip_rows);
+    const auto is_x_row = [&](int h) { return static_cast<unsigned>(h) < static_cast<unsigned>(h_end); };
+    const auto is_dz_row = [&](int row) { return static_cast<unsigned>(row) < static_cast<unsigned>(s.p); };
+    // The newest row of dz of the step that begins at x's row h: found from it, as no register is free for another.
+    const auto newest_of = [&](int h) { return (h + s.pad_top) / STRIDE; };
 
-    DzRows<T, K, STRIDE, VEC, kTurns> window;
+    DzRows<T, K, STRIDE, VEC> window;
     XRow next_x[STRIDE];
     DzRow next_dz;
     if (kKeepsRows) {
 #pragma unroll
       for (int i = 0; i < kBefore; ++i) {
-        load_dz(next_dz, dz, i);
+        next_dz.load(dz, s.c_mid, dz_columns, is_dz_row(p0 + i));
         window.begin(i, next_dz);
         dz += dz_row_length;
       }
     }
-    const auto load_xs = [&](int step, int64_t from) {
+    const auto load_xs = [&](const T* from, int h) {
 #pragma unroll
-      for (int y = 0; y < STRIDE; ++y) load_x(next_x[y], from + y * x_row_length, step * STRIDE + y);
+      for (int y = 0; y < STRIDE; ++y) {
+        next_x[y].load(from + y * x_row_length, s.c_in, columns, is_x_row(h + y));
+      }
     };
-    if (kLoadsDzAhead) load_dz(next_dz, dz, kBefore);
-    if (kLoadsXAhead) load_xs(0, at);
+    if (kLoadsDzAhead) next_dz.load(dz, s.c_mid, dz_columns, is_dz_row(p0 + kBefore));
+    if (kLoadsXAhead) load_xs(source, h0);
 
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      if (kKeepsRows && !kLoadsDzAhead) load_dz(next_dz, dz, step + kBefore);
-      if (!kLoadsXAhead) load_xs(step, at);
-      XRow raw[STRIDE];
-#pragma unroll
-      for (int y = 0; y < STRIDE; ++y) raw[y] = next_x[y];
-      const DzRow newest = next_dz;
-      dz += dz_row_length;
-      if (step + 1 < steps) {
-        if (kLoadsDzAhead) load_dz(next_dz, dz, step + 1 + kBefore);
-        if (kLoadsXAhead) load_xs(step + 1, at + STRIDE * x_row_length);
-      }
-
+    for (int h = h0; h < h_end; h += STRIDE) {
+      if (kKeepsRows && !kLoadsDzAhead) next_dz.load(dz, s.c_mid, dz_columns, is_dz_row(newest_of(h)));
+      if (!kLoadsXAhead) load_xs(source, h);
       float scale[VEC], shift[VEC];
       affines.read(scale, 0, vector);
       affines.read(shift, 1, vector);
+      XRow raw[STRIDE];  // or, where it only masks, what ReLU makes of it
       float x[STRIDE][kStripWidth][VEC];
 #pragma unroll
       for (int y = 0; y < STRIDE; ++y) {
-        if (plain_relu) {
+        raw[y] = next_x[y];
+        if ((way & kMasks) != 0) {
+          raw[y].relu();
+          raw[y].widen(x[y]);
+          continue;
+        }
+        if ((way & kPlainRelu) != 0) {
           XRow activated = raw[y];
           activated.relu();
           activated.widen(x[y]);
           continue;
         }
         raw[y].widen(x[y]);
-        if (!is_row(step * STRIDE + y)) continue;
+        if (!is_x_row(h + y)) continue;
         if (with_affine) affine(x[y], scale, shift);
         activate_groups(x[y], activation);
         if (with_affine) columns.clear_others(x[y]);
       }
+      // Into the registers from which this step's have just been taken.
+      if (kLoadsXAhead) load_xs(source + STRIDE * x_row_length, h + STRIDE);
+      dz += dz_row_length;
 
       float dx[STRIDE][kStripWidth][VEC] = {};
       if (kKeepsRows) {
-        window.add(step, newest, [&](int i, const float (&dz_row)[kWidth][VEC]) {
-          add_dz_row<K, STRIDE>(dx, dw, x, dz_row, i, weights, vector);
-        });
+        window.add(
+            [&](float (&dz_row)[kWidth][VEC]) {
+              next_dz.widen(dz_row);
+              const int next = h + STRIDE;
+              if (kLoadsDzAhead) next_dz.load(dz, s.c_mid, dz_columns, next < h_end && newest_of(next) < s.p);
+            },
+            [&](int i, const float (&dz_row)[kWidth][VEC]) {
+              add_dz_row<K, STRIDE>(dx, dw, x, dz_row, i, weights, vector);
+            });
       } else {
 #pragma unroll
         for (int i = 0; i <= kBefore; ++i) {
           // A branch keeps the loads of one row apart from the next: all rows at once would spill.
-          if (static_cast<unsigned>(p0 + step + i) >= static_cast<unsigned>(s.p)) continue;
-          load_dz(next_dz, dz + (i - 1) * dz_row_length, step + i);
+          if (!is_dz_row(newest_of(h) - kBefore + i)) continue;
+          next_dz.load(dz + (i - 1) * dz_row_length, s.c_mid, dz_columns);
           float dz_row[kWidth][VEC];
           next_dz.widen(dz_row);
           add_dz_row<K, STRIDE>(dx, dw, x, dz_row, i, weights, vector);
         }
       }
 
-      if (p.dx != nullptr || with_sums) {
+      if ((way & kThroughX) != 0) {
 #pragma unroll
         for (int y = 0; y < STRIDE; ++y) {
-          const int i = step * STRIDE + y;
-          if (!is_row(i)) continue;
-          const int64_t place = at + y * x_row_length;
-          float value[kStripWidth][VEC];
-          if (!kKeepsX) load_x(raw[y], place, i);
-          raw[y].widen(value);
-          if (in_chain) {
-            // Half by half: all at once take more registers than are left.
-            constexpr int kHalf = kStripWidth / 2;
+          if (!is_x_row(h + y)) continue;
+          const T* const own = source + y * x_row_length;
+          const int64_t place = own - static_cast<const T*>(p.x);
+          if constexpr (kCanMask) {
+            if ((way & kMasks) != 0) {
+              XRow rounded = XRow::round(dx[y]);
+              rounded.clear_where_zero(raw[y]);
+              rounded.store(static_cast<T*>(p.dx) + place, s.c_in, columns);
+              continue;
+            }
+          }
+          if (!kKeepsX) raw[y].load(own, s.c_in, columns);
+          // Half by half: all at once take more registers than are left.
+          constexpr int kHalf = kStripWidth / 2;
 #pragma unroll
-            for (int j = 0; j < kStripWidth; j += kHalf) {
-              float d[kHalf][VEC], x_half[kHalf][VEC];
+          for (int j = 0; j < kStripWidth; j += kHalf) {
+            const PixelPlace of_half{picture, h + y, kept(w0) + j, place + j * s.c_in};
+            const Columns<kHalf> half{of_half.w, s.w};
+            float d[kHalf][VEC], value[kHalf][VEC];
+#pragma unroll
+            for (int k = 0; k < kHalf; ++k) {
+              raw[y].pixel[j + k].widen(value[k]);
+#pragma unroll
+              for (int v = 0; v < VEC; ++v) d[k][v] = dx[y][j + k][v];
+            }
+            if (in_chain) {
+              finish_gradient<T>(d, sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in}, of_half, c, value, scale, shift,
+                                 activation, [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
+              continue;
+            }
+            float slope[kHalf][VEC];
+#pragma unroll
+            for (int k = 0; k < kHalf; ++k) {
+#pragma unroll
+              for (int v = 0; v < VEC; ++v) slope[k][v] = value[k][v];
+            }
+            if (with_affine) affine(slope, scale, shift);
+            multiply_by_slope(d, slope, activation);
+            if (with_sums) {
+              float centre[VEC];
+              affines.read(centre, 2, vector);
+              half.clear_others(d);
 #pragma unroll
               for (int k = 0; k < kHalf; ++k) {
 #pragma unroll
-                for (int v = 0; v < VEC; ++v) d[k][v] = dx[y][j + k][v], x_half[k][v] = value[j + k][v];
-              }
-              finish_gradient<T>(d, sums, p.epilogue, {p.x, p.dx, s.h, s.w, s.c_in},
-                                 {picture, h0 + i, w0 + j, place + j * s.c_in}, c, x_half, scale, shift, activation,
-                                 [&](int k, float (&middle)[VEC]) { affines.read(middle, 2 + k, vector); });
-            }
-            continue;
-          }
-          float slope[kStripWidth][VEC];
-#pragma unroll
-          for (int j = 0; j < kStripWidth; ++j) {
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) slope[j][v] = value[j][v];
-          }
-          if (with_affine) affine(slope, scale, shift);
-          multiply_by_slope(dx[y], slope, activation);
-          if (with_sums) {
-            float centre[VEC];
-            affines.read(centre, 2, vector);
-            columns.clear_others(dx[y]);
-#pragma unroll
-            for (int j = 0; j < kStripWidth; ++j) {
-#pragma unroll
-              for (int v = 0; v < VEC; ++v) {
-                sums[0][v] = fmaf(dx[y][j][v], value[j][v] - centre[v], sums[0][v]);
-                sums[1][v] += dx[y][j][v];
+                for (int v = 0; v < VEC; ++v) {
+                  sums[0][v] = fmaf(d[k][v], value[k][v] - centre[v], sums[0][v]);
+                  sums[1][v] += d[k][v];
+                }
               }
             }
-          }
-          if (p.dx == nullptr) continue;
-          if (p.prologue.scale.data != nullptr) {
+            if (p.dx == nullptr) continue;
+            if (p.prologue.scale.data != nullptr) {
 #pragma unroll
-            for (int j = 0; j < kStripWidth; ++j) {
+              for (int k = 0; k < kHalf; ++k) {
 #pragma unroll
-              for (int v = 0; v < VEC; ++v) dx[y][j][v] *= scale[v];
+                for (int v = 0; v < VEC; ++v) d[k][v] *= scale[v];
+              }
             }
+            PixelRow<T, VEC, kHalf>::round(d).store(static_cast<T*>(p.dx) + of_half.at, s.c_in, half);
           }
-          XRow::round(dx[y]).store(static_cast<T*>(p.dx) + place, s.c_in, columns);
         }
       }
-      at += STRIDE * x_row_length;
+      source += STRIDE * x_row_length;
     }
   }
 
@@ -280,11 +279,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kBpropCtasPerSm)
       for (int v = 0; v < VEC; ++v) filter_row[k][v] = dw[r * K + k][v];
     }
     reduce_over_strips<VEC>(filter_row, scratch, partial + static_cast<int64_t>(r) * K * s.c_mid, s.c_mid, first,
-                            s.c_in, vectors, strips, active, vector, strip);
+                            s.c_in, vectors, strips, vector, strip);
   }
   if (with_sums) {
     reduce_over_strips<VEC>(sums, scratch, partial + static_cast<int64_t>(kTaps) * s.c_mid, s.c_mid, first, s.c_in,
-                            vectors, strips, active, vector, strip);
+                            vectors, strips, vector, strip);
   }
 }
 

@@ -46,10 +46,10 @@ __device__ __forceinline__ void add_dz_row(float (&dx)[ROWS][kStripWidth][VEC], 
 // Adds one filter row's sums over the strips of the CTA, in the order of the strips, and stores the totals.
 template <int VEC, int COUNT>
 __device__ void reduce_over_strips(float (&sum)[COUNT][VEC], SharedBuffer<float> scratch, float* out,
-                                   int out_row_length, int c, int channels, int vectors, int strips, bool active,
-                                   int vector, int strip) {
+                                   int out_row_length, int c, int channels, int vectors, int strips, int vector,
+                                   int strip) {
   const int width = vectors * VEC;
-  if (active) {
+  if (strip < strips && c + vector * VEC < channels) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
 #pragma unroll

@@ -101,7 +101,8 @@ uint32_t max_nan_pairs(uint32_t a, uint32_t b) {
   uint32_t larger = 0;
   for (int i = 0; i < 2; ++i) {
     const float left = element<T>(a, i), right = element<T>(b, i);
-    const uint32_t taken = std::isnan(left) || (!std::isnan(right) && left >= right) ? a : b;
+    const bool first = left > right || (left == right && !std::signbit(left));  // +0 is larger than -0
+    const uint32_t taken = std::isnan(left) || std::isnan(right) ? 0x7fff7fff : (first ? a : b);
     larger |= taken & 0xffffu << (16 * i);
   }
   return larger;
@@ -134,6 +135,10 @@ inline uint32_t max_nan_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
   return host::max_nan_pairs<__nv_bfloat16>(a, b);
 }
 inline uint32_t max_nan_pairs(uint32_t a, uint32_t b, __half) { return host::max_nan_pairs<__half>(a, b); }
+
+inline uint32_t spread_signs(uint32_t halves) {
+  return (halves >> 31) * 0xffff0000u | (halves >> 15 & 1) * 0x0000ffffu;
+}
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   host::Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
