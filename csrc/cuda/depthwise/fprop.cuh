@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     depthwise_fprop_kernel(const __grid_constant__ DepthwiseFpropParams p) {
   constexpr int kVec = kFpropVec, kTaps = K * K;
   constexpr int kWidth = (kStripWidth - 1) * STRIDE + K;
-  constexpr int kOpen = (K - 1) / STRIDE + 1;            // rows of y that one row of x reaches
+  constexpr int kOpen = (K - 1) / STRIDE;  // rows of y that lie open between two steps
+  static_assert((K - 1) % STRIDE == 0, "a step's first row of x finishes a row of y");
   constexpr bool kLoadsAhead = K < 7 || sizeof(T) == 2;  // else no registers are left for a second row of x
   using Table = ChannelTable<kVec, kFpropVectors>;
   using Row = PixelRow<T, kVec, kWidth>;
@@ -122,10 +123,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
   const int vector = static_cast<int>(threadIdx.x) % vectors, strip = static_cast<int>(threadIdx.x) / vectors;
   const int c = first + vector * kVec;
   const bool idle = strip >= p.plan.strips_down * p.plan.strips_across || c >= s.c_in;
-  const bool with_prologue = !p.prologue.is_identity() || p.residual != nullptr;
   const bool plain_relu = p.prologue.activation == Activation::kRelu && p.prologue.scale.data == nullptr &&
                           p.prologue.shift.data == nullptr && p.residual == nullptr;
-  const bool with_epilogue = !p.epilogue.is_identity();
+  const bool with_prologue = !plain_relu && (!p.prologue.is_identity() || p.residual != nullptr);
+  enum Way { kPlainRelu = 1, kPrologue = 2, kEpilogue = 4, kStoresXPre = 8 };
+  const int way = kept((plain_relu ? kPlainRelu : 0) | (with_prologue ? kPrologue : 0) |
+                       (!p.epilogue.is_identity() ? kEpilogue : 0) | (p.x_pre != nullptr ? kStoresXPre : 0));
   const int64_t row_length = static_cast<int64_t>(s.w) * s.c_in;
 
   const int tiles = s.n * p.plan.tiles_down * p.plan.tiles_across;
@@ -136,13 +139,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
     const int p0 = (tile_p * p.plan.strips_down + strip / p.plan.strips_across) * p.plan.strip_rows;
     const int q0 = (tile_q * p.plan.strips_across + strip % p.plan.strips_across) * kStripWidth;
     if (p0 >= s.p || q0 >= s.q) continue;
-    const int rows = min(p.plan.strip_rows, s.p - p0), steps = (rows - 1) * STRIDE + K;
+    const int rows = min(p.plan.strip_rows, s.p - p0);
     const int h0 = p0 * STRIDE - s.pad_top, w0 = q0 * STRIDE - s.pad_left;
+    const int h_last = h0 + (rows - 1) * STRIDE + K, h_end = min(s.h, h_last);
     const Columns<kWidth> columns{w0, s.w};
-    const int64_t corner = ((picture * s.h + h0) * s.w + w0) * s.c_in + c;
-    const T* source = static_cast<const T*>(p.x) + corner;  // of the row that is loaded next
-    const T* residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + corner;
-    const auto is_row = [&](int i) { return static_cast<unsigned>(h0 + i) < static_cast<unsigned>(s.h); };
+    const T* source = static_cast<const T*>(p.x) + ((picture * s.h + h0) * s.w + w0) * s.c_in + c;  // of row h below
+    const auto is_row = [&](int h) { return static_cast<unsigned>(h) < static_cast<unsigned>(h_end); };
 
     T* out = static_cast<T*>(p.y) + ((picture * s.p + p0) * s.q + q0) * s.c_mid + c;
     const auto store_own_rows = [&](int from, int to) {  // those of x that are among so many
@@ -157,66 +159,65 @@ __global__ void __launch_bounds__(kDepthwiseThreads, fprop_ctas_per_sm(K, STRIDE
       }
     };
 
-    Row next = {};
-    const auto load = [&](int i) {
-      if (i < steps && is_row(i)) next.load(source, s.c_in, columns);
-      source += row_length;
+    Row next;
+    if (kLoadsAhead) next.load(source, s.c_in, columns, is_row(h0));
+    // Of rows of y, the one begun last first. Those above the strip are added up too, from whatever is there, and those
+    // below it: it takes less than to ask, and they are not stored.
+    float open[kOpen][kStripWidth][kVec] = {};
+    const auto move = [](float (&to)[kStripWidth][kVec], const float (&from)[kStripWidth][kVec]) {
+#pragma unroll
+      for (int j = 0; j < kStripWidth; ++j) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) to[j][v] = from[j][v];
+      }
     };
-    if (kLoadsAhead) load(0);
-    float sum[kOpen][kStripWidth][kVec];  // of rows of y, the one begun last first
-    int i0 = 0;
+    int h = h0;
 #pragma unroll 1
-    for (; i0 < steps; i0 += STRIDE) {
+    for (; h < h_last; h += STRIDE) {
 #pragma unroll
       for (int phase = 0; phase < STRIDE; ++phase) {
-        const int i = i0 + phase;
-        if (phase > 0 && i >= steps) break;
+        if (phase > 0 && h + phase >= h_last) break;
+        const T* const row = source + phase * row_length;
         float tap[kWidth][kVec];
-        if (!kLoadsAhead) load(i);
-        if (plain_relu) {
+        if (!kLoadsAhead) next.load(row, s.c_in, columns, is_row(h + phase));
+        if ((way & kPlainRelu) != 0) {
           Row activated = next;
           activated.relu();
           activated.widen(tap);
         } else {
           next.widen(tap);
         }
-        if (kLoadsAhead) load(i + 1);
-        if (is_row(i) && with_prologue && !plain_relu) apply_prologue<T>(tap, p, affines, vector, residual, columns);
-        if (residual != nullptr) residual += row_length;
+        if (kLoadsAhead) next.load(row + row_length, s.c_in, columns, is_row(h + phase + 1));
+        if ((way & kPrologue) != 0 && is_row(h + phase)) {
+          const int64_t place = row - static_cast<const T*>(p.x);
+          const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + place;
+          apply_prologue<T>(tap, p, affines, vector, residual, columns);
+        }
         if (phase == 0) {
-#pragma unroll
-          for (int j = 0; j < kStripWidth; ++j) {
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) sum[0][j][v] = 0.0f;
+          // The oldest is finished, the others age, each in the next one's place while this row is added to it, and one
+          // is begun.
+          float finished[kStripWidth][kVec];
+          move(finished, open[kOpen - 1]);
+          add_row<K, STRIDE>(finished, tap, weights, K - 1, vector);
+          if (h >= h0 + kOpen * STRIDE) {
+            if ((way & kEpilogue) != 0) apply_epilogue(finished, p, affines, vector);
+            PixelRow<T, kVec, kStripWidth>::round(finished).store(out, s.c_mid, {q0, s.q});
+            out += static_cast<int64_t>(s.q) * s.c_mid;
+            statistics.add(finished, s.q - q0);
           }
-        }
-        if (is_row(i)) {
 #pragma unroll
-          for (int age = kOpen - 1; age >= 0; --age) {
-            const int r = age * STRIDE + phase, y = i0 / STRIDE - age;
-            if (r >= K || y < 0 || y >= rows) continue;
-            add_row<K, STRIDE>(sum[age], tap, weights, r, vector);
-          }
+          for (int age = kOpen - 1; age > 0; --age) move(open[age], open[age - 1]);
+          move(open[0], {});
         }
-        constexpr int kLast = (K - 1) / STRIDE;
-        if (phase == (K - 1) % STRIDE && i0 / STRIDE >= kLast) {
-          if (with_epilogue) apply_epilogue(sum[kLast], p, affines, vector);
-          PixelRow<T, kVec, kStripWidth>::round(sum[kLast]).store(out, s.c_mid, {q0, s.q});
-          out += static_cast<int64_t>(s.q) * s.c_mid;
-          statistics.add(sum[kLast], s.q - q0);
+#pragma unroll
+        for (int age = kOpen - 1; age >= 0; --age) {
+          add_row<K, STRIDE>(open[age], tap, weights, age * STRIDE + phase, vector);
         }
       }
-      if (p.x_pre != nullptr) store_own_rows(h0 + i0, h0 + i0 + STRIDE);
-#pragma unroll
-      for (int age = kOpen - 1; age > 0; --age) {
-#pragma unroll
-        for (int j = 0; j < kStripWidth; ++j) {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) sum[age][j][v] = sum[age - 1][j][v];
-        }
-      }
+      source += STRIDE * row_length;
+      if ((way & kStoresXPre) != 0) store_own_rows(h, h + STRIDE);
     }
-    if (p.x_pre != nullptr) store_own_rows(h0 + i0, s.h);  // that no tap reaches
+    if ((way & kStoresXPre) != 0) store_own_rows(h, s.h);  // that no tap reaches
   }
   statistics.store();
 }
