@@ -161,6 +161,20 @@ def test_depthwise_alone_and_a_filter_beyond_the_fast_kernels() -> None:
     assert "general" in large["cuda, staged"].note and "triton, fused" not in large
 
 
+def test_a_dilated_filter_is_left_to_kernels_that_slide() -> None:
+    """CUDA's kernel for it is bound by instructions, far from memory's speed; Triton's slides over any dilation."""
+    for op in ("depthwise", "separable"):
+        dilated = problem(256, 256, 37)._replace(geometry=Geometry(1, 1, 6, 6, 6, 6, 6, 6), op=op)
+        found = by_way(dilated._replace(activations=(0, 0) if op == "depthwise" else (0, 0, 0)), H200)
+        cuda, aten = found["cuda" if op == "depthwise" else "cuda, staged"], found["aten, channels_last"]
+        assert (
+            "general" in cuda.note and cuda.card_forward > aten.card_forward and cuda.card_backward > aten.card_backward
+        )
+        triton = [q for q in found.values() if q.backend == "triton"]
+        assert not any("general" in q.note for q in triton)
+        assert min(q.card_forward for q in triton) < aten.card_forward
+
+
 @pytest.mark.parametrize(
     "name, card",
     [("NVIDIA H200", H200), ("h200", H200), ("A100", A100), ("RTX 4090", RTX_4090), ("rtx4090", RTX_4090), ("T4", T4)],

@@ -32,6 +32,11 @@ MMA_SYNC_SHARE = {(9, 0): 0.63}
 #: The part of the float32 lanes' rate that a depthwise kernel's inner loop keeps: beside each multiply-add it converts
 #: and moves operands.
 LANE_SHARE = 0.5
+#: The general kernels, for any filter: one thread makes one value. Instructions a value and tap of CUDA's, forward and
+#: backward, counted in what nvcc makes of a dilated 3x3 in bfloat16 (``python -m tests.cuda.counted``); Triton's are
+#: taken to be slower than memory by so much.
+GENERAL_INSTRUCTIONS = (39.0, 118.0)
+GENERAL_SLOWER = 4.0
 #: L2 delivers about twice what memory does (arXiv 2402.13499 has 2.0 to 2.6 for A100, RTX 4090 and H100).
 L2_RATE = 2.0
 #: PyTorch's depthwise kernels, as a share of a copy's speed. cuDNN on channels_last: plain 16-byte-vector kernels are
@@ -52,8 +57,8 @@ HOST_LAUNCH_US = triton_plans.HOST_LAUNCH_US
 #: What must be gained before the model, whose constants are guesses, prefers a kernel to PyTorch's.
 MARGIN = 1.1
 
-#: The part of its clocks in which a scheduler of a multiprocessor that runs the fused CUDA kernel issues something; the
-#: kernel's instructions are counted (fused_clocks in csrc/common/cuda_separable_plan.h).
+#: The part of its clocks in which a scheduler of a multiprocessor issues something, in CUDA kernels whose instructions
+#: are counted (the fused one's in fused_clocks, csrc/common/cuda_separable_plan.h).
 ISSUE_SHARE = 0.8
 #: Float32 lanes of a multiprocessor, 128 unless it stands here (CUDA programming guide, arithmetic throughput). With
 #: 64 a multiply-add takes its scheduler two clocks; three in five of the float32 kernel's instructions use those lanes,
@@ -182,6 +187,18 @@ class _Clock:
     def depthwise(self, moved: float, share: float = 1.0, cached: float = 0.0) -> float:
         return max(self.move(moved, cached) / share, self.lanes)
 
+    def general(self, backend: str, fast_ones: bool) -> tuple[float, float]:
+        """How much longer than the fast depthwise kernels, forward and backward, the ones take that run here."""
+        if fast_ones:
+            return 0.0, 0.0
+        w = self.work
+        fast = [self.depthwise(moved) for moved in (w.x + (w.z or w.y), 2 * w.x + (w.z or w.y))]
+        if backend != "cuda":
+            return fast[0] * (GENERAL_SLOWER - 1), fast[1] * (GENERAL_SLOWER - 1)
+        # A multiply-add is two operations and one instruction.
+        issued = [n * w.depthwise / (self.device.float32_flops * ISSUE_SHARE) * 1e6 for n in GENERAL_INSTRUCTIONS]
+        return max(issued[0] - fast[0], 0.0), max(issued[1] - fast[1], 0.0)
+
     def gemm(self, moved: float, cached: float = 0.0) -> float:
         return max(self.move(moved, cached), self.work.pointwise / self.product)
 
@@ -227,7 +244,7 @@ def _slices(problem: Problem, slice_n: Optional[int]) -> int:
     return 1 if slice_n is None else math.ceil(problem.n / max(slice_n, 1))
 
 
-def _staged(clock: _Clock, slice_n: Optional[int]) -> tuple[float, str]:
+def _staged(clock: _Clock, slice_n: Optional[int], general: tuple[float, float]) -> tuple[float, str]:
     """The forward in two kernels, z in L2 where a slice of the batch keeps it there."""
     w, slices = clock.work, _slices(clock.problem, slice_n)
     kept = 2 * w.z / slices <= clock.device.l2_bytes
@@ -235,7 +252,8 @@ def _staged(clock: _Clock, slice_n: Optional[int]) -> tuple[float, str]:
     time = clock.depthwise(w.x + z_memory, cached=z_cached) + clock.gemm(w.y + w.weights + z_memory, cached=z_cached)
     where = "z stays in L2" if kept else "z goes through memory once each way"
     how = f", {slice_n} pictures at a time" if slice_n is not None and slices > 1 else ""
-    return time + clock.launches(2 * slices), where + how
+    kernel = "the general depthwise kernel; " if general[0] > 0 else ""
+    return time + general[0] + clock.launches(2 * slices), kernel + where + how
 
 
 def _fused(clock: _Clock, again: int) -> tuple[float, str]:
@@ -262,15 +280,13 @@ def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
     return max(memory, matrix, issued) + clock.launches(1), f"z never leaves the chip; the limit: {limit}"
 
 
-def _own_backward(clock: _Clock, fast: bool) -> float:
+def _own_backward(clock: _Clock, general: tuple[float, float]) -> float:
     """z again, two GEMMs, and one pass for dx and dw_dw with the small kernel that adds up its sums."""
     w = clock.work
     if clock.problem.op == "depthwise":
-        time = clock.depthwise(2 * w.x + w.y) + clock.launches(2)
-    else:
-        gemms = 2 * clock.gemm(w.z + w.y)
-        time = clock.depthwise(w.x + w.z) + gemms + clock.depthwise(2 * w.x + w.z) + clock.launches(5)
-    return time if fast else 4 * time
+        return clock.depthwise(2 * w.x + w.y) + general[1] + clock.launches(2)
+    gemms = 2 * clock.gemm(w.z + w.y)
+    return clock.depthwise(w.x + w.z) + gemms + clock.depthwise(2 * w.x + w.z) + sum(general) + clock.launches(5)
 
 
 def _conversions(clock: _Clock, time: float) -> float:
@@ -281,23 +297,23 @@ def _conversions(clock: _Clock, time: float) -> float:
 
 
 def _separable(
-    clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, fast: bool, launches: tuple[int, int] = (0, 0)
-) -> Prediction:
-    time, note = forward
-    backward = _conversions(clock, _own_backward(clock, fast))
-    return Prediction(
-        way, way.partition(",")[0], _conversions(clock, time), backward, chosen, note, launches=launches
-    )  # fmt: skip
+    clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, general: tuple[float, float],
+    launches: tuple[int, int] = (0, 0),
+) -> Prediction:  # fmt: skip
+    (time, note), backend = forward, way.partition(",")[0]
+    backward = _conversions(clock, _own_backward(clock, general))
+    return Prediction(way, backend, _conversions(clock, time), backward, chosen, note, launches=launches)
 
 
 def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
     problem, device = clock.problem, triton_device(clock.device)
     fast = triton_plans.unrolled(problem)
+    general = clock.general("triton", fast)
     if problem.op == "depthwise":
         time = clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1)
-        return [_depthwise(clock, "triton", time, fast, (1, 2 if fast else 3))]
+        return [_depthwise(clock, "triton", time, general, (1, 2 if fast else 3))]
     plan = triton_plans.separable_plan(problem._replace(channels_last=True), device, tf32)
-    time, note = _staged(clock, plan.slice_n)
+    time, note = _staged(clock, plan.slice_n, general)
     # For TF32 a launch rounds the weights. Backward: z again, then one pass and its sums, or the general kernels' two
     # passes and their sums.
     rounding = int(problem.dtype is torch.float32 and tf32 and clock.device.vendor == "nvidia")
@@ -308,15 +324,17 @@ def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
         again = math.ceil(problem.c_out / plan.tile.outputs)
         time, note = _fused(clock, again)
         fused = time + clock.launches(rounding), note
-        found.append(_separable(clock, "triton, fused", fused, plan.fused, fast, (1 + rounding, backward)))
+        found.append(_separable(clock, "triton, fused", fused, plan.fused, general, (1 + rounding, backward)))
     launches = 2 * _slices(problem, plan.slice_n) + rounding
-    return [*found, _separable(clock, "triton, staged", staged, not plan.fused, fast, (launches, backward))]
+    return [*found, _separable(clock, "triton, staged", staged, not plan.fused, general, (launches, backward))]
 
 
-def _depthwise(clock: _Clock, backend: str, time: float, fast: bool, launches: tuple[int, int] = (0, 0)) -> Prediction:
-    note = "memory-speed kernel" if fast else "the general kernel, a quarter of memory speed at most"
-    forward = _conversions(clock, time if fast else 4 * time)
-    backward = _conversions(clock, _own_backward(clock, fast))
+def _depthwise(
+    clock: _Clock, backend: str, time: float, general: tuple[float, float], launches: tuple[int, int] = (0, 0)
+) -> Prediction:
+    note = "the general kernel, far from memory's speed" if general[0] > 0 else "memory-speed kernel"
+    forward = _conversions(clock, time + general[0])
+    backward = _conversions(clock, _own_backward(clock, general))
     return Prediction(backend, backend, forward, backward, True, note, launches=launches)
 
 
@@ -333,16 +351,15 @@ def _sliding_window(problem: Problem, facts: cuda_backend.DeviceFacts) -> bool:
 def _cuda(clock: _Clock) -> list[Prediction]:
     problem, facts = clock.problem, cuda_facts(clock.device)
     fast = _sliding_window(problem, facts)
+    general = clock.general("cuda", fast)
     plan = None if problem.op == "depthwise" else cuda_backend.fused_plan(problem, facts)
     if problem.op == "depthwise":
-        return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), fast)]
-    staged = _staged(clock, None)
-    if not fast:
-        staged = (4 * staged[0], f"the general depthwise kernel; {staged[1]}")
+        return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), general)]
+    staged = _staged(clock, None, general)
     found = []
     if plan is not None:
-        found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, fast))
-    return [*found, _separable(clock, "cuda, staged", staged, not found, fast)]
+        found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, general))
+    return [*found, _separable(clock, "cuda, staged", staged, not found, general)]
 
 
 @lru_cache(maxsize=4096)
