@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 from setuptools import Extension, setup
 
@@ -174,14 +175,15 @@ def remove_stale_objects(folder: str, headers: list[str]) -> None:
 class Build(BuildExtension):
     """One folder of objects a library, since several share sources; no Python tag on what is no Python module."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
+    def build_extensions(self) -> None:
         # Two libraries at a time, each with half of the compilers: what one's longest file leaves idle the other takes.
         limit = os.environ.get("MAX_JOBS", "")
         jobs = int(limit) if limit.isdigit() else 2 + (os.cpu_count() or 1)
-        if self.parallel is None and self.use_ninja and jobs >= 2:
-            self.parallel = 2
-            os.environ["MAX_JOBS"] = str(jobs // 2)
+        if self.parallel or not self.use_ninja or jobs < 2:
+            return super().build_extensions()
+        self.parallel = 2
+        with mock.patch.dict(os.environ, MAX_JOBS=str(jobs // 2)):
+            super().build_extensions()
 
     def run(self) -> None:
         super().run()

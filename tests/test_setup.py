@@ -9,7 +9,9 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from setuptools import Distribution
 from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension
 
 SETUP = Path(__file__).parent.parent / "setup.py"
 
@@ -52,6 +54,22 @@ def test_objects_older_than_a_header_are_made_again(tmp_path: Path, monkeypatch:
     assert {path.name for path in files["old.o"].parent.iterdir()} == {"header.cuh", "new.o", "old.txt"}
     remove(str(tmp_path), [])
     assert files["new.o"].exists()
+
+
+@pytest.mark.parametrize("limit, seen", [("", (2, "4")), ("7", (2, "3")), ("1", (None, "1"))])
+def test_two_libraries_at_a_time(limit: str, seen: tuple[Optional[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they have as many compilers as one would have; of one that MAX_JOBS allows there is no half."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setenv("MAX_JOBS", limit)
+    command = runpy.run_path(str(SETUP))["Build"](Distribution())
+    found = []
+    monkeypatch.setattr(
+        BuildExtension, "build_extensions", lambda self: found.append((self.parallel, os.environ["MAX_JOBS"]))
+    )
+    command.finalize_options()
+    command.build_extensions()
+    assert found == [seen] and os.environ["MAX_JOBS"] == limit
 
 
 @pytest.mark.parametrize("cuda", [None, "13.0", "13.2"])
