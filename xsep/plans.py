@@ -35,7 +35,7 @@ LANE_SHARE = 0.5
 #: The general kernels, for any filter: one thread makes one value. Instructions a value and tap of CUDA's, forward and
 #: backward, counted in what nvcc makes of a dilated 3x3 in bfloat16 (``python -m tests.cuda.counted``); Triton's are
 #: taken to be slower than memory by so much.
-GENERAL_INSTRUCTIONS = (39.0, 118.0)
+GENERAL_INSTRUCTIONS = (40.0, 122.0)
 GENERAL_SLOWER = 4.0
 #: L2 delivers about twice what memory does (arXiv 2402.13499 has 2.0 to 2.6 for A100, RTX 4090 and H100).
 L2_RATE = 2.0

@@ -33,21 +33,10 @@ template <class T, int VEC, int WIDTH>
 struct PixelRow {
   Pack<T, VEC> pixel[WIDTH];
 
-  // source: the first pixel's, whether or not it is there; step: elements from one pixel to the next.
-  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns) {
-    if (columns.all()) {
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::load(source + i * step);
-    } else {
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        pixel[i] = columns.has(i) ? Pack<T, VEC>::load(source + i * step) : Pack<T, VEC>::zero();
-      }
-    }
-  }
-
-  // The same of a row that may not be there.
-  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns, bool is_row) {
+  // source: the first pixel's, whether or not it is there; step: elements from one pixel to the next. A row that is not
+  // there is zeros.
+  __device__ __forceinline__ void load(const T* source, int64_t step, const Columns<WIDTH>& columns,
+                                       bool is_row = true) {
     if (is_row && columns.all()) {
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) pixel[i] = Pack<T, VEC>::load(source + i * step);

@@ -23,14 +23,20 @@ os.environ["XSEP_EMULATED_PTX_COUNTED"] = "1"
 
 import torch
 
+from xsep.problem import Geometry
+
 from . import emulated, emulated_ops, ptx
 from . import test_emulated_depthwise as depthwise
 from . import test_emulated_separable as separable
 
 #: Bytes that a multiprocessor of an H200 has of a copy in a clock: 4.3 TB/s, 132 of them, 1.755 GHz.
 BYTES_A_CLOCK = 4.3e12 / 132 / 1.755e9
-#: Channels, size, filter, stride; and channels, outputs, size, filter.
-DEPTHWISE = [(128, 147, 3, 1), (256, 74, 3, 1), (728, 37, 3, 1), (728, 19, 3, 1), (64, 74, 5, 1), (128, 74, 3, 2)]
+#: Channels, size, filter, stride, dilation (the last has the general kernels, of which the cost model in xsep/plans.py
+#: has its GENERAL_INSTRUCTIONS); and channels, outputs, size, filter.
+DEPTHWISE = [
+    (128, 147, 3, 1, 1), (256, 74, 3, 1, 1), (728, 37, 3, 1, 1), (728, 19, 3, 1, 1), (64, 74, 5, 1, 1),
+    (128, 74, 3, 2, 1), (64, 37, 3, 1, 2),
+]  # fmt: skip
 SEPARABLE = [(128, 128, 147, 3), (128, 256, 74, 3), (256, 256, 37, 3), (64, 64, 56, 5)]
 #: Channels, outputs, size; from them come the planner's constants (csrc/common/cuda_chain_plan.h).
 CHAIN = [(64, 64, 147), (64, 128, 147), (128, 64, 147), (128, 128, 147)]
@@ -48,17 +54,22 @@ class Run(NamedTuple):
 
 def depthwise_runs(library: emulated.Library) -> Iterator[Run]:
     """Each has run when it is given."""
-    for c, size, k, stride in DEPTHWISE:
-        case = depthwise.Case("counted", 1, c, size, size, (k, k), depthwise.same(k, stride))
+    for c, size, k, stride, dilation in DEPTHWISE:
+        pad = dilation * (k // 2)
+        geometry = Geometry(stride, stride, pad, pad, pad, pad, dilation, dilation)
+        case = depthwise.Case("counted", 1, c, size, size, (k, k), geometry)
+        what = f"{c}@{size} {k}x{k} /{stride}" + (f" d{dilation}" if dilation > 1 else "")
         x, w = depthwise.draw(case, torch.bfloat16)
         shape = depthwise.shape_of(case)
         dz = torch.randn(1, c, shape.p, shape.q).bfloat16()
         for name, prologue in (("", depthwise.PLAIN), ("relu", RELU)):
             depthwise.fprop(library, case, x, w, prologue)
             pixels = shape.p * shape.q
-            yield Run(f"fprop {c}@{size} {k}x{k} /{stride} {name}", pixels * c, (size * size + pixels) * c * 2)
-            depthwise.bprop(library, case, dz, x, w, prologue)
-            yield Run(f"bprop {c}@{size} {k}x{k} /{stride} {name}", size * size * c, (2 * size**2 + pixels) * c * 2)
+            yield Run(f"fprop {what} {name}", pixels * c, (size * size + pixels) * c * 2)
+            depthwise.bprop(
+                library, case, dz, x, w, prologue, wanted=("dx", "dw_dw")
+            )  # without a scale there is no more
+            yield Run(f"bprop {what} {name}", size * size * c, (2 * size**2 + pixels) * c * 2)
 
 
 def separable_runs(library: emulated.Library) -> Iterator[Run]:
