@@ -29,14 +29,17 @@ template <int N>
 XSEP_INLINE void activate(Vec (&v)[N], Activation activation, float alpha) {
   if (activation == Activation::kIdentity) return;
   if (activation == Activation::kRelu) {
-    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = relu(v[i]); });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) v[i] = relu(v[i]);
     return;
   }
   // A copy, so that the caller's vectors need not live in memory on the common paths.
   Vec spilled[N];
-  unroll<N>([&](auto i) __attribute__((always_inline)) { spilled[i] = v[i]; });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) spilled[i] = v[i];
   activate_all(spilled, N, activation, alpha);
-  unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = spilled[i]; });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) v[i] = spilled[i];
 }
 
 /// scale * v + shift of N vectors of the same channels, starting at channel c of the affine. Where there are both, in
@@ -45,13 +48,16 @@ template <int N>
 XSEP_INLINE void scale_and_shift(const ChannelAffine& affine, int64_t c, Vec (&v)[N]) {
   if (affine.scale && affine.shift) {
     const Vec scale = load(affine.scale + c), shift = load(affine.shift + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = fma_for_certain(v[i], scale, shift); });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) v[i] = fma_for_certain(v[i], scale, shift);
   } else if (affine.scale) {
     const Vec scale = load(affine.scale + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = v[i] * scale; });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) v[i] = v[i] * scale;
   } else if (affine.shift) {
     const Vec shift = load(affine.shift + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = v[i] + shift; });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) v[i] = v[i] + shift;
   }
 }
 

@@ -26,14 +26,16 @@ void chain_apply(const ChainApply& p, Range pixels) {
     by_vectors(p.channels, [&](int64_t c, auto count, int lanes) __attribute__((always_inline)) {
       constexpr int kVectors = count();
       Vec u[kVectors];
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         const int64_t at = c + j * kLanes;
         Vec v[1] = {load_lanes(x + at, lanes)};
         scale_and_shift(p.load, at, v);
         u[j] = t ? v[0] + load_lanes(t + at, lanes) : v[0];
-      });
+      }
       activate(u, p.load.activation, p.load.alpha);
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { store_lanes(y + c + j * kLanes, u[j], lanes); });
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) store_lanes(y + c + j * kLanes, u[j], lanes);
     });
   }
 }

@@ -32,11 +32,13 @@ void raw_gradient(const RawGradient& p, Range pixels) {
     T* dr = static_cast<T*>(p.dr) + i * channels;
     const auto form = [&](auto du_at) __attribute__((always_inline)) {
       by_vectors(channels, [&](int64_t first, auto count, int lanes) __attribute__((always_inline)) {
-        unroll<count()>([&](auto j) __attribute__((always_inline)) {
+        constexpr int kVectors = count();
+        XSEP_UNROLL
+        for (int j = 0; j < kVectors; ++j) {
           const int64_t c = first + j * kLanes;
           const Vec rest = fma(load_lanes(r + c, lanes), load_lanes(b + c, lanes), load_lanes(d + c, lanes));
           store_lanes(dr + c, fma(du_at(c, lanes), load_lanes(a + c, lanes), rest), lanes);
-        });
+        }
       });
     };
     if (p.taps) {
@@ -86,21 +88,25 @@ void input_gradient(const InputGradient& p, Range pixels) {
     by_vectors(p.channels, [&](int64_t c, auto count, int lanes) __attribute__((always_inline)) {
       constexpr int kVectors = count();
       Vec v[kVectors];
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         v[j] = load_lanes(dx + c + j * kLanes, lanes);
         if (g) v[j] = v[j] + load_lanes(g + c + j * kLanes, lanes);
-      });
+      }
       if (x) {
         Vec u[kVectors];
-        unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+        XSEP_UNROLL
+        for (int j = 0; j < kVectors; ++j) {
           Vec one[1] = {load_lanes(x + c + j * kLanes, lanes)};
           scale_and_shift(p.load, c + j * kLanes, one);
           u[j] = one[0];
-        });
+        }
         differentiate_all(u, kVectors, p.load.activation, p.load.alpha);
-        unroll<kVectors>([&](auto j) __attribute__((always_inline)) { v[j] = v[j] * u[j]; });
+        XSEP_UNROLL
+        for (int j = 0; j < kVectors; ++j) v[j] = v[j] * u[j];
       }
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { store_lanes(dx + c + j * kLanes, v[j], lanes); });
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) store_lanes(dx + c + j * kLanes, v[j], lanes);
     });
   }
 }

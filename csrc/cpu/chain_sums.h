@@ -21,24 +21,27 @@ void tile_statistics(const T* r, int64_t pixels, int64_t channels, float* to) {
     set_zero(square);
     const T* at = r + c;
     for (int64_t i = 0; i < pixels; ++i, at += channels) {
-      unroll<kVectors>([&](auto j)
-                           __attribute__((always_inline)) { mean[j] = mean[j] + load_lanes(at + j * kLanes, lanes); });
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) mean[j] = mean[j] + load_lanes(at + j * kLanes, lanes);
     }
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) { mean[j] = mean[j] * share; });
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) mean[j] = mean[j] * share;
     at = r + c;
     for (int64_t i = 0; i < pixels; ++i, at += channels) {
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         const Vec off = load_lanes(at + j * kLanes, lanes) - mean[j];
         sum[j] = sum[j] + off;
         square[j] = fma(off, off, square[j]);
-      });
+      }
     }
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
       float* out = to + c + j * kLanes;
       store_lanes(out, mean[j], lanes);
       store_lanes(out + channels, sum[j], lanes);
       store_lanes(out + 2 * channels, square[j], lanes);
-    });
+    }
   });
 }
 
@@ -63,22 +66,24 @@ void add_pixels(const T* g, const T* operand, const float* centre, int64_t pixel
     Vec off[kVectors];
     set_zero(off);
     if constexpr (kProduct) {
-      unroll<kVectors>([&](auto j)
-                           __attribute__((always_inline)) { off[j] = load_lanes(centre + c + j * kLanes, lanes); });
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) off[j] = load_lanes(centre + c + j * kLanes, lanes);
     }
     for (int64_t i = 0; i < pixels; ++i) {
       const int64_t at = i * channels + c;
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         const Vec v = load_lanes(g + at + j * kLanes, lanes);
         if constexpr (kProduct) {
           sum[j] = fma(load_lanes(operand + at + j * kLanes, lanes) - off[j], v, sum[j]);
         } else {
           sum[j] = sum[j] + v;
         }
-      });
+      }
     }
     float lane_sums[kVectors * kLanes];
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) { store(lane_sums + j * kLanes, sum[j]); });
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) store(lane_sums + j * kLanes, sum[j]);
     const int some = kVectors > 1 ? kVectors * kLanes : lanes;
     for (int i = 0; i < some; ++i) sums[c + i] += lane_sums[i];
   });

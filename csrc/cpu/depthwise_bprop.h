@@ -93,7 +93,8 @@ XSEP_INLINE void add_to(float* sum, Vec v) { store(sum, load(sum) + v); }
 
 template <int N, class T>
 XSEP_INLINE void load_prologue(const DepthwiseBprop& p, const InputBlock<T>& b, int64_t c, int64_t lanes, Vec (&u)[N]) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) { u[i] = load_lanes(b.x + i * b.x_step + c, lanes); });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) u[i] = load_lanes(b.x + i * b.x_step + c, lanes);
   scale_and_shift(p.prologue, c, u);
 }
 
@@ -105,29 +106,34 @@ XSEP_INLINE void finish_pixels(const DepthwiseBprop& p, const InputBlock<T>& b, 
   if (activation == Activation::kRelu) {
     Vec u[N];
     load_prologue(p, b, c, lanes, u);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = u[i] > 0.0f ? d[i] : Vec{}; });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) d[i] = u[i] > 0.0f ? d[i] : Vec{};
   } else if (activation != Activation::kIdentity) {
     Vec u[N];
     load_prologue(p, b, c, lanes, u);
     differentiate_all(u, N, activation, prologue.alpha);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * u[i]; });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) d[i] = d[i] * u[i];
   }
   if (b.daffine) {
     Vec dscale = {};
     Vec dshift = {};
-    unroll<N>([&](auto i) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) {
       dscale = fma(load_first(b.x + i * b.x_step + c, lanes), d[i], dscale);
       dshift = dshift + d[i];
-    });
+    }
     add_to(b.daffine + c, dscale);
     add_to(b.daffine + b.sum_stride + c, dshift);
   }
   if (!b.dx) return;
   if (prologue.scale && p.dx_of == GradientOf::kX) {
     const Vec scale = load(prologue.scale + c);
-    unroll<N>([&](auto i) __attribute__((always_inline)) { d[i] = d[i] * scale; });
+    XSEP_UNROLL
+    for (int i = 0; i < N; ++i) d[i] = d[i] * scale;
   }
-  unroll<N>([&](auto i) __attribute__((always_inline)) { store_lanes(b.dx + i * b.dx_step + c, d[i], lanes); });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) store_lanes(b.dx + i * b.dx_step + c, d[i], lanes);
 }
 
 /// How the blocks of a row of inputs are made: dilation 1 and horizontal stride kStride. The first input lies kPhase
@@ -180,23 +186,27 @@ void sliding_input_block(const DepthwiseBprop& p, const InputBlock<T>& b) {
         Vec w[kS];
         Vec dw[kS];
         set_zero(dw);
-        unroll<kS>([&](auto s) __attribute__((always_inline)) {
-          if constexpr (kDx) w[s] = load(w_row + s * p.c_pad);
-        });
-        unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
-          if (kBorder && (j < first || j >= last)) return;
-          const T* at = row + j * dz_step;
+        if constexpr (kDx) {
+          XSEP_UNROLL
+          for (int s = 0; s < kS; ++s) w[s] = load(w_row + s * p.c_pad);
+        }
+        const T* at = row;
+        XSEP_UNROLL
+        for (int j = 0; j < kColumns; ++j, at += dz_step) {
+          if (kBorder && (j < first || j >= last)) continue;
           const Vec d = kBorder ? load_lanes(at, lanes) : load(at);
-          unroll<kS>([&](auto s) __attribute__((always_inline)) {
-            constexpr int pixel = (j() - kReach) * kStride + s() - How::kPhase;
-            if constexpr (pixel >= 0 && pixel < kPixels) {
+          XSEP_UNROLL
+          for (int s = 0; s < kS; ++s) {
+            const int pixel = (j - kReach) * kStride + s - How::kPhase;
+            if (pixel >= 0 && pixel < kPixels) {
               if constexpr (kDx) dx[pixel] = fma(d, w[s], dx[pixel]);
               if constexpr (kDw) dw[s] = fma(d, x[pixel], dw[s]);
             }
-          });
-        });
+          }
+        }
         if constexpr (kDw) {
-          unroll<kS>([&](auto s) __attribute__((always_inline)) { add_to(dw_row + s * b.sum_stride, dw[s]); });
+          XSEP_UNROLL
+          for (int s = 0; s < kS; ++s) add_to(dw_row + s * b.sum_stride, dw[s]);
         }
       }
     }

@@ -80,7 +80,8 @@ struct RowPart {
 
 template <class T, int N>
 XSEP_INLINE void store_column(T* out, int64_t stride, const Vec (&v)[N], int64_t lanes) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) { store_lanes(out + i * stride, v[i], lanes); });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) store_lanes(out + i * stride, v[i], lanes);
 }
 
 /// float may be stored as anything, the 16-bit types as themselves or as float.
@@ -144,23 +145,27 @@ XSEP_NOINLINE void sliding_block(const DepthwiseFprop& p, const RowPart<T>& part
     set_zero(sum);
     const auto add_row = [&](const T* row, const float* w_row) __attribute__((always_inline)) {
       Vec w[kHeld];
-      unroll<kHeld>([&](auto s) __attribute__((always_inline)) { w[s] = load(w_row + s * c_pad); });
-      unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
-        if (kBorder && (j < first || j >= last)) return;
-        const T* at = row + j * step;
+      XSEP_UNROLL
+      for (int s = 0; s < kHeld; ++s) w[s] = load(w_row + s * c_pad);
+      const T* at = row;
+      XSEP_UNROLL
+      for (int j = 0; j < kColumns; ++j, at += step) {
+        if (kBorder && (j < first || j >= last)) continue;
         const Vec v = in_register(kBorder ? load_lanes(at, lanes) : load(at));
-        unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
-          constexpr int s = j() - i() * kStride;
-          if constexpr (s >= 0 && s < kHeld) sum[i] = fma(v, w[s], sum[i]);
-          if constexpr (s >= kHeld && s < kS) sum[i] = fma(v, load_for_this_use(w_row + s * c_pad), sum[i]);
-        });
-      });
+        XSEP_UNROLL
+        for (int i = 0; i < kPixels; ++i) {
+          const int s = j - i * kStride;
+          if (s >= 0 && s < kHeld) sum[i] = fma(v, w[s], sum[i]);
+          if (s >= kHeld && s < kS) sum[i] = fma(v, load_for_this_use(w_row + s * c_pad), sum[i]);
+        }
+      }
     };
     const int64_t rows = part.r_end - part.r_begin;
     const float* w_row = part.w + part.r_begin * kS * c_pad + c;
     if (kS == 3 && !kBorder && rows == 3) {
       // By far the most common: as one piece of code the three rows' loads and sums overlap.
-      unroll<3>([&](auto r) __attribute__((always_inline)) { add_row(part.rows[r] + offset, w_row + r * kS * c_pad); });
+      XSEP_UNROLL
+      for (int r = 0; r < 3; ++r) add_row(part.rows[r] + offset, w_row + r * kS * c_pad);
     } else {
       for (int64_t r = 0; r < rows; ++r, w_row += kS * c_pad) add_row(part.rows[r] + offset, w_row);
     }
@@ -185,12 +190,13 @@ XSEP_NOINLINE void general_block(const DepthwiseFprop& p, const RowPart<T>& part
       for (int64_t s = 0; s < taps; ++s) {
         const Vec w = load(part.w + (r * taps + s) * p.c_pad + c);
         const int64_t column = first + s * dilation;
-        unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
+        XSEP_UNROLL
+        for (int i = 0; i < kPixels; ++i) {
           const int64_t at = column + i * stride;
-          if (kBorder && (at < 0 || at >= part.width)) return;
+          if (kBorder && (at < 0 || at >= part.width)) continue;
           const T* from = row + at * part.pixel_step;
           sum[i] = fma(kBorder ? load_lanes(from, lanes) : load(from), w, sum[i]);
-        });
+        }
       }
     }
     apply(part.output, c, sum);
@@ -214,7 +220,8 @@ XSEP_NOINLINE void pair_block(const DepthwiseFprop& p, const RowPart<BFloat16>& 
     sum_pairs<kS, kStride, kPixels, kBorder>(part.rows, column * part.pixel_step + c, part.pixel_step, first, last,
                                              part.w_pairs + c, p.shape.r, w_row, part.r_begin, part.r_end, count, low,
                                              high);
-    unroll<kPixels>([&](auto i) __attribute__((always_inline)) { in_channel_order(low[i], high[i]); });
+    XSEP_UNROLL
+    for (int i = 0; i < kPixels; ++i) in_channel_order(low[i], high[i]);
     apply(part.output, c, low);
     store_pixels<BFloat16>(part.to, out, c, low, kLanes);
     apply(part.output, c + kLanes, high);

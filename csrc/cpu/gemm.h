@@ -76,11 +76,13 @@ XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step, next += p.next_step) {
     __builtin_prefetch(next, 0, 2);
     VecBits w[kVectors];
-    unroll<kVectors>(
-        [&](auto j) __attribute__((always_inline)) { w[j] = *reinterpret_cast<const BitsUnaligned*>(b + j * kLanes); });
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) w[j] = *reinterpret_cast<const BitsUnaligned*>(b + j * kLanes);
+    XSEP_UNROLL
+    for (int i = 0; i < kRows; ++i) {
       const VecBits v = broadcast_bits(a[i * a_row]);
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         if constexpr (kPairs) {
 #if defined(__AVX512F__)
           sum[i][j] = dot_pairs(sum[i][j], v, w[j]);
@@ -88,8 +90,8 @@ XSEP_INLINE void accumulate(const Product& p, Vec (&sum)[kRows][kVectors]) {
         } else {
           sum[i][j] = fma(as_float(v), as_float(w[j]), sum[i][j]);
         }
-      });
-    });
+      }
+    }
   }
 }
 
@@ -104,9 +106,11 @@ XSEP_NOINLINE void accumulate_in_parts(Product p, Vec (&sum)[kRows][kVectors]) {
     Vec part[kRows][kVectors];
     set_zero(part);
     accumulate<kPairs>(p, part);
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = sum[i][j] + part[i][j]; });
-    });
+    XSEP_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = sum[i][j] + part[i][j];
+    }
     p.a = static_cast<const uint32_t*>(p.a) + p.depth * p.a_step;
     p.b = static_cast<const uint32_t*>(p.b) + p.depth * p.b_step;
     p.next += p.depth * p.next_step;
@@ -121,9 +125,11 @@ XSEP_INLINE void multiply_in_registers(const Product& p, Vec (&sum)[kRows][kVect
   Vec whole[kRows][kVectors];
   set_zero(whole);
   accumulate_in_parts<kPairs>(p, whole);
-  unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] = whole[i][j]; });
-  });
+  XSEP_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = whole[i][j];
+  }
 }
 
 template <bool kPairs, int kRows, int kVectors>
@@ -131,19 +137,22 @@ void multiply_block(const Product& p) {
   Vec sum[kRows][kVectors];
   set_zero(sum);
   if (p.add) {
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-      unroll<kVectors>(
-          [&](auto j) __attribute__((always_inline)) { __builtin_prefetch(p.c + i * p.c_row + j * kLanes, 1, 2); });
-    });
+    XSEP_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(p.c + i * p.c_row + j * kLanes, 1, 2);
+    }
   }
   multiply_in_registers<kPairs>(p, sum);
-  unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+  XSEP_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
       float* c = p.c + i * p.c_row + j * kLanes;
       // Sums of blocks are added up, not single products: a long sum loses less that way.
       store(c, p.add ? load(c) + sum[i][j] : sum[i][j]);
-    });
-  });
+    }
+  }
 }
 
 /// f(integral_constant rows) for rows in [1, kProductRows].

@@ -152,27 +152,30 @@ class RowBringer {
   XSEP_INLINE void apply_prologue(int64_t c, Vec (&v)[N]) const {
     if constexpr (kWay == OnTheWay::kPrologue) apply(in_.prologue, c_begin_ + c, v);
     if constexpr (kWay == OnTheWay::kRelu) {
-      unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = relu(v[i]); });
+      XSEP_UNROLL
+      for (int i = 0; i < N; ++i) v[i] = relu(v[i]);
     }
   }
 
   void copy(int64_t row) const {
-    constexpr int kPixels = 4;  // share the vectors of the prologue
+    constexpr int kAtOnce = 4;  // pixels that share the vectors of the prologue
     const T* from = from_ + row * in_.w * in_.c + c_begin_;
     const auto take = [&](int64_t column, auto pixels) __attribute__((always_inline)) {
+      constexpr int kPixels = pixels();
       const T* at = from + column * in_.c;
       X* to = pixel(row, column);
       for (int64_t c = 0; c < count_; c += kLanes) {
         const int64_t lanes = std::min<int64_t>(kLanes, count_ - c);
-        Vec v[pixels()];
-        unroll<pixels()>([&](auto i) __attribute__((always_inline)) { v[i] = loaded(at + i * in_.c + c, lanes); });
+        Vec v[kPixels];
+        XSEP_UNROLL
+        for (int i = 0; i < kPixels; ++i) v[i] = loaded(at + i * in_.c + c, lanes);
         apply_prologue(c, v);
-        unroll<pixels()>([&](auto i)
-                             __attribute__((always_inline)) { stored(to + i * in_.pixel_step + c, v[i], lanes); });
+        XSEP_UNROLL
+        for (int i = 0; i < kPixels; ++i) stored(to + i * in_.pixel_step + c, v[i], lanes);
       }
     };
     int64_t column = 0;
-    for (; column + kPixels <= in_.w; column += kPixels) take(column, std::integral_constant<int, kPixels>{});
+    for (; column + kAtOnce <= in_.w; column += kAtOnce) take(column, std::integral_constant<int, kAtOnce>{});
     for (; column < in_.w; ++column) take(column, std::integral_constant<int, 1>{});
   }
 
@@ -204,15 +207,17 @@ class RowBringer {
       for (int64_t i = 0; i < count_; i += kLanes) {
         const int64_t c = std::min(i, whole);
         Vec v[kLanes];
-        unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
+        XSEP_UNROLL
+        for (int l = 0; l < kLanes; ++l) {
           const T* at = from + (c + l) * plane;
           // Too many planes for the hardware to follow: what is read two lines later is asked for here.
           __builtin_prefetch(at + 128 / sizeof(T), 0, 2);
           v[l] = loaded(at, kLanes);
-        });
+        }
         transpose(v);
         apply_prologue(c, v);
-        unroll<kLanes>([&](auto l) __attribute__((always_inline)) { stored(to[l] + c, v[l], kLanes); });
+        XSEP_UNROLL
+        for (int l = 0; l < kLanes; ++l) stored(to[l] + c, v[l], kLanes);
       }
       return;
     }

@@ -80,13 +80,14 @@ void pack_panel(const PointwisePacking& p, const T* w_pw, int64_t panel, Out* ou
     for (int64_t k = 0; k < k_done; k += kLanes) {
       for (int64_t n = 0; n < n_done; n += kLanes) {
         Vec v[kLanes];
-        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { v[i] = load(w_pw + (n0 + n + i) * c_mid + k); });
+        XSEP_UNROLL
+        for (int i = 0; i < kLanes; ++i) v[i] = load(w_pw + (n0 + n + i) * c_mid + k);
         // Each row of the square is a stream of its own, more than the hardware follows.
-        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-          __builtin_prefetch(w_pw + (n0 + n + i) * c_mid + k + 4 * kLanes, 0, 3);
-        });
+        XSEP_UNROLL
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(w_pw + (n0 + n + i) * c_mid + k + 4 * kLanes, 0, 3);
         transpose(v);
-        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { store(out + (k + i) * kPanelColumns + n, v[i]); });
+        XSEP_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(out + (k + i) * kPanelColumns + n, v[i]);
       }
     }
   }

@@ -69,12 +69,13 @@ uint64_t block_checksum(const char* data, int64_t bytes) {
   VecBits sums[kStreams] = {};
   int64_t at = 0;
   for (; at + kStep <= bytes; at += kStep) {
-    unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int i = 0; i < kStreams; ++i) {
       VecBits words;
       std::memcpy(&words, data + at + i * kVecBytes, kVecBytes);
       const VecBits mixed = sums[i] ^ words;
       sums[i] = ((mixed << 13) | (mixed >> 19)) * odd;
-    });
+    }
   }
   uint64_t sum = static_cast<uint64_t>(bytes);
   const auto add = [&sum](uint64_t word) { sum = (sum ^ word) * 0x9e3779b97f4a7c15u; };

@@ -88,23 +88,26 @@ XSEP_INLINE void sum_pairs(const BFloat16* const* x, int64_t offset, int64_t col
   const auto mask = static_cast<__mmask32>(~uint32_t{0} >> (kPairChannels - channels));
   const auto add_rows = [&](const BFloat16* above, const BFloat16* below, int64_t r) __attribute__((always_inline)) {
     const bool two = below != nullptr;
-    const uint32_t* taps = w + ((two ? 0 : rows) + r) * kS * w_row;
+    const uint32_t* tap = w + ((two ? 0 : rows) + r) * kS * w_row;
     VecBits w_low[kS], w_high[kS];
-    unroll<kS>([&](auto s) __attribute__((always_inline)) {
-      w_low[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * w_row);
-      w_high[s] = *reinterpret_cast<const BitsUnaligned*>(taps + s * w_row + kLanes);
-    });
-    unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
-      if (kEdges && (j < first || j >= last)) return;
-      const PairVectors v = load_pairs<kEdges>(mask, above + j * column_step, two ? below + j * column_step : nullptr);
-      unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
-        constexpr int s = j() - i() * kStride;
-        if constexpr (s >= 0 && s < kS) {
+    XSEP_UNROLL
+    for (int s = 0; s < kS; ++s, tap += w_row) {
+      w_low[s] = *reinterpret_cast<const BitsUnaligned*>(tap);
+      w_high[s] = *reinterpret_cast<const BitsUnaligned*>(tap + kLanes);
+    }
+    XSEP_UNROLL
+    for (int j = 0; j < kColumns; ++j, above += column_step, below += two ? column_step : 0) {
+      if (kEdges && (j < first || j >= last)) continue;
+      const PairVectors v = load_pairs<kEdges>(mask, above, below);
+      XSEP_UNROLL
+      for (int i = 0; i < kPixels; ++i) {
+        const int s = j - i * kStride;
+        if (s >= 0 && s < kS) {
           low[i] = dot_pairs(low[i], v.low, w_low[s]);
           high[i] = dot_pairs(high[i], v.high, w_high[s]);
         }
-      });
-    });
+      }
+    }
   };
   int64_t r = r_begin;
   for (; r + 1 < r_end; r += 2, x += 2) add_rows(x[0] + offset, x[1] + offset, r);

@@ -30,7 +30,8 @@ double rate(double seconds) {
   int64_t steps = 0;
   while (passed < seconds) {
     for (int i = 0; i < 4096; ++i) {
-      unroll<kChains>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kChains; ++j) {
         if constexpr (kPairs) {
 #if defined(__AVX512F__)
           sum[j] = dot_pairs(sum[j], as_bits(factor), as_bits(addend));
@@ -39,7 +40,7 @@ double rate(double seconds) {
           sum[j] = fma(sum[j], factor, addend);
         }
         keep(sum[j]);
-      });
+      }
     }
     steps += 4096;
     passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -59,19 +59,24 @@ XSEP_INLINE void plane_sums(const PlaneFprop& p, const float* in, const float* w
     const int64_t piece = p.rows.piece;
     // So many weights do not stay in registers, and GCC would keep them on the stack: each block reads them again.
     if constexpr (kTaps > 3) __asm__("" : "+r"(w) : : "memory");
-    unroll<(kRows - 1) * kStride + kTaps>([&](auto h) __attribute__((always_inline)) {
-      unroll<kTaps>([&](auto s) __attribute__((always_inline)) {
-        unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
-          const Vec v = in_register(load(in + h * row + s % kStride * piece + s / kStride + j * kLanes));
-          unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-            constexpr int r = h() - i() * kStride;
-            if constexpr (r >= 0 && r < kTaps) {
+    const float* line = in;
+    XSEP_UNROLL
+    for (int h = 0; h < (kRows - 1) * kStride + kTaps; ++h, line += row) {
+      XSEP_UNROLL
+      for (int s = 0; s < kTaps; ++s) {
+        XSEP_UNROLL
+        for (int j = 0; j < kVectors; ++j) {
+          const Vec v = in_register(load(line + s % kStride * piece + s / kStride + j * kLanes));
+          XSEP_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            const int r = h - i * kStride;
+            if (r >= 0 && r < kTaps) {
               sum[i * kVectors + j] = fma(v, broadcast(w[r * kTaps + s]), sum[i * kVectors + j]);
             }
-          });
-        });
-      });
-    });
+          }
+        }
+      }
+    }
   } else {
     const int64_t phases = p.rows.phases, next_phase = g.dilation_w % phases, next_column = g.dilation_w / phases;
     for (int64_t r = 0; r < p.shape.r; ++r) {
@@ -81,12 +86,14 @@ XSEP_INLINE void plane_sums(const PlaneFprop& p, const float* in, const float* w
         const float* at = in + r * g.dilation_h * row + phase * p.rows.piece + column;
         phase += next_phase, column += next_column;
         if (phase >= phases) phase -= phases, ++column;
-        unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-          unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+        XSEP_UNROLL
+        for (int i = 0; i < kRows; ++i, at += g.stride_h * row) {
+          XSEP_UNROLL
+          for (int j = 0; j < kVectors; ++j) {
             Vec& to = sum[i * kVectors + j];
-            to = fma(load(at + i * g.stride_h * row + j * kLanes), weight, to);
-          });
-        });
+            to = fma(load(at + j * kLanes), weight, to);
+          }
+        }
       }
     }
   }
@@ -103,16 +110,18 @@ void plane_row_block(const PlaneFprop& p, const float* in, const float* w, const
       Vec sum[kRows * kVectors];
       plane_sums<kTaps, kStride, kRows, kVectors>(p, in + q, w, sum);
       apply(output, 0, sum);
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-        unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
-          T* const to = y + i * width + q + j * kLanes;
-          if (j() + 1 < kVectors) {
-            store(to, sum[i * kVectors + j]);
+      T* to = y + q;
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i, to += width) {
+        XSEP_UNROLL
+        for (int j = 0; j < kVectors; ++j) {
+          if (j + 1 < kVectors) {
+            store(to + j * kLanes, sum[i * kVectors + j]);
           } else {
-            store_lanes(to, sum[i * kVectors + j], std::min<int64_t>(kLanes, width - q - j * kLanes));
+            store_lanes(to + j * kLanes, sum[i * kVectors + j], std::min<int64_t>(kLanes, width - q - j * kLanes));
           }
-        });
-      });
+        }
+      }
       q += kVectors * kLanes;
     };
     if (kPlaneVectors > 1 && width - q > kLanes) {

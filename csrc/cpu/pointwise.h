@@ -39,24 +39,27 @@ template <class T>
 void finish_row(const Pointwise& p, const float* products, int64_t n0, int64_t columns, const T* residual, T* y) {
   for (int64_t j = 0; j < columns; j += kEpilogueColumns) {
     Vec v[kEpilogueVectors];
-    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) { v[i] = load(products + j + i * kLanes); });
+    XSEP_UNROLL
+    for (int i = 0; i < kEpilogueVectors; ++i) v[i] = load(products + j + i * kLanes);
     // One vector of scale and shift for each vector of products: these are different channels, not different pixels.
     const ChannelAffine& e = p.epilogue;
-    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int i = 0; i < kEpilogueVectors; ++i) {
       const int64_t at = j + i * kLanes;
       if (e.scale) v[i] = v[i] * load(e.scale + n0 + at);
       if (e.shift) v[i] = v[i] + load(e.shift + n0 + at);
       if (residual && at < columns) v[i] = v[i] + load_first(residual + at, std::min<int64_t>(kLanes, columns - at));
-    });
+    }
     activate(v, e.activation, e.alpha);
-    unroll<kEpilogueVectors>([&](auto i) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int i = 0; i < kEpilogueVectors; ++i) {
       const int64_t at = j + i * kLanes;
       if (at + kLanes <= columns) {
         store(y + at, v[i]);
       } else if (at < columns) {
         store_first(y + at, v[i], columns - at);
       }
-    });
+    }
   }
 }
 
@@ -87,27 +90,31 @@ void multiply_and_finish(const Pointwise& p, const Product& product, int64_t n0,
   multiply_in_registers<kPairs>(product, sum);
   const ChannelAffine& e = p.epilogue;
   const bool rectified = e.activation == Activation::kRelu;
-  unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+  XSEP_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
     if (e.scale) {
       const Vec scale = load(e.scale + n0 + j * kLanes);
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = sum[i][j] * scale; });
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i) sum[i][j] = sum[i][j] * scale;
     }
     if (e.shift) {
       const Vec shift = load(e.shift + n0 + j * kLanes);
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = sum[i][j] + shift; });
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i) sum[i][j] = sum[i][j] + shift;
     }
     if (rectified) {
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) { sum[i][j] = relu(sum[i][j]); });
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i) sum[i][j] = relu(sum[i][j]);
     }
     const int64_t lanes = columns - j * kLanes;
     if (j + 1 == kVectors && lanes < kLanes) {
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-        store_first(y.out + i * y.step + j * kLanes, sum[i][j], lanes);
-      });
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i) store_first(y.out + i * y.step + j * kLanes, sum[i][j], lanes);
     } else {
-      unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y.out + i * y.step + j * kLanes, sum[i][j]); });
+      XSEP_UNROLL
+      for (int i = 0; i < kRows; ++i) store(y.out + i * y.step + j * kLanes, sum[i][j]);
     }
-  });
+  }
 }
 
 /// One panel of y for m pixels of a tile by our own kernel.

@@ -38,17 +38,20 @@ void finish_plane_row(const ChannelAffine& epilogue, const float* products, int6
   for (int64_t i = 0; i < pixels; i += kVectors * kLanes) {
     Vec v[kVectors];
     const auto lanes = [&](int j) { return std::clamp<int64_t>(pixels - i - j * kLanes, 0, kLanes); };
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) { v[j] = load(products + i + j * kLanes); });
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) v[j] = load(products + i + j * kLanes);
     scale_and_shift(epilogue, 0, v);
     if (residual) {
-      unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+      XSEP_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
         if (lanes(j) > 0) v[j] = v[j] + load_lanes(residual + i + j * kLanes, lanes(j));
-      });
+      }
     }
     activate(v, epilogue.activation, epilogue.alpha);
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
       if (lanes(j) > 0) store_lanes(y + i + j * kLanes, v[j], lanes(j));
-    });
+    }
   }
 }
 
@@ -63,23 +66,26 @@ void multiply_and_finish_planes(const SeparableOfPlanes& p, const Product& produ
   multiply_in_registers<false>(product, sum);
   const ChannelAffine& e = p.epilogue;
   const int64_t last = pixels - (kVectors - 1) * kLanes;
-  unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-    unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
+  XSEP_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    XSEP_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
       if (e.scale) sum[i][j] = sum[i][j] * broadcast(e.scale[c + i]);
       if (e.shift) sum[i][j] = sum[i][j] + broadcast(e.shift[c + i]);
       if (e.activation == Activation::kRelu) sum[i][j] = relu(sum[i][j]);
-    });
-  });
+    }
+  }
   if (last < kLanes) {
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
-      store_first(y + i * plane + (kVectors - 1) * kLanes, sum[i][kVectors - 1], last);
-    });
+    XSEP_UNROLL
+    for (int i = 0; i < kRows; ++i) store_first(y + i * plane + (kVectors - 1) * kLanes, sum[i][kVectors - 1], last);
   }
   const int whole = last < kLanes ? kVectors - 1 : kVectors;
-  unroll<kVectors>([&](auto j) __attribute__((always_inline)) {
-    if (j >= whole) return;
-    unroll<kRows>([&](auto i) __attribute__((always_inline)) { store(y + i * plane + j * kLanes, sum[i][j]); });
-  });
+  XSEP_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    if (j >= whole) continue;
+    XSEP_UNROLL
+    for (int i = 0; i < kRows; ++i) store(y + i * plane + j * kLanes, sum[i][j]);
+  }
 }
 
 /// y of all channels for pixels next to each other in their planes. z [c_mid, z_step] is theirs, at is their place in

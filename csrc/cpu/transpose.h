@@ -19,28 +19,29 @@ XSEP_INLINE Vec shuffle(Vec a, Vec b, VecInt index) {
 #endif
 }
 
-/// A square of kLanes x kLanes: in each step, the off-diagonal halves of blocks twice as small change places.
-XSEP_INLINE void transpose(Vec (&v)[kLanes]) {
-  constexpr int kSteps = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
-  static_assert(1 << kSteps == kLanes);
-  unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
-    constexpr int half = kLanes >> (step() + 1);
-    VecInt low{};
-    VecInt high{};
-    for (int l = 0; l < kLanes; ++l) {
-      low[l] = l & half ? kLanes + l - half : l;
-      high[l] = l & half ? kLanes + l : l + half;
-    }
-    unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-      if constexpr ((i() & half) == 0) {
-        const Vec a = v[i];
-        const Vec b = v[i + half];
-        v[i] = shuffle(a, b, low);
-        v[i + half] = shuffle(a, b, high);
-      }
-    });
-  });
+/// The off-diagonal halves of blocks of 2 kHalf x 2 kHalf change places; then those of blocks half as large, to the
+/// last.
+template <int kHalf>
+XSEP_INLINE void transpose_blocks(Vec (&v)[kLanes]) {
+  VecInt low{};
+  VecInt high{};
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l & kHalf ? kLanes + l - kHalf : l;
+    high[l] = l & kHalf ? kLanes + l : l + kHalf;
+  }
+  XSEP_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const Vec a = v[i];
+    const Vec b = v[i + kHalf];
+    v[i] = shuffle(a, b, low);
+    v[i + kHalf] = shuffle(a, b, high);
+  }
+  if constexpr (kHalf > 1) transpose_blocks<kHalf / 2>(v);
 }
+
+/// A square of kLanes x kLanes.
+XSEP_INLINE void transpose(Vec (&v)[kLanes]) { transpose_blocks<kLanes / 2>(v); }
 
 /// Values moved as they are, not as numbers: see Moved.
 XSEP_INLINE Vec load_bits(const float* p) { return load(p); }
@@ -91,12 +92,14 @@ namespace detail {
 template <bool kFetch, class To, class T>
 XSEP_INLINE void transpose_square(const T* from, int64_t from_step, To* to, int64_t to_step) {
   Vec v[kLanes];
-  unroll<kLanes>([&](auto l) __attribute__((always_inline)) {
+  XSEP_UNROLL
+  for (int l = 0; l < kLanes; ++l) {
     if constexpr (kFetch) __builtin_prefetch(from + l * from_step + 128 / sizeof(T), 0, 2);
     v[l] = Moved<T, To>::load(from + l * from_step);
-  });
+  }
   transpose(v);
-  unroll<kLanes>([&](auto l) __attribute__((always_inline)) { store_bits(to + l * to_step, v[l]); });
+  XSEP_UNROLL
+  for (int l = 0; l < kLanes; ++l) store_bits(to + l * to_step, v[l]);
 }
 
 /// The same of [rows, columns], at most kLanes each.

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,6 +15,9 @@
 #define XSEP_INLINE inline __attribute__((always_inline))
 /// Of a kernel whose speed hangs on its registers: who calls it, and from where, does not change how it is compiled.
 #define XSEP_NOINLINE __attribute__((noinline))
+/// Before a loop over registers, which have no index: one that is not unrolled would go through memory. Where each
+/// round reads a stride further, a pointer goes along: of an index times the stride GCC would keep a register a round.
+#define XSEP_UNROLL _Pragma("GCC unroll 64")
 
 namespace xsep::cpu {
 
@@ -62,22 +64,16 @@ typedef uint16_t Vec16 __attribute__((vector_size(kVecBytes / 2)));
 typedef float VecUnaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
 typedef uint16_t Vec16Unaligned __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
 
-/// f(integral_constant 0), ..., f(integral_constant N - 1): loops whose indices must be constants.
-template <int N, class F>
-XSEP_INLINE void unroll(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
-
 /// Zeros, vector by vector: of an array with an initialiser GCC makes a loop of stores to memory.
 template <int N>
 XSEP_INLINE void set_zero(Vec (&v)[N]) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) { v[i] = Vec{}; });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) v[i] = Vec{};
 }
 template <int M, int N>
 XSEP_INLINE void set_zero(Vec (&v)[M][N]) {
-  unroll<M>([&](auto i) __attribute__((always_inline)) { set_zero(v[i]); });
+  XSEP_UNROLL
+  for (int i = 0; i < M; ++i) set_zero(v[i]);
 }
 
 XSEP_INLINE Vec broadcast(float v) { return v - Vec{}; }
@@ -396,9 +392,8 @@ void from_floats(const float* from, int64_t count, T* out) {
 /// of the tensor, which does no harm.
 template <int N>
 XSEP_INLINE void prefetch_pieces(uintptr_t at, uintptr_t step) {
-  unroll<N>([&](auto i) __attribute__((always_inline)) {
-    __builtin_prefetch(reinterpret_cast<const void*>(at + i * step), 0, 2);
-  });
+  XSEP_UNROLL
+  for (int i = 0; i < N; ++i) __builtin_prefetch(reinterpret_cast<const void*>(at + i * step), 0, 2);
 }
 
 constexpr int64_t kLineBytes = 64;
