@@ -11,7 +11,7 @@ from tests.fuzzing import examples
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_any_layer(kind: str) -> None:
-    @examples(5, 50)
+    @examples(3, 50)
     @given(layers(kind, elements=2000, most_stride=2))
     def any_layer(case: Layer) -> None:
         hold_layer(case, "triton")
