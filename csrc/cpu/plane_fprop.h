@@ -110,17 +110,13 @@ void plane_row_block(const PlaneFprop& p, const float* in, const float* w, const
       Vec sum[kRows * kVectors];
       plane_sums<kTaps, kStride, kRows, kVectors>(p, in + q, w, sum);
       apply(output, 0, sum);
+      const int64_t lanes_of_last = std::min<int64_t>(kLanes, width - q - (kVectors - 1) * kLanes);
       T* to = y + q;
       XSEP_UNROLL
       for (int i = 0; i < kRows; ++i, to += width) {
         XSEP_UNROLL
-        for (int j = 0; j < kVectors; ++j) {
-          if (j + 1 < kVectors) {
-            store(to + j * kLanes, sum[i * kVectors + j]);
-          } else {
-            store_lanes(to + j * kLanes, sum[i * kVectors + j], std::min<int64_t>(kLanes, width - q - j * kLanes));
-          }
-        }
+        for (int j = 0; j < kVectors - 1; ++j) store(to + j * kLanes, sum[i * kVectors + j]);
+        store_lanes(to + (kVectors - 1) * kLanes, sum[(i + 1) * kVectors - 1], lanes_of_last);
       }
       q += kVectors * kLanes;
     };
