@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/cpu_plan.h"
 #include "../common/geometry.h"

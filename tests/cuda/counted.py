@@ -66,9 +66,8 @@ def depthwise_runs(library: emulated.Library) -> Iterator[Run]:
             depthwise.fprop(library, case, x, w, prologue)
             pixels = shape.p * shape.q
             yield Run(f"fprop {what} {name}", pixels * c, (size * size + pixels) * c * 2)
-            depthwise.bprop(
-                library, case, dz, x, w, prologue, wanted=("dx", "dw_dw")
-            )  # without a scale there is no more
+            # Without a scale there are no more gradients.
+            depthwise.bprop(library, case, dz, x, w, prologue, wanted=("dx", "dw_dw"))
             yield Run(f"bprop {what} {name}", size * size * c, (2 * size**2 + pixels) * c * 2)
 
 
