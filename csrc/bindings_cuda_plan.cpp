@@ -6,6 +6,7 @@
 
 #include "common/cuda_chain_plan.h"
 #include "common/cuda_separable_plan.h"
+#include "common/cuda_wgrad_plan.h"
 
 namespace py = pybind11;
 
@@ -68,6 +69,15 @@ void bind_cuda_plan(py::module_& m) {
       .def_readonly("keeps_w_pw", &SeparablePlan::keeps_w_pw)
       .def_readonly("shared_bytes", &SeparablePlan::shared_bytes)
       .def_readonly("clocks", &SeparablePlan::clocks);
+  py::class_<SeparableWgradPlan>(m, "CudaSeparableWgradPlan")
+      .def_readonly("on_chip", &SeparableWgradPlan::on_chip)
+      .def_readonly("walk", &SeparableWgradPlan::walk)
+      .def_property_readonly("output_blocks", [](const SeparableWgradPlan& plan) { return plan.split.output_blocks; })
+      .def_property_readonly("shares", [](const SeparableWgradPlan& plan) { return plan.split.shares; })
+      .def_property_readonly("parts", [](const SeparableWgradPlan& plan) { return plan.split.parts; })
+      .def_property_readonly("pays", &pays)
+      .def_readonly("clocks", &SeparableWgradPlan::clocks)
+      .def_readonly("staged_clocks", &SeparableWgradPlan::staged_clocks);
   py::class_<ChainBackwardPlan>(m, "CudaChainBackwardPlan")
       .def_readonly("fused", &ChainBackwardPlan::fused)
       .def_readonly("tile_rows", &ChainBackwardPlan::tile_rows)
@@ -98,6 +108,16 @@ void bind_cuda_plan(py::module_& m) {
       py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
       py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0,
       "How the fused CUDA forward is cut into CTAs, or a plan that is not fused. shape as for the depthwise planners.");
+  m.def(
+      "plan_cuda_separable_wgrad",
+      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
+         int l2_bytes) {
+        return plan_separable_wgrad(make_shape(shape), c_out, element_bytes, aligned,
+                                    {multiprocessors, shared_bytes, l2_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0,
+      "How the pointwise weights' gradient is made with z on the chip, or a plan that is not on the chip.");
   m.def(
       "plan_cuda_chain_slice",
       [](const Sizes& shape, int c_out, int element_bytes, int multiprocessors, int shared_bytes, int l2_bytes) {

@@ -44,7 +44,7 @@ static_assert(2 * kWarpChannels * kMostChannelWarps * 4 <= kWarpPixels * 64, "an
 // Where the buffers start in shared memory; separable/tile.cuh says what they hold. Part of the plan, so that a kernel
 // finds them in its parameters and need not keep them in registers.
 struct FusedLayout {
-  int halo, w_pw, z;  // several buffers each
+  int halo, operand, z;  // several buffers each
   int taps, vectors, source, slot, block, tile, place, z_place, affine;
 };
 
@@ -70,8 +70,8 @@ struct SeparablePlan {
   int halos;                         // buffers for x
   int maps;                          // of tiles that are under way at a time
   int z_rows;                        // a tile's pixels, up to whole blocks
-  int w_pw_rows;                     // C_out, up to whole runs of columns
-  int w_pw_chunks;                   // buffers for w_pw: one for each chunk, or 2
+  int operand_rows;                  // of what z is multiplied by: of w_pw C_out, up to whole runs of columns
+  int operand_buffers;               // for it: of w_pw one for each chunk, or 2
   int table_channels;                // C_in, up to whole chunks
   int tap_words;                     // of the depthwise weights' table
   int chunks;
@@ -92,9 +92,9 @@ XSEP_HOST_DEVICE constexpr int blocks_of(const SeparablePlan& plan) { return pla
 // Words that hold a column of taps, which are read 16 bytes at a time.
 constexpr int diagonal_taps(int k) { return ceil_div(k, 4) * 4; }
 
-// For so many buffers for x, and for w_pw: one for each chunk, or 2.
-inline void lay_out_shared_memory(SeparablePlan& plan, int halos, int w_pw_chunks) {
-  plan.halos = halos, plan.w_pw_chunks = w_pw_chunks, plan.keeps_w_pw = w_pw_chunks == plan.chunks;
+// For so many buffers for x, and for what z is multiplied by.
+inline void lay_out_shared_memory(SeparablePlan& plan, int halos, int operand_buffers) {
+  plan.halos = halos, plan.operand_buffers = operand_buffers, plan.keeps_w_pw = operand_buffers == plan.chunks;
   // From the step that is multiplied to the one behind the newest copy, which is being prepared.
   plan.maps = ceil_div(halos + 1, plan.chunks) + 1;
   const int channels = plan.channel_warps * kWarpChannels;
@@ -105,7 +105,7 @@ inline void lay_out_shared_memory(SeparablePlan& plan, int halos, int w_pw_chunk
     return place;
   };
   plan.layout.halo = take(plan.halo_rows * plan.halo_pitch * plan.pixel_bytes, plan.halos);
-  plan.layout.w_pw = take(plan.w_pw_rows * plan.chunk_bytes, plan.w_pw_chunks);
+  plan.layout.operand = take(plan.operand_rows * plan.chunk_bytes, plan.operand_buffers);
   plan.layout.z = take(plan.z_rows * plan.chunk_bytes, 2);
   plan.layout.taps = take(plan.tap_words * 4);
   plan.layout.vectors = take(4 * plan.table_channels * 4);
@@ -150,7 +150,7 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
   plan.tap_words = element_bytes == 2 ? (plan.table_channels + kFusedZeroChannels) * c.s * diagonal_taps(c.r)
                                       : plan.table_channels * c.s * c.r;
   plan.z_rows = ceil_div(plan.tile_rows * plan.tile_columns, kWarpPixels) * kWarpPixels;
-  plan.w_pw_rows = ceil_div(c_out, 32) * 32;
+  plan.operand_rows = ceil_div(c_out, 32) * 32;
   plan.by_tiles_across = divisor_of(plan.tiles_across), plan.by_tiles_of_group = divisor_of(plan.tiles_of_group);
   plan.by_picture_rows = divisor_of(c.p), plan.by_picture_halo = divisor_of((c.p - 1) * c.stride_h + c.r);
   plan.by_halo_pitch = divisor_of(plan.halo_pitch), plan.by_strips = divisor_of(plan.strips);
@@ -160,8 +160,8 @@ inline bool complete_fused_plan(SeparablePlan& plan, const ConvShape& c, int c_o
 
 // Takes as many buffers for x as fit, beside all of w_pw if that fits too; false where not even the least does.
 inline bool fit_into_shared_memory(SeparablePlan& plan, int limit) {
-  const auto fits = [&](int halos, int w_pw_chunks) {
-    lay_out_shared_memory(plan, halos, w_pw_chunks);
+  const auto fits = [&](int halos, int operand_buffers) {
+    lay_out_shared_memory(plan, halos, operand_buffers);
     return plan.shared_bytes <= limit;
   };
   for (int halos = kMostHalos; halos >= 2; --halos) {
@@ -229,13 +229,13 @@ inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_
   const double multiply = plan.chunk_bytes / 32.0 * (c_out > 32 ? 52 : 30), finish = 400;
   const int blocks = plan.channel_warps * (plan.z_rows / kWarpPixels);
   const double x_pieces = units * plan.halo_rows * plan.halo_pitch;
-  const double w_pieces = plan.keeps_w_pw ? 0.0 : units * plan.w_pw_rows;
+  const double w_pieces = plan.keeps_w_pw ? 0.0 : units * plan.operand_rows;
   const double mapped = plan.halo_rows * plan.halo_pitch * 60.0;
   const double instructions = z.instructions + 32 * blocks * multiply + x_pieces * 14 + w_pieces * 40;
   const double of_blocks = blocks * static_cast<double>(kWarpPixels + kWarpChannels) * plan.chunk_bytes;
   const double shared_bytes = z.shared_bytes + of_blocks + 16 * (x_pieces + w_pieces);
-  const double multiply_adds = z.multiply_adds + static_cast<double>(plan.z_rows) * plan.w_pw_rows * plan.chunk_bytes /
-                                                     element_bytes * (element_bytes == 4 ? 2 : 1);
+  const double multiply_adds = z.multiply_adds + static_cast<double>(plan.z_rows) * plan.operand_rows *
+                                                     plan.chunk_bytes / element_bytes * (element_bytes == 4 ? 2 : 1);
   const double step = instructions / kLanes + kBarrier;
   const double last = (32 * blocks * finish + mapped) / kLanes;
   // A scheduler that has but one warp is idle about every second clock.
@@ -249,6 +249,20 @@ inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_
   const double a_step = std::max({issuing, sharing, multiplying, loading, waits, z.alone + multiply * 4}) +
                         kAlongside * (issuing + sharing + multiplying + loading);
   return rounds * (plan.chunks * a_step + last * alone);
+}
+
+// Calls f(columns) for widths of a tile of so many pixels: rows in equal parts, each width about a tenth less than the
+// one before, and the same up to whole strips.
+template <class Function>
+void for_each_width(int q, int pixels, Function f) {
+  const int most = std::min(q, pixels);
+  for (int width = most; width >= std::min(most, kFusedStripWidth);) {
+    const int columns = ceil_div(q, ceil_div(q, width));
+    const int strips = std::min(ceil_div(columns, kFusedStripWidth) * kFusedStripWidth, most);
+    f(columns);
+    if (strips != columns) f(strips);
+    width = std::min(columns - 1, columns * 9 / 10);
+  }
 }
 
 }  // namespace detail
@@ -279,17 +293,9 @@ inline SeparablePlan plan_separable_fprop(const ConvShape& c, int c_out, int ele
   for (const int chunk_bytes : {128, 64}) {
     for (int row_warps = kMostFusedWarps; row_warps >= 1; row_warps /= 2) {
       if (row_warps * ceil_div(c_out, kWarpChannels) > kMostFusedWarps) continue;
-      // Rows in equal parts, each width about a tenth less than the one before, and the same up to whole strips.
-      const int most = std::min(c.q, row_warps * kWarpPixels);
-      for (int width = most; width >= std::min(most, kFusedStripWidth);) {
-        const int columns = ceil_div(c.q, ceil_div(c.q, width));
-        const int strips = std::min(ceil_div(columns, kFusedStripWidth) * kFusedStripWidth, most);
-        for (const bool across_pictures : {false, true}) {
-          consider(chunk_bytes, row_warps, columns, across_pictures);
-          if (strips != columns) consider(chunk_bytes, row_warps, strips, across_pictures);
-        }
-        width = std::min(columns - 1, columns * 9 / 10);
-      }
+      detail::for_each_width(c.q, row_warps * kWarpPixels, [&](int columns) {
+        for (const bool across_pictures : {false, true}) consider(chunk_bytes, row_warps, columns, across_pictures);
+      });
     }
   }
   if (best.fused) {

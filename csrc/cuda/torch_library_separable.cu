@@ -8,6 +8,7 @@
 #include "device_scope.h"
 #include "products.h"
 #include "separable/fprop.h"
+#include "separable/wgrad.h"
 #include "tensor.h"
 
 namespace xsep::cuda {
@@ -93,9 +94,56 @@ Tensor cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor b
   return images(y, s.n, p.c_out, s.p, s.q);
 }
 
+// A layer up to z, for the gradient of its pointwise weights.
+SeparableFpropParams layer_params(const Tensor& x, const Tensor& w_dw, int c_out, const OptionalTensor& scale_p,
+                                  const OptionalTensor& shift_p, const Ints& geometry, int64_t activation,
+                                  double alpha) {
+  SeparableFpropParams p{};
+  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
+  p.c_out = c_out;
+  p.type = type_of(x, "x");
+  p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
+  p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
+  p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
+  return p;
+}
+
+SeparableWgradPlan wgrad_plan_of(const SeparableFpropParams& p, const void* dy, const DeviceScope& device) {
+  return kept_wgrad_plan(p.shape, p.c_out, element_bytes(p.type), is_aligned(p.x) && is_aligned(dy),
+                         device.properties(p));
+}
+
+// dw_pw [C_out, C_in] in float32, by the plan, which has to be one on the chip.
+Tensor run_wgrad(const SeparableFpropParams& layer, const SeparableWgradPlan& plan, const void* dy, const Tensor& x,
+                 const DeviceScope& device) {
+  SeparableWgradParams p{layer, plan.split, dy, nullptr, nullptr};
+  p.layer.plan = plan.walk;
+  const int64_t rows = static_cast<int64_t>(plan.walk.workers) * plan.split.shares;
+  Tensor partials = new_flat(x, {rows, layer.c_out, layer.shape.c_in}, ScalarType::Float);
+  Tensor dw_pw = new_flat(x, {layer.c_out, layer.shape.c_in}, ScalarType::Float);
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.dw_pw = static_cast<float*>(dw_pw.mutable_data_ptr());
+  separable_wgrad(p, device.stream());
+  return dw_pw;
+}
+
+// dw_pw [C_out, C_in] in float32 of dy [N, C_out, P, Q]. Only where the planner has a kernel for it.
+Tensor cuda_separable_wgrad(Tensor dy, Tensor x, Tensor w_dw, OptionalTensor scale_p, OptionalTensor shift_p,
+                            Ints geometry, int64_t activation, double alpha) {
+  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(1) > 0, "dy must be [N, C_out, P, Q]");
+  const SeparableFpropParams p =
+      layer_params(x, w_dw, narrow(dy.size(1), "C_out"), scale_p, shift_p, geometry, activation, alpha);
+  const ConvShape& s = p.shape;
+  const void* of_dy = nhwc(dy, x, "dy", s.n, p.c_out, s.p, s.q);
+  const DeviceScope device(x, p);
+  const SeparableWgradPlan plan = wgrad_plan_of(p, of_dy, device);
+  STD_TORCH_CHECK(plan.on_chip, "the planner has no kernel for the pointwise weights' gradient of ", describe(p));
+  return run_wgrad(p, plan, of_dy, x, device);
+}
+
 // Of dy [N, C_out, P, Q], where nothing stands between the convolutions or behind them but a bias: dx, dw_dw, dw_pw,
-// dscale_p, dshift_p, all but dx and dw_dw in float32; what is not wanted comes back empty. z is made again, and gone
-// before dz is made.
+// dscale_p, dshift_p, all but dx and dw_dw in float32; what is not wanted comes back empty. z is made again: on the
+// chip where that should pay, else it is gone before dz is made.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_separable_bprop(Tensor dy, Tensor x, Tensor w_dw, Tensor w_pw,
                                                                         OptionalTensor scale_p, OptionalTensor shift_p,
                                                                         Ints geometry, int64_t activation, double alpha,
@@ -104,14 +152,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_separable_bprop(Tensor d
   SeparableFpropParams p = separable_params(x, w_dw, w_pw, geometry);
   const ConvShape& s = p.shape;
   p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
-  nhwc(dy, x, "dy", s.n, p.c_out, s.p, s.q);
+  const void* of_dy = nhwc(dy, x, "dy", s.n, p.c_out, s.p, s.q);
   const int64_t pixels = static_cast<int64_t>(s.n) * s.p * s.q;
   const auto nothing = [&](ScalarType type) { return new_flat(x, {0}, type); };
   Tensor dw_pw = nothing(ScalarType::Float);
+  const auto as_filter = [&](const Tensor& dw) { return seen_as(dw, {p.c_out, s.c_mid, 1, 1}, {s.c_mid, 1, 1, 1}); };
+  SeparableWgradPlan plan{};
   if (wanted[2] != 0) {
+    const DeviceScope device(x, p);
+    plan = wgrad_plan_of(p, of_dy, device);
+    if (pays(plan)) dw_pw = as_filter(run_wgrad(p, plan, of_dy, x, device));
+  }
+  if (wanted[2] != 0 && !pays(plan)) {
     const Tensor z = depthwise_stage(p, x, w_dw, scale_p, shift_p, std::nullopt, std::nullopt);
-    const Tensor product = wide_mm(transposed_matrix(dy, pixels, p.c_out), matrix(z, pixels, s.c_mid));
-    dw_pw = seen_as(product, {p.c_out, s.c_mid, 1, 1}, {s.c_mid, 1, 1, 1});
+    dw_pw = as_filter(wide_mm(transposed_matrix(dy, pixels, p.c_out), matrix(z, pixels, s.c_mid)));
   }
   if ((wanted[0] | wanted[1] | wanted[3] | wanted[4]) == 0) {
     return {nothing(x.scalar_type()), nothing(x.scalar_type()), dw_pw, nothing(ScalarType::Float),
@@ -162,6 +216,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
       "cuda_separable_bprop(Tensor dy, Tensor x, Tensor w_dw, Tensor w_pw, Tensor? scale_p, Tensor? shift_p, "
       "int[] geometry, int activation, float alpha, int[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "cuda_separable_wgrad(Tensor dy, Tensor x, Tensor w_dw, Tensor? scale_p, Tensor? shift_p, int[] geometry, "
+      "int activation, float alpha) -> Tensor");
+  m.def(
       "cuda_separable_fprop_chain(Tensor x, Tensor? addend, Tensor w_dw, Tensor w_pw, Tensor? scale_p, "
       "Tensor? shift_p, int[] geometry, int activation, float alpha, bool allow_tf32, bool statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -170,5 +227,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, XSEP_DISPATCH_KEY, m) {
   m.impl("cuda_separable_fprop", TORCH_BOX(&xsep::cuda::cuda_separable_fprop));
   m.impl("cuda_separable_bprop", TORCH_BOX(&xsep::cuda::cuda_separable_bprop));
+  m.impl("cuda_separable_wgrad", TORCH_BOX(&xsep::cuda::cuda_separable_wgrad));
   m.impl("cuda_separable_fprop_chain", TORCH_BOX(&xsep::cuda::cuda_separable_fprop_chain));
 }

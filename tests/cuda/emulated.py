@@ -294,9 +294,9 @@ class SeparablePlan(ctypes.Structure):
         *_ints("chunk_bytes chunk_log2 pixel_bytes row_warps row_warps_log2 channel_warps warps pixels"),
         *_ints("tile_rows tile_columns strips group_rows"),
         *_ints("tiles_of_group tiles_across tiles workers halo_rows halo_columns halo_pitch halos maps"),
-        *_ints("z_rows w_pw_rows w_pw_chunks table_channels tap_words chunks"),
+        *_ints("z_rows operand_rows operand_buffers table_channels tap_words chunks"),
         ("divisors", Divisor * 7),
-        *_ints("at_halo at_w_pw at_z at_taps at_vectors at_source at_slot at_block at_tile at_place at_z_place"),
+        *_ints("at_halo at_operand at_z at_taps at_vectors at_source at_slot at_block at_tile at_place at_z_place"),
         *_ints("at_affine shared_bytes"), ("clocks", ctypes.c_double),
     ]  # fmt: skip
 

@@ -14,7 +14,8 @@
 
 namespace xsep::cuda {
 
-template <class T, int K, int STRIDE, int CHUNK>
+// EDGES: of a tile at the right edge, pixels past the picture are left out of z too.
+template <class T, int K, int STRIDE, int CHUNK, bool EDGES = false>
 class DiagonalDepthwise {
   static constexpr int kEights = CHUNK / 16;  // of channels
   static constexpr int kPixel = CHUNK + kFusedPixelMargin;
@@ -161,6 +162,10 @@ class DiagonalDepthwise {
     static_assert(kSharedAlignment % 128 == 0, "as do all buffers");
     const int pixel = (block.strip + row * p_.plan.strips) * kFusedStripWidth + lane() / 4;
     if (row >= block.rows) return kNowhere;
+    if (EDGES) {
+      const int strip = block.strip - p_.plan.by_strips.quotient(block.strip) * p_.plan.strips;
+      if (strip * kFusedStripWidth + lane() / 4 >= memory_.tile[step_.map].columns) return kNowhere;
+    }
     return shared_place(z_) + lane() % 4 * 4 + memory_.z_place[pixel];
   }
 

@@ -9,8 +9,7 @@ namespace xsep::cuda {
 // std::runtime_error where CUDA refuses.
 void separable_fprop(const SeparableFpropParams& p, cudaStream_t stream);
 
-// plan_separable_fprop, whose answers are kept: it weighs some hundred ways to cut a problem, tens of microseconds
-// long.
+// plan_separable_fprop, whose answers are kept.
 SeparablePlan kept_separable_plan(const ConvShape& shape, int c_out, int element_bytes, bool aligned,
                                   const DeviceProperties& device);
 

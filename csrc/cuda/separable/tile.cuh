@@ -6,8 +6,8 @@
 
 namespace xsep::cuda {
 
-// z and w_pw lie in rows of one chunk (8 or 4 units of 16 bytes). The units of a row are permuted by the row's number,
-// so that the 8 rows that ldmatrix reads at one unit lie in different banks.
+// z and what it is multiplied by lie in rows of one chunk (8 or 4 units of 16 bytes). The units of a row are permuted
+// by the row's number, so that the 8 rows that ldmatrix reads at one unit lie in different banks.
 __device__ __forceinline__ int swizzled_offset(int row, int unit, int chunk_bytes) {
   const int key = chunk_bytes == 128 ? row & 7 : (row >> 1) & 3;
   return row * chunk_bytes + ((unit ^ key) << 4);
@@ -81,7 +81,7 @@ inline constexpr int kIsPixel = 2;  // of x, not padding
 
 struct FusedMemory {
   BufferRing halo;              // [halo_rows, halo_pitch] pixels of one chunk
-  BufferRing w_pw;              // [w_pw_rows] rows of one chunk, in the order of mma's columns, swizzled
+  BufferRing operand;           // [operand_rows] rows of one chunk, swizzled: w_pw in the order of mma's columns, or dy
   BufferRing z;                 // [z_rows] rows of one chunk, swizzled
   SharedBuffer<uint32_t> taps;  // depthwise weights: float32 [R S, table_channels], or diagonal_word [table_channels +
                                 // kFusedZeroChannels, S, R up to whole 16 bytes]
@@ -102,7 +102,7 @@ struct FusedMemory {
     const int channels = plan.channel_warps * kWarpChannels;
     SharedArena arena;
     halo = arena.take_ring(layout.halo, plan.halos, plan.halo_rows * plan.halo_pitch * plan.pixel_bytes);
-    w_pw = arena.take_ring(layout.w_pw, plan.w_pw_chunks, plan.w_pw_rows * plan.chunk_bytes);
+    operand = arena.take_ring(layout.operand, plan.operand_buffers, plan.operand_rows * plan.chunk_bytes);
     z = arena.take_ring(layout.z, 2, plan.z_rows * plan.chunk_bytes);
     taps = arena.take_at<uint32_t>(layout.taps, plan.tap_words);
     vectors = arena.take_at<float>(layout.vectors, 4 * plan.table_channels);
