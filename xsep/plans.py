@@ -264,6 +264,10 @@ def _fused(clock: _Clock, again: int) -> tuple[float, str]:
     return time, note
 
 
+def _megahertz(device: DeviceProperties) -> float:
+    return device.float32_flops / (device.multiprocessors * 2 * LANES.get(device.capability, 128)) / 1e6
+
+
 def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
     """The forward in one CUDA kernel: the longest of bytes, tensor cores and instructions."""
     device, (p, q) = clock.device, clock.problem.output_size
@@ -272,21 +276,26 @@ def _fused_cuda(clock: _Clock, plan: Any) -> tuple[float, str]:
     zeros = 0.0 if clock.problem.dtype is torch.float32 else 8 * clock.work.depthwise
     matrix = waste * (clock.work.pointwise + zeros) / (clock.product * MMA_SYNC_SHARE.get(device.capability, 1.0))
     lanes = LANES.get(device.capability, 128)
-    megahertz = device.float32_flops / (device.multiprocessors * 2 * lanes) / 1e6
     slower = LANES_SHARE * (128 / lanes - 1) if clock.problem.dtype is torch.float32 else 0.0
-    issued = plan.clocks * (1 + slower) / megahertz / ISSUE_SHARE
+    issued = plan.clocks * (1 + slower) / _megahertz(device) / ISSUE_SHARE
     memory = clock.move(clock.work.bytes)
     limit = "memory" if memory >= max(matrix, issued) else "instructions" if issued >= matrix else "tensor cores"
     return max(memory, matrix, issued) + clock.launches(1), f"z never leaves the chip; the limit: {limit}"
 
 
-def _own_backward(clock: _Clock, general: tuple[float, float]) -> float:
-    """z again, two GEMMs, and one pass for dx and dw_dw with the small kernel that adds up its sums."""
+def _own_backward(clock: _Clock, general: tuple[float, float], wgrad: Any = None) -> float:
+    """z again, two GEMMs, and one pass for dx and dw_dw with the small kernel that adds up its sums.
+
+    By ``wgrad``, a plan of the CUDA backend, z stays on the chip for its GEMM.
+    """
     w = clock.work
     if clock.problem.op == "depthwise":
         return clock.depthwise(2 * w.x + w.y) + general[1] + clock.launches(2)
-    gemms = 2 * clock.gemm(w.z + w.y)
-    return clock.depthwise(w.x + w.z) + gemms + clock.depthwise(2 * w.x + w.z) + sum(general) + clock.launches(5)
+    gemm = clock.gemm(w.z + w.y)
+    rest = gemm + clock.depthwise(2 * w.x + w.z) + general[1] + clock.launches(3)
+    if wgrad is None:
+        return rest + clock.depthwise(w.x + w.z) + gemm + general[0] + clock.launches(2)
+    return rest + max(clock.move(w.x + w.y), wgrad.clocks / _megahertz(clock.device) / ISSUE_SHARE)
 
 
 def _conversions(clock: _Clock, time: float) -> float:
@@ -298,10 +307,10 @@ def _conversions(clock: _Clock, time: float) -> float:
 
 def _separable(
     clock: _Clock, way: str, forward: tuple[float, str], chosen: bool, general: tuple[float, float],
-    launches: tuple[int, int] = (0, 0),
+    launches: tuple[int, int] = (0, 0), wgrad: Any = None,
 ) -> Prediction:  # fmt: skip
     (time, note), backend = forward, way.partition(",")[0]
-    backward = _conversions(clock, _own_backward(clock, general))
+    backward = _conversions(clock, _own_backward(clock, general, wgrad))
     return Prediction(way, backend, _conversions(clock, time), backward, chosen, note, launches=launches)
 
 
@@ -356,10 +365,12 @@ def _cuda(clock: _Clock) -> list[Prediction]:
     if problem.op == "depthwise":
         return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), general)]
     staged = _staged(clock, None, general)
+    wgrad = cuda_backend.wgrad_plan(problem, facts)
+    wgrad = wgrad if wgrad is not None and wgrad.pays else None
     found = []
     if plan is not None:
-        found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, general))
-    return [*found, _separable(clock, "cuda, staged", staged, not found, general)]
+        found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, general, wgrad=wgrad))
+    return [*found, _separable(clock, "cuda, staged", staged, not found, general, wgrad=wgrad)]
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 // batch or into the tiles of one pass: pure functions, as in cuda_plan.h.
 #pragma once
 
-#include "cuda_plan.h"
+#include "cuda_wgrad_plan.h"
 
 namespace xsep::cuda {
 
@@ -77,12 +77,8 @@ inline int merge_groups(int64_t tiles) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(128, (tiles + 31) / 32)));
 }
 
-// What ways of a layer's backward are weighed by, in clocks of an H200 (1.755 GHz, 132 multiprocessors).
-inline constexpr double kMemoryBytesAClock = 18.6;  // a multiprocessor's share of a copy's 4.3 TB/s
-inline constexpr double kL2BytesAClock = 32.0;      // and of what L2 delivers
-inline constexpr int kStagedKernels = 6;            // dr, z, dw_pw, its sum over the slices, dz, dx
-inline constexpr double kLaunchClocks = 4400.0;  // 2.5 us between two kernels: the tail of one, the start of the next
-inline constexpr double kHostClocks = 17500.0;   // 10 us in which Python enqueues one, at best
+inline constexpr int kStagedKernels = 6;        // dr, z, dw_pw, its sum over the slices, dz, dx
+inline constexpr double kHostClocks = 17500.0;  // 10 us in which Python enqueues one, at best
 
 // A staged layer's backward, kernel by kernel; its forward has half as many kernels, and half as much to save.
 struct StagedBackward {
@@ -217,6 +213,11 @@ inline double chain_backward_clocks(const ChainBackwardPlan& plan, const ConvSha
   return ceil_div(plan.tiles, plan.workers) * tile + kKernels * kLaunchClocks;
 }
 
+// What z on the chip saves of a backward that goes kernel by kernel.
+inline double saved_clocks(const SeparableWgradPlan& plan) {
+  return pays(plan) ? plan.staged_clocks - plan.clocks : 0.0;
+}
+
 }  // namespace detail
 
 // In one pass where the channels allow it; whether that is expected to be faster than kernel by kernel is for the
@@ -255,7 +256,8 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
   }
   if (best.fused) {
     best.clocks = detail::chain_backward_clocks(best, c, c_out, element_bytes);
-    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks;
+    const SeparableWgradPlan wgrad = plan_separable_wgrad(c, c_out, element_bytes, aligned, device);
+    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks - detail::saved_clocks(wgrad);
   }
   return best;
 }

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "cuda_clocks.h"
 #include "cuda_plan.h"
 #include "divisor.h"
 
@@ -221,8 +222,7 @@ inline StepWork diagonal_work(const SeparablePlan& plan, const ConvShape& c) {
 // it.
 inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_out, int element_bytes,
                            const DeviceProperties& device) {
-  constexpr double kLanes = 128.0, kBytesAClock = 32.0, kLatency = 1000.0, kBarrier = 60.0;
-  constexpr double kSharedBytesAClock = 128.0, kMultiplyAddsAClock = 1340.0;  // of 16-bit values, mma.sync on an H100
+  constexpr double kLanes = 128.0, kLatency = 1000.0, kBarrier = 60.0, kSharedBytesAClock = 128.0;
   const int units = plan.chunk_bytes / 16;
   const StepWork z = element_bytes == 2 ? diagonal_work(plan, c) : strips_work(plan, c, element_bytes);
   // Two steps of mma, 32 bytes of the chunk; and from accumulators to y.
@@ -244,7 +244,8 @@ inline double fused_clocks(const SeparablePlan& plan, const ConvShape& c, int c_
   const double alone = std::max(1.0, static_cast<double>(kMostFusedWarps) / (plan.warps * together));
   const double waits = kLatency / ((plan.halos - 1) * together);
   const double issuing = step * alone, sharing = shared_bytes / kSharedBytesAClock;
-  const double multiplying = multiply_adds / kMultiplyAddsAClock, loading = 16 * (x_pieces + w_pieces) / kBytesAClock;
+  const double multiplying = multiply_adds / kMmaSyncMultiplyAdds,
+               loading = 16 * (x_pieces + w_pieces) / kL2BytesAClock;
   constexpr double kAlongside = 0.02;  // of what is not the longest, so that less of it is better
   const double a_step = std::max({issuing, sharing, multiplying, loading, waits, z.alone + multiply * 4}) +
                         kAlongside * (issuing + sharing + multiplying + loading);

@@ -2,7 +2,7 @@
 // pay.
 #pragma once
 
-#include "cuda_chain_plan.h"
+#include "cuda_clocks.h"
 #include "cuda_separable_plan.h"
 
 namespace xsep::cuda {
@@ -63,8 +63,6 @@ inline bool fit_wgrad_into_shared_memory(SeparablePlan& walk, int limit) {
   }
   return false;
 }
-
-inline constexpr double kMmaSyncMultiplyAdds = 1340.0, kGemmMultiplyAdds = 1700.0;  // a clock of a multiprocessor
 
 // What the kernel and the one that adds up its sums should cost, in clocks of the busiest multiprocessor, as
 // fused_clocks has it for the forward; no card has confirmed it.

@@ -2,8 +2,8 @@
 
 Staged forward and backward go over the whole batch, or where L2 is large over slices of it, so small that what one
 kernel writes for the next is found there: z and r for its statistics, or dr, formed in one pass, and z or dz between
-two products and one depthwise pass. All of a layer's backward may also be one kernel. The planner weighs these ways by
-counted bytes, instructions and launches, not by measurement.
+two products and one depthwise pass. The product that makes dw_pw may have z on the chip, and all of a layer's backward
+may be one kernel. The planner weighs these ways by counted bytes, instructions and launches, not by measurement.
 """
 
 from __future__ import annotations
@@ -179,7 +179,10 @@ class CudaChain(KernelChain):
         for part in plan.slices:
             formed = launch.form(launch.part_of(dr, part))
             if wanted[2]:
-                of_part = wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
+                if plan.z_on_chip:
+                    of_part = launch.wgrad_on_chip(formed, x[part], load, w_dw, geometry)
+                else:
+                    of_part = wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
                 dw_pw = of_part if dw_pw is None else dw_pw.add_(of_part)
             if last is not None:
                 # z is gone: what PyTorch allocates for dz is its memory, which L2 has.

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import extension
 from ..problem import Geometry, Problem
 from .chain import TILE, Load, RawGradient, Shortcut, tiles_of
-from .cuda import DeviceFacts, is_aligned, nhwc, shape_of
+from .chain_kernels import affine_of
+from .cuda import DeviceFacts, is_aligned, nhwc, shape_of, vectors_of, wgrad_plan
 from .pointwise import rows_of
 
 #: Sums that the depthwise backward's kernel can leave beside those of dw_dw.
@@ -44,6 +45,7 @@ class BackwardPlan(NamedTuple):
     slices: tuple[slice, ...]
     rows: tuple[int, ...]  # of partial sums that each slice leaves
     fused: bool = False
+    z_on_chip: bool = False  # for dw_pw, kernel by kernel
 
 
 @lru_cache(maxsize=4096)
@@ -64,8 +66,12 @@ def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPla
     module = extension.binding()
     if module is None:
         return None
-    found, one_pass = _staged(module, problem, device, slices(problem, device)), _one_pass(module, problem, device)
-    return found._replace(fused=one_pass.fused and one_pass.clocks < one_pass.staged_clocks)
+    parts = slices(problem, device)
+    found, one_pass = _staged(module, problem, device, parts), _one_pass(module, problem, device)
+    wgrad = wgrad_plan(problem._replace(n=parts[0].stop), device) if parts else None
+    return found._replace(
+        fused=one_pass.fused and one_pass.clocks < one_pass.staged_clocks, z_on_chip=wgrad is not None and wgrad.pays
+    )
 
 
 def _one_pass(module: Any, problem: Problem, device: DeviceFacts) -> Any:
@@ -96,6 +102,8 @@ def backward_ways(problem: Problem, device: DeviceFacts) -> dict[str, BackwardPl
     # As weigh_chain_slice has it: what one kernel writes for the next stays in half of L2.
     fitting = device.l2_bytes // 2 // (p * q * (problem.c_out + problem.c_mid) * problem.dtype.itemsize)
     found = {"kernel by kernel": _staged(module, problem, device, slices_of(problem.n, problem.n))}
+    if wgrad_plan(problem, device) is not None:
+        found["kernel by kernel, z on the chip"] = found["kernel by kernel"]._replace(z_on_chip=True)
     if 1 <= fitting < problem.n:
         found["in slices"] = _staged(module, problem, device, slices_of(problem.n, fitting))
     if _one_pass(module, problem, device).fused:
@@ -110,9 +118,10 @@ def describe_backward(problem: Problem, device: DeviceFacts) -> str:
         return "by single operators: the planner is not built"
     if plan.fused:
         return "one pass, nothing of it in memory between its steps"
+    z = ", z on the chip" if plan.z_on_chip else ""
     if len(plan.slices) == 1:
-        return "kernel by kernel, all pictures at a time"
-    return f"kernel by kernel, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
+        return f"kernel by kernel{z}, all pictures at a time"
+    return f"kernel by kernel{z}, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
 
 
 def slices_of(n: int, pictures: int) -> tuple[slice, ...]:
@@ -142,6 +151,14 @@ def form(dr: RawGradient) -> Tensor:
 def part_of(dr: RawGradient, pictures: slice) -> RawGradient:
     taps = None if dr.taps is None else dr.taps[pictures]
     return dr._replace(du=dr.du[pictures], r=dr.r[pictures], taps=taps)
+
+
+def wgrad_on_chip(dr: Tensor, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
+    """dw_pw [C_out, C_in] of dense images; only where there is such a kernel."""
+    prologue = affine_of(load)
+    return torch.ops.xsep.cuda_separable_wgrad(
+        dr, x, w_dw.contiguous(), *vectors_of(prologue), list(geometry), prologue.activation, prologue.alpha
+    )
 
 
 class TileStatistics:

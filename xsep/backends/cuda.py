@@ -96,6 +96,18 @@ def is_fused(problem: Problem, device: DeviceFacts, aligned: bool = True) -> boo
     return fused_plan(problem, device, aligned) is not None
 
 
+@lru_cache(maxsize=4096)
+def wgrad_plan(problem: Problem, device: DeviceFacts) -> Any:
+    """The planner's plan of the pointwise weights' gradient with z on the chip; None where there is no such kernel."""
+    module = extension.binding()
+    if module is None or problem.multiplier != 1:
+        return None
+    plan = module.plan_cuda_separable_wgrad(
+        shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **device._asdict()
+    )
+    return plan if plan.on_chip else None
+
+
 def describe(problem: Problem, device: DeviceFacts) -> str:
     """The plan for a problem on a device, in one line; the planner's words, whether or not there is such a device."""
     module = extension.binding()
