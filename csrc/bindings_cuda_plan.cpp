@@ -67,6 +67,7 @@ void bind_cuda_plan(py::module_& m) {
       .def_readonly("halo_columns", &SeparablePlan::halo_columns)
       .def_readonly("halos", &SeparablePlan::halos)
       .def_readonly("keeps_w_pw", &SeparablePlan::keeps_w_pw)
+      .def_readonly("chunks", &SeparablePlan::chunks)
       .def_readonly("shared_bytes", &SeparablePlan::shared_bytes)
       .def_readonly("clocks", &SeparablePlan::clocks);
   py::class_<SeparableWgradPlan>(m, "CudaSeparableWgradPlan")

@@ -28,6 +28,11 @@ class Place:
         (8, 728, 728, 19, 19, 3, 1), (8, 96, 24, 57, 57, 3, 2), (4, 144, 40, 28, 28, 5, 2), (4, 240, 80, 14, 14, 5, 1),
         (2, 96, 96, 31, 29, 7, 1), (2, 13, 17, 23, 19, 3, 1), (2, 32, 62, 17, 19, 5, 1),
     )  # fmt: skip
+    #: The same, of layers whose dw_pw can be made with z on the chip.
+    wgrad_sizes: tuple[tuple[int, ...], ...] = (
+        (16, 64, 128, 147, 147, 3, 1), (8, 128, 128, 147, 147, 3, 1), (16, 128, 256, 74, 74, 3, 1),
+        (16, 256, 256, 74, 74, 3, 1), (8, 96, 24, 57, 57, 3, 2), (4, 144, 40, 28, 28, 5, 2), (4, 240, 80, 14, 14, 5, 1),
+    )  # fmt: skip
     #: Channels of a layer whose backward is one pass.
     fused_channels: int = 128
     #: Of the network: channels, and batch and size of its pictures.

@@ -21,12 +21,15 @@ from dataclasses import asdict, replace
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch
+from .backends.cuda import wgrad_on_chip
 from .cases import Case, generate
 from .measuring import Effort, pytorchs_ways, time_ways
 from .models.blocks import Block, Design, MaxPool
+from .problem import RELU, Affine, Geometry
 from .testing import failures, float32_products, held_as, norm_violation, poisoned_memory
 from .tuning import findings, probes
 from .tuning.card_checks import CHAIN, backend_of
@@ -51,6 +54,8 @@ LAYERS = (
     _layer(2, 13, 17, (23, 19), vectors=("scale_p", "shift_p", "scale_e", "shift_e")),
     _layer(2, 128, 128, (37, 37), op="depthwise"), _layer(2, 64, 64, (27, 25), k=5, stride=2, op="depthwise"),
 )  # fmt: skip
+#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself.
+LARGE = (LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[5])
 #: The network's channels, and batch and size of its pictures.
 CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
 #: In float32 there are pictures and random numbers with which nothing lies within 1e-5 of its tensor's size of a
@@ -147,6 +152,28 @@ def network(
     return part.to(memory_format=torch.channels_last).train(), x
 
 
+def wgrad_failures(case: Case, device: str) -> list[str]:
+    """What is wrong with a layer's dw_pw by the kernel that keeps z on the chip, which only large problems take."""
+    torch.manual_seed(SEED)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, case.dtype).contiguous(memory_format=torch.channels_last)
+
+    x, w_dw = randn(case.n, case.c_in, case.h, case.w), randn(case.c_in, 1, *case.filter)
+    dy, geometry = randn(case.n, case.c_out, *case.output_size), Geometry(*case.stride, *case.pads, *case.dilation)
+
+    def by_pytorch(dtype: torch.dtype) -> Tensor:
+        padded = F.pad(x.to(dtype).relu(), case.pads)
+        z = F.conv2d(padded, w_dw.to(dtype), None, case.stride, 0, case.dilation, case.c_in)
+        wide = torch.promote_types(dtype, torch.float32)
+        return dy.to(wide).transpose(0, 1).flatten(1) @ z.to(wide).transpose(0, 1).flatten(1).t()
+
+    with poisoned_memory():
+        ours = wgrad_on_chip(dy, x, w_dw, Affine(activation=RELU), geometry)
+    found = norm_violation(ours, by_pytorch(torch.float64), by_pytorch(case.dtype), torch.float32)
+    return [f"dw_pw: {found}"] if found else []
+
+
 def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, None]:
     """Each thing that is checked, by name, and what is wrong with it."""
     backend = backend_of(subject)
@@ -158,6 +185,10 @@ def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, N
     with float32_products("ieee"):
         for case in cases(backend, device):
             yield case.id, failures(case, backend, device)
+        if backend == "cuda":
+            for dtype in (torch.bfloat16, torch.float16):
+                for case in (replace(layer, dtype=dtype) for layer in LARGE):
+                    yield f"{case.id}, dw_pw with z on the chip", wgrad_failures(case, device)
     if device != "cpu":
         with float32_products("tf32"):
             for case in (LAYERS[0], LAYERS[2]):

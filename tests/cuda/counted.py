@@ -1,6 +1,6 @@
 """``python -m tests.cuda.counted [kernels]``: the instructions that kernels run for a value of y, dx or z, by kind.
 
-Of the kernels named, or of all: depthwise, separable, chain.
+Of the kernels named, or of all: depthwise, separable, wgrad, chain.
 
 Counted in the PTX that nvcc makes for sm_90a, on the emulator, in steady state (few CTAs, so that what each does once
 weighs little). A multiprocessor begins four warps' instructions a clock at most: what is printed as "issue" is how many
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 #: Read by emulated.py when it is imported.
 os.environ.setdefault("XSEP_EMULATED_PTX", "90a")
-os.environ["XSEP_EMULATED_PTX_FILES"] = r"(depthwise/[fb]prop|separable/fprop|chain/fused_backward)(_bf16)?\.cu"
+os.environ["XSEP_EMULATED_PTX_FILES"] = r"(depthwise/[fb]prop|separable/(fprop|wgrad)|chain/fused_backward)(_bf16)?\.cu"
 os.environ["XSEP_EMULATED_PTX_COUNTED"] = "1"
 
 import torch
@@ -82,6 +82,19 @@ def separable_runs(library: emulated.Library) -> Iterator[Run]:
             yield Run(f"fused {c}->{c_out}@{size} {k}x{k} {name}", pixels * c, pixels * (c + c_out) * 2)
 
 
+def wgrad_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
+    """dw_pw with z on the chip, for a value of z."""
+    library.on(emulated_ops.SMALL._replace(multiprocessors=2))
+    for c, c_out, size, k in SEPARABLE:
+        n = 4 if size < 40 else 1
+        x, dy = (torch.randn(n, size, size, channels).bfloat16().permute(0, 3, 1, 2) for channels in (c, c_out))
+        w_dw, same = torch.randn(c, 1, k, k).bfloat16(), [1, 1, *[k // 2] * 4, 1, 1]
+        for name, vectors, code in (("", None, 0), ("relu", None, 1), ("bn relu", torch.ones(c), 1)):
+            library.ops.cuda_separable_wgrad(dy, x, w_dw, vectors, vectors, same, code, 0.0)
+            pixels = n * size * size
+            yield Run(f"wgrad {c}->{c_out}@{size} {k}x{k} {name}", pixels * c, pixels * (c + c_out) * 2)
+
+
 def chain_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
     """Backward in one pass, with ReLU, BatchNorm and the sums of a layer in a chain."""
     library.on(emulated_ops.SMALL)
@@ -104,6 +117,7 @@ def chain_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
 KERNELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Iterator[Run]]]] = {
     "depthwise": (lambda: emulated.Library(emulated.build("depthwise")), depthwise_runs),
     "separable": (lambda: emulated.Library(emulated.build("separable")), separable_runs),
+    "wgrad": (emulated_ops.library, wgrad_runs),
     "chain": (emulated_ops.library, chain_runs),
 }
 

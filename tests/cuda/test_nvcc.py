@@ -30,8 +30,8 @@ ROOT = CUDA_SOURCES.parents[1]
 KERNELS = sorted(p for p in CUDA_SOURCES.rglob("*.cu") if not p.name.startswith("torch_library"))
 OPS = {
     "cuda_depthwise_fprop", "cuda_depthwise_fprop_residual", "cuda_depthwise_fprop_chain", "cuda_depthwise_bprop",
-    "cuda_separable_fprop", "cuda_separable_fprop_chain", "cuda_chain_raw_gradient", "cuda_chain_statistics",
-    "cuda_chain_apply",
+    "cuda_separable_fprop", "cuda_separable_wgrad", "cuda_separable_fprop_chain", "cuda_chain_raw_gradient",
+    "cuda_chain_statistics", "cuda_chain_apply",
     "cuda_chain_input_gradient", "cuda_chain_depthwise_bprop", "cuda_chain_sum_partials", "cuda_chain_bn_pool_add",
     "cuda_chain_bn_finalize", "cuda_chain_bn_backward_finalize", "cuda_chain_bn_relu_gap",
     "cuda_chain_bn_relu_gap_backward", "cuda_chain_fused_backward",

@@ -22,7 +22,7 @@ from xsep.backends.base import with_bias
 from xsep.backends.chain import Backward, Load, RawGradient, Shortcut
 from xsep.backends.chain_aten import ATEN_CHAIN
 from xsep.backends.chain_cuda import CUDA_CHAIN
-from xsep.backends.cuda import CUDA, DeviceFacts, device_facts
+from xsep.backends.cuda import CUDA, DeviceFacts, device_facts, wgrad_on_chip
 from xsep.ops.inside import inside_op
 from xsep.problem import RELU, SILU, Affine, Geometry, Problem, SeparableArgs, separable_problem
 from xsep.testing import NAMES, float32_products
@@ -364,6 +364,27 @@ def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, 
     monkeypatch.setattr(launch, "fused_backward", counted)
     check_chain_backward((2, c, c, side, side + 3, 3, 1), kind, joint)
     assert calls == 2
+
+
+@pytest.mark.parametrize("size", PLACE.wgrad_sizes, ids=ids)
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_pointwise_wgrad_on_the_chip(size: tuple[int, ...], kind: str) -> None:
+    """Whether or not the planner expects it to pay; the same bits twice."""
+    a = draw(size, DTYPES[kind])
+    n, c_in, c_out, h, w, k = size[:6]
+    geometry = Geometry(*a.geometry)
+    p, q = geometry.output_size(h, w, k, k)
+    dy = torch.randn(n, p, q, c_out, device=PLACE.device).to(a.x.dtype).permute(0, 3, 1, 2)
+    prologue = Affine(torch.rand(c_in, device=PLACE.device), torch.rand(c_in, device=PLACE.device), RELU)
+
+    def by_pytorch(dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        z = ATEN.depthwise(a.x.to(dtype), a.w_dw.to(dtype), prologue, Affine(), geometry)
+        return dy.to(wide).permute(1, 0, 2, 3).flatten(1) @ z.to(wide).permute(1, 0, 2, 3).flatten(1).t()
+
+    ours, again = (wgrad_on_chip(dy, a.x, a.w_dw, prologue, geometry) for _ in range(2))
+    assert torch.equal(ours, again)
+    assert_close("dw_pw", ours, by_pytorch(a.x.dtype), by_pytorch(torch.float64))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])

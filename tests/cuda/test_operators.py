@@ -59,6 +59,7 @@ OTHERWISE: dict[str, dict[str, Callable[[], Any]]] = {
     "cuda_separable_fprop": {
         "residual": lambda: image(C_OUT), "activations": lambda: [1, 0, 1], "alphas": lambda: [0.0, 0.0, 0.0],
     },
+    "cuda_separable_wgrad": {"dy": lambda: image(C_OUT)},
     "cuda_separable_bprop": {"dy": lambda: image(C_OUT), "wanted": lambda: [1, 1, 1, 1, 1]},
     "cuda_chain_statistics": {"counts": lambda: torch.zeros(1, dtype=torch.int32)},
     "cuda_chain_raw_gradient": {"du": lambda: image(C, 3, 3)},
@@ -71,7 +72,8 @@ OTHERWISE: dict[str, dict[str, Callable[[], Any]]] = {
 }  # fmt: skip
 OPS = [
     *("cuda_depthwise_fprop", "cuda_depthwise_fprop_residual", "cuda_depthwise_fprop_chain", "cuda_depthwise_bprop"),
-    *("cuda_separable_fprop", "cuda_separable_bprop", "cuda_separable_fprop_chain", "cuda_chain_raw_gradient"),
+    *("cuda_separable_fprop", "cuda_separable_wgrad", "cuda_separable_bprop", "cuda_separable_fprop_chain"),
+    "cuda_chain_raw_gradient",
     "cuda_chain_statistics",
     *("cuda_chain_apply", "cuda_chain_input_gradient", "cuda_chain_depthwise_bprop", "cuda_chain_sum_partials"),
     *("cuda_chain_bn_pool_add", "cuda_chain_bn_finalize", "cuda_chain_bn_backward_finalize", "cuda_chain_bn_relu_gap"),

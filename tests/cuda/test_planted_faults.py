@@ -17,6 +17,7 @@ from xsep.testing import float32_products
 from . import emulated, emulated_ops, test_emulated_fused_backward
 from . import test_backend_python as backend
 from . import test_emulated_chain as chain
+from . import test_emulated_wgrad as wgrad
 from .emulated_ops import SMALL, EmulatedOps
 from .test_emulated_separable import WALKS, check, check_not_finite, draw
 from .test_emulated_statistics import check_far_from_zero
@@ -57,7 +58,7 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(emulated.CUDA_SOURCES, folder / "cuda"))
 
 
-FORWARD, DIAGONAL, TILE = "separable/fprop.cuh", "separable/diagonal.cuh", "separable/tile.cuh"
+FORWARD, HALO, DIAGONAL, TILE = (f"separable/{name}.cuh" for name in ("fprop", "halo", "diagonal", "tile"))
 FAULTS_OF_THE_FORWARD = [
     Fault(
         "missing-barrier",
@@ -71,7 +72,7 @@ FAULTS_OF_THE_FORWARD = [
         "    if (!FAULT) wait_for_copies(halos - 2);\n",
         FORWARD,
     ),
-    Fault("one-past-the-halo", "i < pixels; i += step", "i < pixels + FAULT; i += step", FORWARD),
+    Fault("one-past-the-halo", "i < pixels; i += step", "i < pixels + FAULT; i += step", HALO),
     Fault(
         "maps-one-step-late",
         "copied.advance(plan);\n    if (copied.chunk == 0",
@@ -100,7 +101,7 @@ FAULTS_OF_THE_FORWARD = [
     Fault("an-eight-left-out", "(warp + 1) * tile.share,", "(warp + 1) * tile.share - FAULT,", DIAGONAL),
     Fault("z-of-another-row", "row * p_.plan.strips)", "row * (p_.plan.strips + FAULT))", DIAGONAL),
     Fault("no-block-beside-the-odd-one", "if (count % 2 != 0)", "if (!FAULT && count % 2 != 0)", TILE),
-    Fault("padding-with-a-prologue", "if (exists != 0) rounded", "if (FAULT || exists != 0) rounded", FORWARD),
+    Fault("padding-with-a-prologue", "if (exists != 0) rounded", "if (FAULT || exists != 0) rounded", HALO),
     Fault("beside-the-diagonal", "lane() / 8 == lane() % 4", "FAULT || lane() / 8 == lane() % 4", DIAGONAL),
     Fault(
         "zeros-times-infinity", "__any_sync(0xffffffffu, is_nan", "!FAULT && __any_sync(0xffffffffu, is_nan", DIAGONAL
@@ -130,6 +131,10 @@ def forward(fused: bool) -> Callable[[EmulatedOps, pytest.MonkeyPatch], None]:
 
 def backward(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.test_backward(operators, 1, torch.channels_last)
+
+
+def of_pointwise_weights(name: str) -> Callable[[EmulatedOps, pytest.MonkeyPatch], None]:
+    return lambda operators, _: wgrad.check(operators, wgrad.LAYERS[name])
 
 
 def raw_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +202,55 @@ SWITCHES = [
         lambda operators, _: test_emulated_fused_backward.test_windows_outside_the_picture_count_for_nothing(
             operators, "bf16", "right"
         ),
+    ),
+    Switch(
+        "missing-barrier-before-a-copy",
+        "separable/wgrad.cuh",
+        "    __syncthreads();\n    copy(halo);",
+        "    if (!FAULT) __syncthreads();\n    copy(halo);",
+        of_pointwise_weights("walk"),
+    ),
+    Switch(
+        "missing-wait-for-copies",
+        "separable/wgrad.cuh",
+        "    wait_for_copies(halos - 2);\n",
+        "    if (!FAULT) wait_for_copies(halos - 2);\n",
+        of_pointwise_weights("walk"),
+    ),
+    Switch(
+        "dy-of-another-tile",
+        "separable/wgrad.cuh",
+        "fed_buffer + 1 == plan.operand_buffers",
+        "fed_buffer + 1 + FAULT == plan.operand_buffers",
+        of_pointwise_weights("walk"),
+    ),
+    Switch(
+        "pixels-of-another-share",
+        "separable/wgrad.cuh",
+        "const int first = block.share * kStep;",
+        "const int first = (FAULT ? 0 : block.share) * kStep;",
+        of_pointwise_weights("one-chunk"),
+    ),
+    Switch(
+        "channels-of-the-first-part",
+        "separable/wgrad.cuh",
+        "first_chunk = static_cast<int>(blockIdx.y)",
+        "first_chunk = (FAULT ? 0 : static_cast<int>(blockIdx.y))",
+        of_pointwise_weights("parts"),
+    ),
+    Switch(
+        "z-of-columns-past-the-picture",
+        DIAGONAL,
+        "if (EDGES) {",
+        "if (EDGES && !FAULT) {",
+        lambda operators, _: wgrad.test_windows_outside_the_picture_count_for_nothing(operators, "bf16", "right"),
+    ),
+    Switch(
+        "infinity-of-another-chunk",
+        "separable/wgrad.cuh",
+        "if (tile.rows < plan.tile_rows || tile.columns < plan.tile_columns) {",
+        "if (!FAULT && (tile.rows < plan.tile_rows || tile.columns < plan.tile_columns)) {",
+        lambda operators, _: wgrad.test_what_is_not_finite_stays_in_its_channel(operators, "bf16", float("inf")),
     ),
     Switch(
         "a-tile-ahead-twice",

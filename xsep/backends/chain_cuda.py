@@ -18,7 +18,7 @@ from ..problem import IDENTITY, Geometry, Problem
 from . import chain_cuda_launch as launch
 from .chain import Backward, Forward, Load, RawGradient, Shortcut
 from .chain_kernels import KernelChain, affine_of
-from .cuda import CUDA, DeviceFacts, device_facts, fused_plan, is_aligned, nhwc, vectors_of
+from .cuda import CUDA, DeviceFacts, device_facts, fused_plan, is_aligned, nhwc, vectors_of, wgrad_on_chip
 from .pointwise import dgrad, product, product_into, tf32_allowed, wgrad
 
 
@@ -180,7 +180,7 @@ class CudaChain(KernelChain):
             formed = launch.form(launch.part_of(dr, part))
             if wanted[2]:
                 if plan.z_on_chip:
-                    of_part = launch.wgrad_on_chip(formed, x[part], load, w_dw, geometry)
+                    of_part = wgrad_on_chip(formed, x[part], w_dw, affine_of(load), geometry)
                 else:
                     of_part = wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
                 dw_pw = of_part if dw_pw is None else dw_pw.add_(of_part)

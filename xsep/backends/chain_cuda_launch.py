@@ -15,8 +15,7 @@ from torch import Tensor
 from .. import extension
 from ..problem import Geometry, Problem
 from .chain import TILE, Load, RawGradient, Shortcut, tiles_of
-from .chain_kernels import affine_of
-from .cuda import DeviceFacts, is_aligned, nhwc, shape_of, vectors_of, wgrad_plan
+from .cuda import DeviceFacts, is_aligned, nhwc, shape_of, wgrad_plan
 from .pointwise import rows_of
 
 #: Sums that the depthwise backward's kernel can leave beside those of dw_dw.
@@ -151,14 +150,6 @@ def form(dr: RawGradient) -> Tensor:
 def part_of(dr: RawGradient, pictures: slice) -> RawGradient:
     taps = None if dr.taps is None else dr.taps[pictures]
     return dr._replace(du=dr.du[pictures], r=dr.r[pictures], taps=taps)
-
-
-def wgrad_on_chip(dr: Tensor, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> Tensor:
-    """dw_pw [C_out, C_in] of dense images; only where there is such a kernel."""
-    prologue = affine_of(load)
-    return torch.ops.xsep.cuda_separable_wgrad(
-        dr, x, w_dw.contiguous(), *vectors_of(prologue), list(geometry), prologue.activation, prologue.alpha
-    )
 
 
 class TileStatistics:

@@ -166,6 +166,14 @@ def _is_product_behind_kernel(a: SeparableArgs) -> bool:
     return shift is None or (shift.dtype == a.x.dtype and (a.bias is None or a.shift_e is None))
 
 
+def wgrad_on_chip(dy: Tensor, x: Tensor, w_dw: Tensor, prologue: Affine, geometry: Geometry) -> Tensor:
+    """dw_pw [C_out, C_in] in float32, of NHWC images at 16-byte addresses; only where there is a ``wgrad_plan``."""
+    found: Tensor = torch.ops.xsep.cuda_separable_wgrad(
+        dy, x, w_dw.contiguous(), *vectors_of(prologue), list(geometry), prologue.activation, prologue.alpha
+    )
+    return found
+
+
 class CudaBackend(Backend):
     name = "cuda"
 
