@@ -23,6 +23,8 @@ LAYERS = [
 ]  # fmt: skip
 SAME = Geometry(1, 1, 1, 1, 1, 1, 1, 1)
 PLAIN = Affine()
+#: Of a separable backward's gradients, that of the pointwise weights alone.
+DW_PW = tuple(name == "w_pw" for name in SeparableArgs._fields[:11])
 
 #: Ways of making y, by name.
 Ways = dict[str, Callable[[], Tensor]]
@@ -41,11 +43,20 @@ def parser(name: str, description: str) -> common.Parser:
     return made
 
 
+def upstream(a: SeparableArgs) -> Tensor:
+    """The same dy [N, C_out, P, Q] for the same layer in every type."""
+    n, _, h, w = a.x.shape
+    source = torch.Generator(a.x.device).manual_seed(0)
+    drawn = torch.randn(n, h, w, a.w_pw.shape[0], generator=source, device=a.x.device)
+    return drawn.bfloat16().to(a.x.dtype).permute(0, 3, 1, 2)
+
+
 def results(backend: Backend, a: SeparableArgs, dz: Tensor) -> dict[str, dict[str, Tensor]]:
     """What a backend makes of a layer's inputs, by kernel; what is a forward's is called y, as the rule has it."""
-    found = {
+    found: dict[str, Any] = {
         "depthwise": {"y": backend.depthwise(a.x, a.w_dw, PLAIN, PLAIN, SAME)},
         "separable": {"y": backend.separable_forward(a)},
+        "pointwise wgrad": {"dw_pw": backend.separable_backward(upstream(a), a, None, DW_PW)[2]},
     }
     for name, wanted in {"dgrad": (True, False), "wgrad": (False, True), "dgrad+wgrad": (True, True)}.items():
         made = backend.depthwise_backward_kernel(dz, a.x, a.w_dw, PLAIN, SAME, (*wanted, False, False))

@@ -79,6 +79,7 @@ class Prediction(NamedTuple):
     refused: str = ""
     launches: tuple[int, int] = (0, 0)  # forward and backward, of those that Python makes
     host: tuple[float, float] = (0.0, 0.0)  # what the host needs to enqueue it
+    backward_note: str = "z is made anew, then two GEMMs and one pass for dx and dw_dw"
 
     @property
     def forward(self) -> float:
@@ -311,7 +312,9 @@ def _separable(
 ) -> Prediction:  # fmt: skip
     (time, note), backend = forward, way.partition(",")[0]
     backward = _conversions(clock, _own_backward(clock, general, wgrad))
-    return Prediction(way, backend, _conversions(clock, time), backward, chosen, note, launches=launches)
+    found = Prediction(way, backend, _conversions(clock, time), backward, chosen, note, launches=launches)
+    on_chip = "z is made anew on the chip for dw_pw, then a GEMM and one pass for dx and dw_dw"
+    return found if wgrad is None else found._replace(backward_note=on_chip)
 
 
 def _triton(clock: _Clock, tf32: bool) -> list[Prediction]:
@@ -429,7 +432,7 @@ def choose(
             f"{model} has {second.way} at {times[second]:.0f} us and PyTorch at "
             f"{times[baseline]:.0f}: not {MARGIN:.1f} times as fast, which is what it takes"
         )
-    note = best.note if direction == "forward" else "z is made anew, then two GEMMs and one pass for dx and dw_dw"
+    note = best.note if direction == "forward" else best.backward_note
     return best.backend, (
         f"{model} has {best.way} at {times[best]:.0f} us and PyTorch at {times[baseline]:.0f}: {note}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.chain.support import DTYPES, affine, hold, image, last, vector
 from tests.fuzzing import examples
-from xsep import extension
+from xsep import card_check, extension
 from xsep.activations import activate
 from xsep.backends.cuda import CUDA, DeviceFacts, wgrad_on_chip, wgrad_plan
 from xsep.problem import IDENTITY, RELU, SILU, Affine, Geometry, Problem, SeparableArgs
@@ -242,8 +242,9 @@ def test_the_backward_has_it_where_it_pays(operators: EmulatedOps, kind: str) ->
         assert plan_of(layer).pays == pays
         t = draw(layer)
         w_pw = torch.randn(128, 128, 1, 1).to(t.x.dtype)
+        no = None
         a = SeparableArgs(
-            t.x, t.w_dw, w_pw, None, None, *[None] * 6, list(layer.geometry), [RELU, 0, 0], [0.0] * 3
+            t.x, t.w_dw, w_pw, no, no, no, no, no, no, no, no, list(layer.geometry), [RELU, 0, 0], [0.0] * 3
         )  # fmt: skip
         operators.start(layer.facts)
         found = CUDA.separable_backward(t.dy, a, None, [True] * 3 + [False] * 8)
@@ -259,3 +260,15 @@ def test_no_other_layer(operators: EmulatedOps) -> None:
     assert plan_of(layer) is None
     with pytest.raises(RuntimeError, match="no kernel for the pointwise weights' gradient of bfloat16 x"):
         run(operators, layer, draw(layer))
+
+
+@each_kind
+@pytest.mark.parametrize("number", range(len(card_check.LARGE)))
+def test_the_check_of_a_card_sees_what_is_wrong(
+    operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
+) -> None:
+    case = replace(card_check.LARGE[number], dtype=DTYPES[kind])
+    assert not card_check.wgrad_failures(case, "cpu")
+    assert operators.called["separable_wgrad"] == 1
+    monkeypatch.setattr(card_check, "wgrad_on_chip", lambda *arguments: 1.01 * wgrad_on_chip(*arguments))
+    assert card_check.wgrad_failures(case, "cpu")

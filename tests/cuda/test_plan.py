@@ -131,7 +131,7 @@ def wgrad_plan(planner: Any, p: Problem, device: cuda.DeviceFacts) -> Any:
 @pytest.mark.parametrize("device", [H100, A100, A10], ids=["sm_90", "sm_80", "sm_86"])
 @pytest.mark.parametrize("layer", XCEPTION, ids=lambda c: "-".join(map(str, c)))
 def test_z_stays_on_the_chip_for_dw_pw(planner: Any, layer: tuple[int, int, int], device: cuda.DeviceFacts) -> None:
-    """Where two tiles of dy fit; it pays in large pictures, whose x and dy are then read once each."""
+    """Where two tiles of dy fit; it pays in large pictures, where x and dy are then read once each."""
     p = problem(*layer)
     plan, walk = wgrad_plan(planner, p, device), wgrad_plan(planner, p, device).walk
     assert plan.on_chip == (p.c_out <= (128 if device is A10 else 256))
@@ -145,7 +145,7 @@ def test_z_stays_on_the_chip_for_dw_pw(planner: Any, layer: tuple[int, int, int]
     if device is H100:
         bytes_of = 2 * p.n * p.h * p.w * (p.c_in + p.c_out)
         assert plan.clocks / 1755 >= bytes_of / 4.35e6, "not faster than memory"
-        assert plan.pays and plan.clocks < 0.85 * plan.staged_clocks
+        assert plan.pays == (plan.clocks < 0.85 * plan.staged_clocks) == (plan.parts == 1)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_z_goes_through_memory_elsewhere(planner: Any, p: Problem) -> None:
 
 def test_it_does_not_pay_where_pictures_are_few_or_channels_many(planner: Any) -> None:
     """A partial sum of each CTA, and x or dy read again for every part of the channels."""
-    for p in (problem(64, 128, 14, n=2), problem(512, 512, 14), problem(728, 512, 19)):
+    for p in (problem(64, 128, 14, n=2), problem(256, 256, 74), problem(728, 512, 19)):
         plan = wgrad_plan(planner, p, H100)
         assert plan.on_chip and not plan.pays
 

@@ -227,8 +227,8 @@ SWITCHES = [
     Switch(
         "pixels-of-another-share",
         "separable/wgrad.cuh",
-        "const int first = block.share * kStep;",
-        "const int first = (FAULT ? 0 : block.share) * kStep;",
+        "const int first = block.share() * kStep;",
+        "const int first = (FAULT ? 0 : block.share()) * kStep;",
         of_pointwise_weights("one-chunk"),
     ),
     Switch(

@@ -17,17 +17,21 @@
 
 namespace xsep::cuda {
 
-// The block of dw_pw that a warp holds, and which of its pixels' products are the warp's.
-struct WgradBlock {
-  int chunk, share;  // of the part's chunks; none where it is none of them
-  int output;        // its first
-
+// The block of dw_pw that a warp holds, and which of its pixels' products are the warp's. One register keeps it, as the
+// divisions by which it is found take more instructions than a step's other business.
+class WgradBlock {
+ public:
   __device__ __forceinline__ explicit WgradBlock(const WgradSplit& split) {
-    const int warp = static_cast<int>(thread_index_again()) / 32, warps = split.output_blocks * split.shares;
-    chunk = warp / warps;
-    const int within = warp - chunk * warps;
-    share = within / split.output_blocks, output = within % split.output_blocks;
+    const int warp = static_cast<int>(threadIdx.x) / 32, warps = split.output_blocks * split.shares;
+    const int chunk = warp / warps, within = warp % warps;
+    packed_ = kept(chunk << 16 | within / split.output_blocks << 8 | within % split.output_blocks);
   }
+  __device__ __forceinline__ int chunk() const { return packed_ >> 16; }  // of the part's; none where it has fewer
+  __device__ __forceinline__ int share() const { return packed_ >> 8 & 0xff; }
+  __device__ __forceinline__ int output() const { return packed_ & 0xff; }  // in blocks
+
+ private:
+  int packed_;
 };
 
 // dy of a step's tile, [output_blocks, z_rows] rows of kWarpChannels outputs; zeros where there is none.
@@ -38,17 +42,20 @@ __device__ __forceinline__ void copy_dy(const SeparableWgradParams& p, const Fus
   const FusedTile& tile = memory.tile[step.map];
   const int outputs = p.layer.c_out, of_row = p.layer.shape.q * outputs;
   const int tid = static_cast<int>(threadIdx.x), first = tid % 8 * 8;
-  const T* dy = static_cast<const T*>(p.dy);
-  const T* source = dy + tile.first_pixel(p.layer) * outputs + first;
+  // Kept, as in Halo::copy; of a piece that is not there, the address of one that is.
+  const T* source =
+      kept(static_cast<const T*>(p.dy) + tile.first_pixel(p.layer) * outputs + (first < outputs ? first : 0));
 #pragma unroll 2
   for (int row = tid / 8; row < plan.z_rows; row += kFusedThreads / 8) {
     const int place = memory.place[row], down = place >> 16, across = place & 0xffff;
     const bool there = down < tile.rows && across < tile.columns;
-    const int at = down * of_row + across * outputs;
+    const int at = kept(down * of_row + across * outputs), left = kept(there ? outputs - first : 0);
     unsigned char* out = buffer + swizzled_offset(row, tid % 8, kWgradChunkBytes);
-    for (int block = 0; block < p.split.output_blocks; ++block, out += plan.z_rows * kWgradChunkBytes) {
-      const bool valid = there && block * kWarpChannels + first < outputs;
-      cp_async_16(out, valid ? source + at + block * kWarpChannels : dy, valid ? 1 : 0);
+#pragma unroll 1
+    for (int channel = 0; channel < p.split.output_blocks * kWarpChannels; channel += kWarpChannels) {
+      const bool valid = channel < left;
+      cp_async_16(out, source + kept(static_cast<unsigned>(valid ? at + channel : 0)), valid ? 1 : 0);
+      out += plan.z_rows * kWgradChunkBytes;
     }
   }
 }
@@ -71,12 +78,12 @@ __device__ __forceinline__ void add_products(Accumulators& sums, const Separable
                                              const unsigned char* dy, const unsigned char* z) {
   constexpr int kStep = 16 * kWgradChunkBytes;
   const int lane = static_cast<int>(thread_index_again()) % 32, z_rows = p.layer.plan.z_rows;
-  const int first = block.share * kStep;
-  int of_dy = shared_place(dy) + block.output * z_rows * kWgradChunkBytes + first +
+  const int first = block.share() * kStep;
+  int of_dy = shared_place(dy) + block.output() * z_rows * kWgradChunkBytes + first +
               swizzled_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2, kWgradChunkBytes);
   int of_z = shared_place(z) + first + swizzled_offset(lane % 16, lane / 16, kWgradChunkBytes);
 #pragma unroll 1
-  for (int step = block.share; step < z_rows / 16; step += p.split.shares) {
+  for (int step = block.share(); step < z_rows / 16; step += p.split.shares) {
     uint32_t a[kMmaRows][4];
 #pragma unroll
     for (int i = 0; i < kMmaRows; ++i) ldmatrix_x4_transposed(a[i], shared_base() + (of_dy ^ i << 5));
@@ -99,14 +106,14 @@ __device__ __forceinline__ void add_products(Accumulators& sums, const Separable
 __device__ __forceinline__ void store_sums(const Accumulators& sums, const SeparableWgradParams& p,
                                            const WgradBlock& block, int first_chunk) {
   const int lane = static_cast<int>(threadIdx.x) % 32, outputs = p.layer.c_out, inputs = p.layer.shape.c_in;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.split.shares + block.share;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.split.shares + block.share();
   float* partial = p.partials + row * outputs * inputs;
 #pragma unroll
   for (int i = 0; i < kMmaRows * 2; ++i) {
-    const int c_out = block.output * kWarpChannels + i * 8 + lane / 4;
+    const int c_out = block.output() * kWarpChannels + i * 8 + lane / 4;
 #pragma unroll
     for (int j = 0; j < kMmaColumns; ++j) {
-      const int c_in = (first_chunk + block.chunk) * kWarpChannels + j * 8 + lane % 4 * 2;
+      const int c_in = (first_chunk + block.chunk()) * kWarpChannels + j * 8 + lane % 4 * 2;
       if (c_out >= outputs || c_in >= inputs) continue;
       const float (&sum)[4] = sums[i / 2 * kMmaColumns + j];
       const float pair[2] = {sum[i % 2 * 2], sum[i % 2 * 2 + 1]};
@@ -147,6 +154,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   for (int i = 0; i < halos - 1; ++i) copy(i);
 
   Accumulators sums = {};
+  const WgradBlock block(p.split);
   FusedStep multiplied{plan.tiles, 0, 0};  // none yet
   int even = 1, halo = halos - 1, dy = 0;  // buffers of the step that is multiplied: of z, of x, of dy
   do {
@@ -170,8 +178,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         }
         DiagonalDepthwise<T, K, STRIDE, kWgradChunkBytes, true>(p.layer, memory, made, memory.halo[next], z).run();
       } else {
-        const WgradBlock block(p.split);
-        if (!multiplied.exists(plan) || block.chunk != multiplied.chunk) continue;
+        if (!multiplied.exists(plan) || block.chunk() != multiplied.chunk) continue;
         add_products<T>(sums, p, block, memory.operand[dy], memory.z[even]);
       }
     }
@@ -182,8 +189,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     halo = next;
     even ^= 1;
   } while (multiplied.exists(plan));
-  const WgradBlock block(p.split);
-  if (block.chunk < plan.chunks) store_sums(sums, p, block, first_chunk);
+  if (block.chunk() < plan.chunks) store_sums(sums, p, block, first_chunk);
 }
 
 template <class T>
