@@ -34,6 +34,19 @@ void define_depthwise(py::module_& m, const char* name, DepthwisePlanner planner
       py::arg("shared_bytes"), py::arg("l2_bytes") = 0, doc);
 }
 
+using WgradPlanner = SeparableWgradPlan (*)(const ConvShape&, int, int, bool, const DeviceProperties&);
+
+void define_wgrad(py::module_& m, const char* name, WgradPlanner planner, const char* doc) {
+  m.def(
+      name,
+      [planner](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
+                int l2_bytes) {
+        return planner(make_shape(shape), c_out, element_bytes, aligned, {multiprocessors, shared_bytes, l2_bytes});
+      },
+      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0, doc);
+}
+
 }  // namespace
 
 void bind_cuda_plan(py::module_& m) {
@@ -77,6 +90,7 @@ void bind_cuda_plan(py::module_& m) {
       .def_property_readonly("shares", [](const SeparableWgradPlan& plan) { return plan.split.shares; })
       .def_property_readonly("parts", [](const SeparableWgradPlan& plan) { return plan.split.parts; })
       .def_property_readonly("pays", &pays)
+      .def_property_readonly("shared_bytes", [](const SeparableWgradPlan& plan) { return plan.extras.shared_bytes; })
       .def_readonly("clocks", &SeparableWgradPlan::clocks)
       .def_readonly("staged_clocks", &SeparableWgradPlan::staged_clocks);
   py::class_<ChainBackwardPlan>(m, "CudaChainBackwardPlan")
@@ -109,16 +123,10 @@ void bind_cuda_plan(py::module_& m) {
       py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
       py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0,
       "How the fused CUDA forward is cut into CTAs, or a plan that is not fused. shape as for the depthwise planners.");
-  m.def(
-      "plan_cuda_separable_wgrad",
-      [](const Sizes& shape, int c_out, int element_bytes, bool aligned, int multiprocessors, int shared_bytes,
-         int l2_bytes) {
-        return plan_separable_wgrad(make_shape(shape), c_out, element_bytes, aligned,
-                                    {multiprocessors, shared_bytes, l2_bytes});
-      },
-      py::arg("shape"), py::kw_only(), py::arg("c_out"), py::arg("element_bytes"), py::arg("aligned") = true,
-      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("l2_bytes") = 0,
-      "How the pointwise weights' gradient is made with z on the chip, or a plan that is not on the chip.");
+  define_wgrad(m, "plan_cuda_separable_wgrad", &plan_separable_wgrad,
+               "How the pointwise weights' gradient is made with z on the chip, or a plan that is not on the chip.");
+  define_wgrad(m, "plan_cuda_chain_wgrad", &plan_chain_wgrad,
+               "The same in the training chain, with dr formed there too.");
   m.def(
       "plan_cuda_chain_slice",
       [](const Sizes& shape, int c_out, int element_bytes, int multiprocessors, int shared_bytes, int l2_bytes) {

@@ -213,9 +213,13 @@ inline double chain_backward_clocks(const ChainBackwardPlan& plan, const ConvSha
   return ceil_div(plan.tiles, plan.workers) * tile + kKernels * kLaunchClocks;
 }
 
-// What z on the chip saves of a backward that goes kernel by kernel.
-inline double saved_clocks(const SeparableWgradPlan& plan) {
-  return pays(plan) ? plan.staged_clocks - plan.clocks : 0.0;
+// What z on the chip, or dr and z, saves of a backward that goes kernel by kernel.
+inline double saved_clocks(const ConvShape& c, int c_out, int element_bytes, bool aligned,
+                           const DeviceProperties& device) {
+  const SeparableWgradPlan from_dr = plan_separable_wgrad(c, c_out, element_bytes, aligned, device);
+  const SeparableWgradPlan from_r = plan_chain_wgrad(c, c_out, element_bytes, aligned, device);
+  return (pays(from_dr) ? from_dr.staged_clocks - from_dr.clocks : 0.0) +
+         (pays(from_r) ? from_r.staged_clocks - from_r.clocks : 0.0);
 }
 
 }  // namespace detail
@@ -256,8 +260,8 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
   }
   if (best.fused) {
     best.clocks = detail::chain_backward_clocks(best, c, c_out, element_bytes);
-    const SeparableWgradPlan wgrad = plan_separable_wgrad(c, c_out, element_bytes, aligned, device);
-    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks - detail::saved_clocks(wgrad);
+    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks -
+                         detail::saved_clocks(c, c_out, element_bytes, aligned, device);
   }
   return best;
 }

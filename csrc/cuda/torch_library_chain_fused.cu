@@ -1,10 +1,12 @@
-// The training chain's backward of a layer in one pass, on PyTorch's stable ABI.
+// Those of the training chain's operators that form dr on the chip, on PyTorch's stable ABI: a layer's backward in one
+// pass, and its pointwise weights' gradient.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "chain/fused_backward.h"
 #include "chain/tensor.h"
+#include "chain/wgrad.h"
 #include "depthwise/bprop.h"
 #include "device_scope.h"
 
@@ -52,6 +54,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_chain_fused_backward(
   return {dx, dw_dw, dw_pw, totals};
 }
 
+// (dr, dw_pw [C_out, C_in]). Only where the planner has a kernel for it, of tensors that start on 16 bytes.
+std::tuple<Tensor, Tensor> cuda_chain_wgrad(Tensor du, Tensor r, Tensor coef, Tensor x, Tensor w_dw, OptionalTensor vec,
+                                            Ints geometry, int64_t activation, double alpha) {
+  ChainWgradParams p{};
+  p.gradient = raw_gradient_of({du, std::nullopt, r, coef}, {});
+  const ImageShape& raw = p.gradient.shape;
+  SeparableFpropParams& layer = p.wgrad.layer;
+  const ConvShape& s = layer.shape = conv_shape(x, w_dw, geometry);
+  STD_TORCH_CHECK(s.c_mid == s.c_in, "the chain has no depth multiplier");
+  layer.c_out = raw.c;
+  layer.type = type_of(x, "x");
+  image(r, x, "r", {s.n, s.p, s.q, raw.c});
+  layer.x = image(x, x, "x", {s.n, s.h, s.w, s.c_in});
+  layer.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
+  layer.prologue = load_of(vec, activation, alpha, x, s.c_in);
+  Tensor dr = new_image(r, raw);
+  p.gradient.dr = dr.mutable_data_ptr();
+  const DeviceScope device(x, p);
+  const bool aligned = is_aligned(p.gradient) && is_aligned(p.gradient.dr) && is_aligned(layer.x);
+  const SeparableWgradPlan plan =
+      kept_chain_wgrad_plan(s, raw.c, element_bytes(layer.type), aligned, device.properties(p));
+  STD_TORCH_CHECK(plan.on_chip, "the planner has no kernel for dr and the pointwise weights' gradient of ",
+                  describe(p));
+  layer.plan = plan.walk, p.wgrad.split = plan.split, p.extras = plan.extras;
+  const int64_t rows = static_cast<int64_t>(plan.walk.workers) * plan.split.shares;
+  Tensor partials = new_flat(x, {rows, raw.c, s.c_in}, ScalarType::Float);
+  Tensor dw_pw = new_flat(x, {raw.c, s.c_in}, ScalarType::Float);
+  p.wgrad.partials = writable(partials), p.wgrad.dw_pw = writable(dw_pw);
+  chain_wgrad(p, device.stream());
+  return {dr, dw_pw};
+}
+
 }  // namespace
 }  // namespace xsep::cuda
 
@@ -60,8 +94,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(XSEP_NAMESPACE, m) {
       "cuda_chain_fused_backward(Tensor du, Tensor? taps, Tensor r, Tensor coef, int[] pads, Tensor w_pw, Tensor w_dw, "
       "Tensor x, Tensor? vec, Tensor? shortcut, Tensor? operand_1, Tensor? operand_2, Tensor? centres, "
       "bool before_mask, int[] geometry, int activation, float alpha) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_chain_wgrad(Tensor du, Tensor r, Tensor coef, Tensor x, Tensor w_dw, Tensor? vec, int[] geometry, "
+      "int activation, float alpha) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(XSEP_NAMESPACE, XSEP_DISPATCH_KEY, m) {
   m.impl("cuda_chain_fused_backward", TORCH_BOX(&xsep::cuda::cuda_chain_fused_backward));
+  m.impl("cuda_chain_wgrad", TORCH_BOX(&xsep::cuda::cuda_chain_wgrad));
 }

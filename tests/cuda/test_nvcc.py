@@ -34,7 +34,7 @@ OPS = {
     "cuda_chain_statistics", "cuda_chain_apply",
     "cuda_chain_input_gradient", "cuda_chain_depthwise_bprop", "cuda_chain_sum_partials", "cuda_chain_bn_pool_add",
     "cuda_chain_bn_finalize", "cuda_chain_bn_backward_finalize", "cuda_chain_bn_relu_gap",
-    "cuda_chain_bn_relu_gap_backward", "cuda_chain_fused_backward",
+    "cuda_chain_bn_relu_gap_backward", "cuda_chain_fused_backward", "cuda_chain_wgrad",
 }  # fmt: skip
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 

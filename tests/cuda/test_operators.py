@@ -65,6 +65,9 @@ OTHERWISE: dict[str, dict[str, Callable[[], Any]]] = {
     "cuda_chain_raw_gradient": {"du": lambda: image(C, 3, 3)},
     "cuda_chain_depthwise_bprop": {"partials": lambda: torch.rand(2, 12, C)},
     "cuda_chain_sum_partials": {"partials": lambda: torch.rand(7, 12, C), "sums": lambda: 3},
+    "cuda_chain_wgrad": {
+        "du": lambda: image(C_OUT), "r": lambda: image(C_OUT), "coef": lambda: torch.rand(3, C_OUT),
+    },
     "cuda_chain_fused_backward": {
         "du": lambda: image(C_OUT, 3, 3), "r": lambda: image(C_OUT), "coef": lambda: torch.rand(3, C_OUT),
         "taps": lambda: torch.full((N, C_OUT, 3, 3), 4).byte().contiguous(memory_format=torch.channels_last),
@@ -77,7 +80,7 @@ OPS = [
     "cuda_chain_statistics",
     *("cuda_chain_apply", "cuda_chain_input_gradient", "cuda_chain_depthwise_bprop", "cuda_chain_sum_partials"),
     *("cuda_chain_bn_pool_add", "cuda_chain_bn_finalize", "cuda_chain_bn_backward_finalize", "cuda_chain_bn_relu_gap"),
-    *("cuda_chain_bn_relu_gap_backward", "cuda_chain_fused_backward"),
+    *("cuda_chain_bn_relu_gap_backward", "cuda_chain_fused_backward", "cuda_chain_wgrad"),
 ]
 each_op = pytest.mark.parametrize("op", OPS)
 

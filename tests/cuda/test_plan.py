@@ -122,8 +122,8 @@ def test_tiles_leave_room_to_count_on_from_the_last_one(planner: Any) -> None:
         assert planner.plan_cuda_chain_backward(shape, c_out=8, **facts).fused == counted
 
 
-def wgrad_plan(planner: Any, p: Problem, device: cuda.DeviceFacts) -> Any:
-    return planner.plan_cuda_separable_wgrad(
+def wgrad_plan(planner: Any, p: Problem, device: cuda.DeviceFacts, of: str = "separable") -> Any:
+    return getattr(planner, f"plan_cuda_{of}_wgrad")(
         cuda.shape_of(p), c_out=p.c_out, element_bytes=p.dtype.itemsize, **device._asdict()
     )
 
@@ -146,6 +146,23 @@ def test_z_stays_on_the_chip_for_dw_pw(planner: Any, layer: tuple[int, int, int]
         bytes_of = 2 * p.n * p.h * p.w * (p.c_in + p.c_out)
         assert plan.clocks / 1755 >= bytes_of / 4.35e6, "not faster than memory"
         assert plan.pays == (plan.clocks < 0.85 * plan.staged_clocks) == (plan.parts == 1)
+
+
+@pytest.mark.parametrize("layer", XCEPTION[:4], ids=lambda c: "-".join(map(str, c)))
+def test_dr_is_formed_there_too(planner: Any, layer: tuple[int, int, int]) -> None:
+    """One buffer for r is enough, as x is not brought more than a tile ahead; du, r and x are read, and dr written."""
+    p = problem(*layer)
+    plan, walk = wgrad_plan(planner, p, H100, "chain"), wgrad_plan(planner, p, H100, "chain").walk
+    assert plan.on_chip and walk.halos <= walk.chunks + 1 and walk.shared_bytes < plan.shared_bytes <= H100.shared_bytes
+    bytes_of = 2 * p.n * p.h * p.w * (p.c_in + 3 * p.c_out)
+    assert plan.clocks / 1755 >= bytes_of / 4.35e6, "not faster than memory"
+    from_dr = wgrad_plan(planner, p, H100)
+    raw = plan.staged_clocks - (from_dr.clocks if from_dr.pays else from_dr.staged_clocks)
+    assert raw / 1755 == pytest.approx(6 * p.n * p.h * p.w * p.c_out / 4.3e6 + 2.5, rel=0.01)
+    assert launch.backward_plan(p, H100) is not None
+    for other in (p._replace(r=5, s=5, geometry=p.geometry._replace(pad_left=2, pad_right=2, pad_top=2, pad_bottom=2)),
+                  p._replace(geometry=p.geometry._replace(stride_h=2, stride_w=2))):  # fmt: skip
+        assert not wgrad_plan(planner, other, H100, "chain").on_chip and wgrad_plan(planner, other, H100).on_chip
 
 
 @pytest.mark.parametrize(
@@ -232,8 +249,9 @@ def test_backward_in_one_pass_is_weighed_by_its_instructions(planner: Any, layer
     counted = {64: 10048, 128: 18829}[p.c_in] * pixels / 128 / clock
     kernel_by_kernel = pixels * 2 * (5 * p.c_out + 7 * p.c_in) / 4.3e6
     assert counted < plan.clocks / 1755 < 2.5 * counted, "and the latency of what a tile begins with"
-    wgrad = wgrad_plan(planner, p, H100)
-    saved = (wgrad.staged_clocks - wgrad.clocks) / 1755
+    plans = [wgrad_plan(planner, p, H100, of) for of in ("separable", "chain")]
+    assert all(wgrad.pays for wgrad in plans)
+    saved = sum(wgrad.staged_clocks - wgrad.clocks for wgrad in plans) / 1755
     assert plan.staged_clocks / 1755 == pytest.approx(kernel_by_kernel + 15 - saved, rel=0.01)
     chosen = launch.backward_plan(p, H100._replace(l2_bytes=60 << 20))
     assert chosen is not None and chosen.fused == (plan.clocks < plan.staged_clocks) == False  # noqa: E712

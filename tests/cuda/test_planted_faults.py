@@ -133,8 +133,10 @@ def backward(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.test_backward(operators, 1, torch.channels_last)
 
 
-def of_pointwise_weights(name: str) -> Callable[[EmulatedOps, pytest.MonkeyPatch], None]:
-    return lambda operators, _: wgrad.check(operators, wgrad.LAYERS[name])
+def of_pointwise_weights(
+    name: str, check: Callable[[EmulatedOps, wgrad.Layer], None] = wgrad.check
+) -> Callable[[EmulatedOps, pytest.MonkeyPatch], None]:
+    return lambda operators, _: check(operators, wgrad.LAYERS[name])
 
 
 def raw_gradient(operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +246,20 @@ SWITCHES = [
         "if (EDGES) {",
         "if (EDGES && !FAULT) {",
         lambda operators, _: wgrad.test_windows_outside_the_picture_count_for_nothing(operators, "bf16", "right"),
+    ),
+    Switch(
+        "du-in-the-place-of-dr",
+        "chain/wgrad.cuh",
+        "rounded.store(piece);",
+        "if (!FAULT) rounded.store(piece);",
+        of_pointwise_weights("walk", wgrad.check_chain),
+    ),
+    Switch(
+        "dr-of-the-tile-before",
+        "separable/wgrad.cuh",
+        "upstream.arrived(multiplied, memory.operand[dy]);",
+        "upstream.arrived(multiplied, memory.operand[FAULT ? 0 : dy]);",
+        of_pointwise_weights("walk", wgrad.check_chain),
     ),
     Switch(
         "infinity-of-another-chunk",

@@ -177,12 +177,13 @@ class CudaChain(KernelChain):
         if with_input:
             last = launch.InputGradient(x, w_dw, load, geometry, shortcut, operands, centres, plan)
         for part in plan.slices:
-            formed = launch.form(launch.part_of(dr, part))
-            if wanted[2]:
-                if plan.z_on_chip:
-                    of_part = wgrad_on_chip(formed, x[part], w_dw, affine_of(load), geometry)
-                else:
-                    of_part = wgrad(formed, self.depthwise(x[part], load, w_dw, geometry))
+            raw = launch.part_of(dr, part)
+            if wanted[2] and plan.on_chip == "dr and z" and raw.taps is None:
+                formed, of_part = launch.wgrad_of_raw(raw, x[part], load, w_dw, geometry)
+            else:
+                formed = launch.form(raw)
+                of_part = self.wgrad_pw(formed, x[part], load, w_dw, geometry, plan) if wanted[2] else None
+            if of_part is not None:
                 dw_pw = of_part if dw_pw is None else dw_pw.add_(of_part)
             if last is not None:
                 # z is gone: what PyTorch allocates for dz is its memory, which L2 has.
@@ -191,6 +192,14 @@ class CudaChain(KernelChain):
             return Backward(None, None, _as_filter(dw_pw), None)
         dw_dw, sums = last.total()
         return Backward(last.dx, dw_dw, _as_filter(dw_pw), sums)
+
+    def wgrad_pw(
+        self, dr: Tensor, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry, plan: launch.BackwardPlan
+    ) -> Tensor:  # fmt: skip
+        """dw_pw [C_out, C_in] from dr, z on the chip or made before."""
+        if plan.on_chip:
+            return wgrad_on_chip(dr, x, w_dw, affine_of(load), geometry)
+        return wgrad(dr, self.depthwise(x, load, w_dw, geometry))
 
     def pw_backward(self, dr: RawGradient, w: Tensor, x: Tensor, load: Load) -> tuple[Tensor, Tensor]:
         formed = launch.raw_gradient(dr)

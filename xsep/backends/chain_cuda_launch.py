@@ -44,7 +44,7 @@ class BackwardPlan(NamedTuple):
     slices: tuple[slice, ...]
     rows: tuple[int, ...]  # of partial sums that each slice leaves
     fused: bool = False
-    z_on_chip: bool = False  # for dw_pw, kernel by kernel
+    on_chip: str = ""  # what stays there for dw_pw, kernel by kernel: nothing, "z", or "dr and z"
 
 
 @lru_cache(maxsize=4096)
@@ -67,10 +67,15 @@ def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPla
         return None
     parts = slices(problem, device)
     found, one_pass = _staged(module, problem, device, parts), _one_pass(module, problem, device)
-    wgrad = wgrad_plan(problem._replace(n=parts[0].stop), device) if parts else None
-    return found._replace(
-        fused=one_pass.fused and one_pass.clocks < one_pass.staged_clocks, z_on_chip=wgrad is not None and wgrad.pays
-    )
+    fused = one_pass.fused and one_pass.clocks < one_pass.staged_clocks
+    paying = [what for what, plan in wgrad_plans(problem._replace(n=parts[0].stop), device).items() if plan.pays]
+    return found._replace(fused=fused, on_chip=paying[-1] if paying and not fused else "")
+
+
+def wgrad_plans(problem: Problem, device: DeviceFacts) -> dict[str, Any]:
+    """The planner's plans of dw_pw by what stays on the chip, where there are such kernels."""
+    plans = {"z": wgrad_plan(problem, device), "dr and z": wgrad_plan(problem, device, "chain")}
+    return {what: plan for what, plan in plans.items() if plan is not None}
 
 
 def _one_pass(module: Any, problem: Problem, device: DeviceFacts) -> Any:
@@ -101,8 +106,8 @@ def backward_ways(problem: Problem, device: DeviceFacts) -> dict[str, BackwardPl
     # As weigh_chain_slice has it: what one kernel writes for the next stays in half of L2.
     fitting = device.l2_bytes // 2 // (p * q * (problem.c_out + problem.c_mid) * problem.dtype.itemsize)
     found = {"kernel by kernel": _staged(module, problem, device, slices_of(problem.n, problem.n))}
-    if wgrad_plan(problem, device) is not None:
-        found["kernel by kernel, z on the chip"] = found["kernel by kernel"]._replace(z_on_chip=True)
+    for what in wgrad_plans(problem, device):
+        found[f"kernel by kernel, {what} on the chip"] = found["kernel by kernel"]._replace(on_chip=what)
     if 1 <= fitting < problem.n:
         found["in slices"] = _staged(module, problem, device, slices_of(problem.n, fitting))
     if _one_pass(module, problem, device).fused:
@@ -117,10 +122,10 @@ def describe_backward(problem: Problem, device: DeviceFacts) -> str:
         return "by single operators: the planner is not built"
     if plan.fused:
         return "one pass, nothing of it in memory between its steps"
-    z = ", z on the chip" if plan.z_on_chip else ""
+    what = f", {plan.on_chip} on the chip" if plan.on_chip else ""
     if len(plan.slices) == 1:
-        return f"kernel by kernel{z}, all pictures at a time"
-    return f"kernel by kernel{z}, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
+        return f"kernel by kernel{what}, all pictures at a time"
+    return f"kernel by kernel{what}, {len(plan.slices)} slices of up to {plan.slices[0].stop} pictures"
 
 
 def slices_of(n: int, pictures: int) -> tuple[slice, ...]:
@@ -150,6 +155,14 @@ def form(dr: RawGradient) -> Tensor:
 def part_of(dr: RawGradient, pictures: slice) -> RawGradient:
     taps = None if dr.taps is None else dr.taps[pictures]
     return dr._replace(du=dr.du[pictures], r=dr.r[pictures], taps=taps)
+
+
+def wgrad_of_raw(dr: RawGradient, x: Tensor, load: Load, w_dw: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """(dr, dw_pw [C_out, C_in]) of a dense one without taps, or a slice of it; only where there is such a plan."""
+    formed, dw_pw = torch.ops.xsep.cuda_chain_wgrad(
+        dr.du, dr.r, dr.coef, x, w_dw.contiguous(), _floats(load.vec), list(geometry), load.activation, load.alpha
+    )
+    return formed, dw_pw
 
 
 class TileStatistics:

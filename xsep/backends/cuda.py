@@ -97,12 +97,15 @@ def is_fused(problem: Problem, device: DeviceFacts, aligned: bool = True) -> boo
 
 
 @lru_cache(maxsize=4096)
-def wgrad_plan(problem: Problem, device: DeviceFacts) -> Any:
-    """The planner's plan of the pointwise weights' gradient with z on the chip; None where there is no such kernel."""
+def wgrad_plan(problem: Problem, device: DeviceFacts, of: str = "separable") -> Any:
+    """The planner's plan of the pointwise weights' gradient with z on the chip; None where there is no such kernel.
+
+    ``of`` a "chain", dr is formed on the chip too.
+    """
     module = extension.binding()
     if module is None or problem.multiplier != 1:
         return None
-    plan = module.plan_cuda_separable_wgrad(
+    plan = getattr(module, f"plan_cuda_{of}_wgrad")(
         shape_of(problem), c_out=problem.c_out, element_bytes=problem.dtype.itemsize, **device._asdict()
     )
     return plan if plan.on_chip else None

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     separable_fprop_kernel(const __grid_constant__ SeparableFpropParams p) {
   using T = typename Policy::T;
   const SeparablePlan& plan = p.plan;
-  const FusedMemory memory(p);
+  SharedArena arena;
+  const FusedMemory memory(p, arena);
   const int halos = plan.halos;
 
   // Copies begin first, those of x as soon as they can: nothing else is done while the tables are filled.

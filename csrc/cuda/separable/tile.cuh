@@ -96,11 +96,11 @@ struct FusedMemory {
   SharedBuffer<int> z_place;     // [tile_rows, strips of pixels] where a pixel starts in a buffer of z, or kNowhere
   SharedBuffer<float> affine;    // [2, output channels] the epilogue's scale, and its shift with the bias in it
 
-  __device__ __forceinline__ explicit FusedMemory(const SeparableFpropParams& p) {
+  // A kernel that has buffers of its own beside these goes on with the arena.
+  __device__ __forceinline__ FusedMemory(const SeparableFpropParams& p, SharedArena& arena) {
     const SeparablePlan& plan = p.plan;
     const FusedLayout& layout = plan.layout;
     const int channels = plan.channel_warps * kWarpChannels;
-    SharedArena arena;
     halo = arena.take_ring(layout.halo, plan.halos, plan.halo_rows * plan.halo_pitch * plan.pixel_bytes);
     operand = arena.take_ring(layout.operand, plan.operand_buffers, plan.operand_rows * plan.chunk_bytes);
     z = arena.take_ring(layout.z, 2, plan.z_rows * plan.chunk_bytes);

@@ -3,7 +3,6 @@
 
 #include "../launch.cuh"
 #include "kept_plan.h"
-#include "wgrad_sums.h"
 
 namespace xsep::cuda {
 
@@ -20,7 +19,7 @@ void separable_wgrad(const SeparableWgradParams& p, cudaStream_t stream) {
   } else {
     launch_separable_wgrad<__nv_bfloat16>(p, stream);
   }
-  sum_dw_pw({layer.c_out, layer.shape.c_in, layer.plan.workers * p.split.shares, p.partials, p.dw_pw}, stream);
+  sum_dw_pw(sums_of(p), stream);
 }
 
 SeparableWgradPlan kept_wgrad_plan(const ConvShape& shape, int c_out, int element_bytes, bool aligned,

@@ -34,17 +34,17 @@ class WgradBlock {
   int packed_;
 };
 
-// dy of a step's tile, [output_blocks, z_rows] rows of kWarpChannels outputs; zeros where there is none.
+// Starts copying dy of a step's tile, [output_blocks, z_rows] rows of kWarpChannels outputs; zeros where there is none.
 template <class T>
-__device__ __forceinline__ void copy_dy(const SeparableWgradParams& p, const FusedMemory& memory, const FusedStep& step,
-                                        unsigned char* buffer) {
+__device__ __forceinline__ void copy_outputs(const SeparableWgradParams& p, const FusedMemory& memory,
+                                             const FusedStep& step, const void* image, unsigned char* buffer) {
   const SeparablePlan& plan = p.layer.plan;
   const FusedTile& tile = memory.tile[step.map];
   const int outputs = p.layer.c_out, of_row = p.layer.shape.q * outputs;
   const int tid = static_cast<int>(threadIdx.x), first = tid % 8 * 8;
   // Kept, as in Halo::copy; of a piece that is not there, the address of one that is.
   const T* source =
-      kept(static_cast<const T*>(p.dy) + tile.first_pixel(p.layer) * outputs + (first < outputs ? first : 0));
+      kept(static_cast<const T*>(image) + tile.first_pixel(p.layer) * outputs + (first < outputs ? first : 0));
 #pragma unroll 2
   for (int row = tid / 8; row < plan.z_rows; row += kFusedThreads / 8) {
     const int place = memory.place[row], down = place >> 16, across = place & 0xffff;
@@ -122,11 +122,12 @@ __device__ __forceinline__ void store_sums(const Accumulators& sums, const Separ
   }
 }
 
-template <class T, int K, int STRIDE>
-__global__ void __launch_bounds__(kFusedThreads, 1)
-    separable_wgrad_kernel(const __grid_constant__ SeparableWgradParams p) {
+// The kernel. `upstream` brings what stands for dy: copy(step, buffer) starts it for a step's tile, arrived(step,
+// buffer) comes when all of it is there that this thread has copied, before other threads read it.
+template <class T, int K, int STRIDE, class Upstream>
+__device__ __forceinline__ void make_wgrad(const SeparableWgradParams& p, const FusedMemory& memory,
+                                           const Upstream& upstream) {
   const SeparablePlan& plan = p.layer.plan;
-  const FusedMemory memory(p.layer);
   const int halos = plan.halos, first_chunk = static_cast<int>(blockIdx.y) * plan.chunks;
   const auto in_x = [&](const FusedStep& step) { return FusedStep{step.tile, first_chunk + step.chunk, step.map}; };
 
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   int fed_buffer = 0;  // for dy of the next tile
   const auto copy = [&](int to) {
     if (fed.chunk == 0 && fed.exists(plan)) {
-      copy_dy<T>(p, memory, fed, memory.operand[fed_buffer]);
+      upstream.copy(fed, memory.operand[fed_buffer]);
       fed_buffer = fed_buffer + 1 == plan.operand_buffers ? 0 : fed_buffer + 1;
     }
     if (copied.exists(plan)) Halo<T>{p.layer, memory, in_x(copied), memory.halo[to]}.copy();
@@ -164,6 +165,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     if (p.layer.has_prologue != 0 && windowed.exists(plan)) {
       Halo<T>{p.layer, memory, made, memory.halo[next]}.transform();
     }
+    if (multiplied.chunk == 0 && multiplied.exists(plan)) upstream.arrived(multiplied, memory.operand[dy]);
     __syncthreads();
     copy(halo);
     if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p.layer, memory, copied);
@@ -175,6 +177,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         unsigned char* const z = memory.z[even ^ 1];
         if (tile.rows < plan.tile_rows || tile.columns < plan.tile_columns) {
           clear_others(plan, memory, tile.rows, tile.columns, z);
+          __syncwarp();  // ldmatrix wants all lanes
         }
         DiagonalDepthwise<T, K, STRIDE, kWgradChunkBytes, true>(p.layer, memory, made, memory.halo[next], z).run();
       } else {
@@ -182,8 +185,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         add_products<T>(sums, p, block, memory.operand[dy], memory.z[even]);
       }
     }
-    if (multiplied.exists(plan) && multiplied.chunk == plan.chunks - 1)
+    if (multiplied.exists(plan) && multiplied.chunk == plan.chunks - 1) {
       dy = dy + 1 == plan.operand_buffers ? 0 : dy + 1;
+    }
     multiplied = windowed;
     windowed.advance(plan);
     halo = next;
@@ -192,10 +196,39 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   if (block.chunk() < plan.chunks) store_sums(sums, p, block, first_chunk);
 }
 
+// dy as it is in memory.
+template <class T>
+struct PlainUpstream {
+  const SeparableWgradParams& p;
+  const FusedMemory& memory;
+
+  __device__ __forceinline__ void copy(const FusedStep& step, unsigned char* buffer) const {
+    copy_outputs<T>(p, memory, step, p.dy, buffer);
+  }
+  __device__ __forceinline__ void arrived(const FusedStep&, unsigned char*) const {}
+};
+
+template <class T, int K, int STRIDE>
+__global__ void __launch_bounds__(kFusedThreads, 1)
+    separable_wgrad_kernel(const __grid_constant__ SeparableWgradParams p) {
+  SharedArena arena;
+  const FusedMemory memory(p.layer, arena);
+  make_wgrad<T, K, STRIDE>(p, memory, PlainUpstream<T>{p, memory});
+}
+
+inline LaunchShape wgrad_launch(const SeparableWgradParams& p, int shared_bytes) {
+  return {dim3(static_cast<unsigned>(p.layer.plan.workers), static_cast<unsigned>(p.split.parts)), kFusedThreads,
+          shared_bytes};
+}
+
+// As the kernel wants them.
+inline SeparableWgradParams completed(SeparableWgradParams p) {
+  p.layer.has_prologue = p.layer.prologue.is_identity() ? 0 : 1;
+  return p;
+}
+
 template <class T>
 void launch_separable_wgrad(const SeparableWgradParams& p, cudaStream_t stream) {
-  const LaunchShape shape{dim3(static_cast<unsigned>(p.layer.plan.workers), static_cast<unsigned>(p.split.parts)),
-                          kFusedThreads, p.layer.plan.shared_bytes};
   void (*kernel)(SeparableWgradParams) = nullptr;
   switch (p.layer.shape.r * 10 + p.layer.shape.stride_h) {
     case 31:
@@ -213,9 +246,7 @@ void launch_separable_wgrad(const SeparableWgradParams& p, cudaStream_t stream) 
     default:
       no_such_kernel("separable_wgrad_kernel", p);
   }
-  SeparableWgradParams completed = p;
-  completed.layer.has_prologue = p.layer.prologue.is_identity() ? 0 : 1;
-  launch(kernel, "separable_wgrad_kernel", shape, stream, completed);
+  launch(kernel, "separable_wgrad_kernel", wgrad_launch(p, p.layer.plan.shared_bytes), stream, completed(p));
 }
 
 }  // namespace xsep::cuda

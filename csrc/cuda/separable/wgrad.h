@@ -3,6 +3,7 @@
 #include "../../common/cuda_wgrad_plan.h"
 #include "../device.cuh"
 #include "params.h"
+#include "wgrad_sums.h"
 
 namespace xsep::cuda {
 
@@ -15,6 +16,12 @@ struct SeparableWgradParams {
 };
 
 inline std::string describe(const SeparableWgradParams& p) { return describe(p.layer); }
+
+// The second stage of its sums.
+inline DwPwSumParams sums_of(const SeparableWgradParams& p) {
+  const SeparableFpropParams& layer = p.layer;
+  return {layer.c_out, layer.shape.c_in, layer.plan.workers * p.split.shares, p.partials, p.dw_pw};
+}
 
 // dw_pw of y = pw(dw(prologue(x))), z never leaving the chip. The plan must be one on the chip. Throws
 // std::runtime_error where CUDA refuses.
