@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch
+from .backends.chain import Load, RawGradient
+from .backends.chain_cuda_launch import form, wgrad_of_raw
 from .backends.cuda import wgrad_on_chip
 from .cases import Case, generate
 from .measuring import Effort, pytorchs_ways, time_ways
@@ -54,7 +56,8 @@ LAYERS = (
     _layer(2, 13, 17, (23, 19), vectors=("scale_p", "shift_p", "scale_e", "shift_e")),
     _layer(2, 128, 128, (37, 37), op="depthwise"), _layer(2, 64, 64, (27, 25), k=5, stride=2, op="depthwise"),
 )  # fmt: skip
-#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself.
+#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself. The
+#: first two have the training chain's, too.
 LARGE = (LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[5])
 #: The network's channels, and batch and size of its pictures.
 CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
@@ -152,8 +155,11 @@ def network(
     return part.to(memory_format=torch.channels_last).train(), x
 
 
-def wgrad_failures(case: Case, device: str) -> list[str]:
-    """What is wrong with a layer's dw_pw by the kernel that keeps z on the chip, which only large problems take."""
+def wgrad_failures(case: Case, device: str, chained: bool = False) -> list[str]:
+    """What is wrong with a layer's dw_pw by the kernel that keeps z on the chip, which only large problems take.
+
+    Or by the training chain's, which forms dr there too.
+    """
     torch.manual_seed(SEED)
 
     def randn(*shape: int) -> Tensor:
@@ -169,9 +175,21 @@ def wgrad_failures(case: Case, device: str) -> list[str]:
         return dy.to(wide).transpose(0, 1).flatten(1) @ z.to(wide).transpose(0, 1).flatten(1).t()
 
     with poisoned_memory():
-        ours = wgrad_on_chip(dy, x, w_dw, Affine(activation=RELU), geometry)
+        if chained:
+            raw = RawGradient(dy, torch.randn_like(dy), torch.randn(3, case.c_out, device=dy.device))
+            dy, ours = wgrad_of_raw(raw, x, Load(activation=RELU), w_dw, geometry)
+            if not torch.equal(dy, form(raw)):
+                return ["dr: not the kernel's that does nothing else"]
+        else:
+            ours = wgrad_on_chip(dy, x, w_dw, Affine(activation=RELU), geometry)
     found = norm_violation(ours, by_pytorch(torch.float64), by_pytorch(case.dtype), torch.float32)
     return [f"dw_pw: {found}"] if found else []
+
+
+def large_failures(device: str, chained: bool) -> Iterator[tuple[str, list[str]]]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for case in (replace(layer, dtype=dtype) for layer in (LARGE[:2] if chained else LARGE)):
+            yield f"{case.id}, dw_pw with z on the chip", wgrad_failures(case, device, chained)
 
 
 def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, None]:
@@ -181,14 +199,14 @@ def check(subject: str, device: str) -> Generator[tuple[str, list[str]], None, N
         with float32_products("ieee"):
             for dtype in types_of(backend, device):
                 yield f"a network's step, {dtype}", network_failures(*network(backend, dtype, device))
+            if backend == "cuda":
+                yield from large_failures(device, chained=True)
         return
     with float32_products("ieee"):
         for case in cases(backend, device):
             yield case.id, failures(case, backend, device)
         if backend == "cuda":
-            for dtype in (torch.bfloat16, torch.float16):
-                for case in (replace(layer, dtype=dtype) for layer in LARGE):
-                    yield f"{case.id}, dw_pw with z on the chip", wgrad_failures(case, device)
+            yield from large_failures(device, chained=False)
     if device != "cpu":
         with float32_products("tf32"):
             for case in (LAYERS[0], LAYERS[2]):

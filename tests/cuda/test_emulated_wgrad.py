@@ -302,12 +302,19 @@ def test_no_other_layer(operators: EmulatedOps) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("number", range(len(card_check.LARGE)))
+@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
 def test_the_check_of_a_card_sees_what_is_wrong(
-    operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
+    operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, chained: bool, kind: str
 ) -> None:
-    case = replace(card_check.LARGE[number], dtype=DTYPES[kind])
-    assert not card_check.wgrad_failures(case, "cpu")
-    assert operators.called["separable_wgrad"] == 1
-    monkeypatch.setattr(card_check, "wgrad_on_chip", lambda *arguments: 1.01 * wgrad_on_chip(*arguments))
-    assert card_check.wgrad_failures(case, "cpu")
+    for name, wrong in card_check.large_failures("cpu", chained):
+        assert not wrong, name
+    assert operators.called["chain_wgrad" if chained else "separable_wgrad"] == (4 if chained else 8)
+    op = torch.ops.xsep.cuda_chain_wgrad if chained else torch.ops.xsep.cuda_separable_wgrad
+
+    def spoiled(*arguments: Any) -> Any:
+        found = op(*arguments)
+        return (found[0], 1.01 * found[1]) if chained else 1.01 * found
+
+    monkeypatch.setattr(torch.ops.xsep, "cuda_chain_wgrad" if chained else "cuda_separable_wgrad", spoiled)
+    case = replace(card_check.LARGE[0], dtype=DTYPES[kind])
+    assert card_check.wgrad_failures(case, "cpu", chained)

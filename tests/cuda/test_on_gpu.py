@@ -343,6 +343,27 @@ def test_chain_backward(
 
 
 @pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("what", ["z", "dr and z"])
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", PLACE.wgrad_sizes[:2], ids=ids)
+def test_chain_backward_on_the_chip(
+    size: tuple[int, ...], kind: str, what: str, joint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the planner would rather go through memory, or in one pass, too."""
+    plan, used = launch.backward_plan, []
+
+    def on_chip(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
+        found = plan(problem, device)
+        assert found is not None
+        used.append(launch.wgrad_plans(problem, device).keys() >= {what})
+        return found._replace(fused=False, on_chip=what)
+
+    monkeypatch.setattr(launch, "backward_plan", on_chip)
+    check_chain_backward(size, kind, joint)
+    assert used == [True, True]
+
+
+@pytest.mark.parametrize("joint", JOINTS)
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, joint: str) -> None:
     """Where the planner would rather go kernel by kernel, too: pictures so large that L2 is too small for one."""
