@@ -56,8 +56,8 @@ LAYERS = (
     _layer(2, 13, 17, (23, 19), vectors=("scale_p", "shift_p", "scale_e", "shift_e")),
     _layer(2, 128, 128, (37, 37), op="depthwise"), _layer(2, 64, 64, (27, 25), k=5, stride=2, op="depthwise"),
 )  # fmt: skip
-#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself. The
-#: first two have the training chain's, too.
+#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself.
+#: The first two have the training chain's, too.
 LARGE = (LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[5])
 #: The network's channels, and batch and size of its pictures.
 CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 #: Read by emulated.py when it is imported.
 os.environ.setdefault("XSEP_EMULATED_PTX", "90a")
-os.environ["XSEP_EMULATED_PTX_FILES"] = r"(depthwise/[fb]prop|separable/(fprop|wgrad)|chain/fused_backward)(_bf16)?\.cu"
+os.environ["XSEP_EMULATED_PTX_FILES"] = (
+    r"(depthwise/[fb]prop|separable/(fprop|wgrad)|chain/(fused_backward|wgrad))(_bf16)?\.cu"
+)
 os.environ["XSEP_EMULATED_PTX_COUNTED"] = "1"
 
 import torch
@@ -83,7 +85,7 @@ def separable_runs(library: emulated.Library) -> Iterator[Run]:
 
 
 def wgrad_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
-    """dw_pw with z on the chip, for a value of z."""
+    """dw_pw with z on the chip, for a value of z; the training chain's, with dr too, behind BatchNorm and ReLU."""
     library.on(emulated_ops.SMALL._replace(multiprocessors=2))
     for c, c_out, size, k in SEPARABLE:
         n = 4 if size < 40 else 1
@@ -93,6 +95,10 @@ def wgrad_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:
             library.ops.cuda_separable_wgrad(dy, x, w_dw, vectors, vectors, same, code, 0.0)
             pixels = n * size * size
             yield Run(f"wgrad {c}->{c_out}@{size} {k}x{k} {name}", pixels * c, pixels * (c + c_out) * 2)
+        if k == 3:
+            coef, vec = torch.randn(3, c_out), torch.ones(2, c)
+            library.ops.cuda_chain_wgrad(dy, torch.randn_like(dy), coef, x, w_dw, vec, same, 1, 0.0)
+            yield Run(f"chain's wgrad {c}->{c_out}@{size}", pixels * c, pixels * (c + 3 * c_out) * 2)
 
 
 def chain_runs(library: emulated_ops.EmulatedOps) -> Iterator[Run]:

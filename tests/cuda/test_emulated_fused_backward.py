@@ -76,8 +76,8 @@ def run(
 ) -> Backward:  # fmt: skip
     """By the backend, in one pass or kernel by kernel, whichever it would take."""
 
-    def plan(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
-        found = backward_plan(problem, device)
+    def plan(problem: Problem, device: DeviceFacts, pooled: bool) -> launch.BackwardPlan:
+        found = backward_plan(problem, device, pooled)
         assert found is not None
         return found._replace(fused=fused)
 

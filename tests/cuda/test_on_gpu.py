@@ -329,8 +329,8 @@ def test_chain_backward(
     """All pictures at a time, as the planner has it, and in slices, as it would with more L2."""
     plan, cut = launch.backward_plan.__wrapped__, []  # and none that it has kept
 
-    def kernel_by_kernel(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
-        found = plan(problem, device)
+    def kernel_by_kernel(problem: Problem, device: DeviceFacts, pooled: bool) -> launch.BackwardPlan:
+        found = plan(problem, device, pooled)
         assert found is not None
         cut.append(len(found.slices))
         return found._replace(fused=False)
@@ -352,8 +352,8 @@ def test_chain_backward_on_the_chip(
     """Where the planner would rather go through memory, or in one pass, too."""
     plan, used = launch.backward_plan, []
 
-    def on_chip(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
-        found = plan(problem, device)
+    def on_chip(problem: Problem, device: DeviceFacts, pooled: bool) -> launch.BackwardPlan:
+        found = plan(problem, device, pooled)
         assert found is not None
         used.append(launch.wgrad_plans(problem, device).keys() >= {what})
         return found._replace(fused=False, on_chip=what)
@@ -371,8 +371,8 @@ def test_chain_backward_in_one_pass(monkeypatch: pytest.MonkeyPatch, kind: str, 
     side = math.isqrt(device_facts(torch.cuda.current_device()).l2_bytes // (2 * 3 * (c + c) * 2)) + 1
     plan, kernel, calls = launch.backward_plan, launch.fused_backward, 0
 
-    def in_one_pass(problem: Problem, device: DeviceFacts) -> launch.BackwardPlan:
-        found = plan(problem, device)
+    def in_one_pass(problem: Problem, device: DeviceFacts, pooled: bool) -> launch.BackwardPlan:
+        found = plan(problem, device, pooled)
         assert found is not None
         return found._replace(fused=True)
 

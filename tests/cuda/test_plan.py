@@ -159,7 +159,8 @@ def test_dr_is_formed_there_too(planner: Any, layer: tuple[int, int, int]) -> No
     from_dr = wgrad_plan(planner, p, H100)
     raw = plan.staged_clocks - (from_dr.clocks if from_dr.pays else from_dr.staged_clocks)
     assert raw / 1755 == pytest.approx(6 * p.n * p.h * p.w * p.c_out / 4.3e6 + 2.5, rel=0.01)
-    assert launch.backward_plan(p, H100) is not None
+    plans = [launch.backward_plan(p, H100._replace(l2_bytes=60 << 20), pooled) for pooled in (False, True)]
+    assert [found and found.on_chip for found in plans] == ["dr and z", "z" if from_dr.pays else ""]
     for other in (p._replace(r=5, s=5, geometry=p.geometry._replace(pad_left=2, pad_right=2, pad_top=2, pad_bottom=2)),
                   p._replace(geometry=p.geometry._replace(stride_h=2, stride_w=2))):  # fmt: skip
         assert not wgrad_plan(planner, other, H100, "chain").on_chip and wgrad_plan(planner, other, H100).on_chip

@@ -46,9 +46,9 @@ class CudaChain(KernelChain):
     def label(self) -> str:
         return f"{self.name}, {self.way}" if self.way else self.name
 
-    def backward_plan(self, problem: Problem, facts: DeviceFacts) -> Optional[launch.BackwardPlan]:
+    def backward_plan(self, problem: Problem, facts: DeviceFacts, pooled: bool) -> Optional[launch.BackwardPlan]:
         wanted = launch.backward_ways(problem, facts).get(self.way) if self.way else None
-        return launch.backward_plan(problem, facts) if wanted is None else wanted
+        return launch.backward_plan(problem, facts, pooled) if wanted is None else wanted
 
     def other_ways(self, problem: Problem) -> list[str]:
         facts = device_facts(torch.cuda.current_device())
@@ -160,7 +160,7 @@ class CudaChain(KernelChain):
             )
             found = found if with_input else Backward(*(None,) * 4)
             return found._replace(dw_pw=launch.zeros(x, c_out, c_in, 1, 1) if wanted[2] else None)
-        plan = self.backward_plan(problem, device_facts(x.get_device()))
+        plan = self.backward_plan(problem, device_facts(x.get_device()), dr.taps is not None)
         if plan is None:
             return super().sep_backward(
                 dr, w_pw, w_dw, x, load, geometry, shortcut, operands, centres, wanted

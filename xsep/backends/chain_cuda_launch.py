@@ -60,21 +60,25 @@ def slices(problem: Problem, device: DeviceFacts) -> tuple[slice, ...]:
 
 
 @lru_cache(maxsize=4096)
-def backward_plan(problem: Problem, device: DeviceFacts) -> Optional[BackwardPlan]:
-    """The planner's plan of a layer's backward; None where the planner is not built."""
+def backward_plan(problem: Problem, device: DeviceFacts, pooled: bool = False) -> Optional[BackwardPlan]:
+    """The planner's plan of a layer's backward; None where the planner is not built.
+
+    ``pooled``: dr comes through a pool, for which no kernel forms it beside dw_pw.
+    """
     module = extension.binding()
     if module is None:
         return None
     parts = slices(problem, device)
     found, one_pass = _staged(module, problem, device, parts), _one_pass(module, problem, device)
     fused = one_pass.fused and one_pass.clocks < one_pass.staged_clocks
-    paying = [what for what, plan in wgrad_plans(problem._replace(n=parts[0].stop), device).items() if plan.pays]
+    plans = wgrad_plans(problem._replace(n=parts[0].stop), device, pooled)
+    paying = [what for what, plan in plans.items() if plan.pays]
     return found._replace(fused=fused, on_chip=paying[-1] if paying and not fused else "")
 
 
-def wgrad_plans(problem: Problem, device: DeviceFacts) -> dict[str, Any]:
-    """The planner's plans of dw_pw by what stays on the chip, where there are such kernels."""
-    plans = {"z": wgrad_plan(problem, device), "dr and z": wgrad_plan(problem, device, "chain")}
+def wgrad_plans(problem: Problem, device: DeviceFacts, pooled: bool = False) -> dict[str, Any]:
+    """The planner's plans of dw_pw by what stays on the chip, where there are such kernels; the best comes last."""
+    plans = {"z": wgrad_plan(problem, device), "dr and z": None if pooled else wgrad_plan(problem, device, "chain")}
     return {what: plan for what, plan in plans.items() if plan is not None}
 
 
