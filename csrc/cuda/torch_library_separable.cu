@@ -14,15 +14,21 @@
 namespace xsep::cuda {
 namespace {
 
-SeparableFpropParams separable_params(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const Ints& geometry) {
+// A layer up to z.
+SeparableFpropParams layer_params(const Tensor& x, const Tensor& w_dw, const Ints& geometry) {
   SeparableFpropParams p{};
   const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
-  STD_TORCH_CHECK(w_pw.dim() == 4 && w_pw.size(0) > 0, "w_pw must be [C_out, C_mid, 1, 1]");
-  p.c_out = narrow(w_pw.size(0), "C_out");
   p.type = type_of(x, "x");
   p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
   p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
-  p.w_pw = contiguous(w_pw, x, "w_pw", static_cast<int64_t>(p.c_out) * s.c_mid);
+  return p;
+}
+
+SeparableFpropParams separable_params(const Tensor& x, const Tensor& w_dw, const Tensor& w_pw, const Ints& geometry) {
+  SeparableFpropParams p = layer_params(x, w_dw, geometry);
+  STD_TORCH_CHECK(w_pw.dim() == 4 && w_pw.size(0) > 0, "w_pw must be [C_out, C_mid, 1, 1]");
+  p.c_out = narrow(w_pw.size(0), "C_out");
+  p.w_pw = contiguous(w_pw, x, "w_pw", static_cast<int64_t>(p.c_out) * p.shape.c_mid);
   return p;
 }
 
@@ -94,20 +100,6 @@ Tensor cuda_separable_fprop(Tensor x, Tensor w_dw, Tensor w_pw, OptionalTensor b
   return images(y, s.n, p.c_out, s.p, s.q);
 }
 
-// A layer up to z, for the gradient of its pointwise weights.
-SeparableFpropParams layer_params(const Tensor& x, const Tensor& w_dw, int c_out, const OptionalTensor& scale_p,
-                                  const OptionalTensor& shift_p, const Ints& geometry, int64_t activation,
-                                  double alpha) {
-  SeparableFpropParams p{};
-  const ConvShape& s = p.shape = conv_shape(x, w_dw, geometry);
-  p.c_out = c_out;
-  p.type = type_of(x, "x");
-  p.x = nhwc(x, x, "x", s.n, s.c_in, s.h, s.w);
-  p.w_dw = contiguous(w_dw, x, "w_dw", static_cast<int64_t>(s.c_mid) * s.r * s.s);
-  p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
-  return p;
-}
-
 SeparableWgradPlan wgrad_plan_of(const SeparableFpropParams& p, const void* dy, const DeviceScope& device) {
   return kept_wgrad_plan(p.shape, p.c_out, element_bytes(p.type), is_aligned(p.x) && is_aligned(dy),
                          device.properties(p));
@@ -131,9 +123,10 @@ Tensor run_wgrad(const SeparableFpropParams& layer, const SeparableWgradPlan& pl
 Tensor cuda_separable_wgrad(Tensor dy, Tensor x, Tensor w_dw, OptionalTensor scale_p, OptionalTensor shift_p,
                             Ints geometry, int64_t activation, double alpha) {
   STD_TORCH_CHECK(dy.dim() == 4 && dy.size(1) > 0, "dy must be [N, C_out, P, Q]");
-  const SeparableFpropParams p =
-      layer_params(x, w_dw, narrow(dy.size(1), "C_out"), scale_p, shift_p, geometry, activation, alpha);
+  SeparableFpropParams p = layer_params(x, w_dw, geometry);
   const ConvShape& s = p.shape;
+  p.c_out = narrow(dy.size(1), "C_out");
+  p.prologue = channel_affine(scale_p, shift_p, activation, alpha, x, {"scale_p", "shift_p"}, s.c_in);
   const void* of_dy = nhwc(dy, x, "dy", s.n, p.c_out, s.p, s.q);
   const DeviceScope device(x, p);
   const SeparableWgradPlan plan = wgrad_plan_of(p, of_dy, device);
