@@ -56,9 +56,11 @@ LAYERS = (
     _layer(2, 13, 17, (23, 19), vectors=("scale_p", "shift_p", "scale_e", "shift_e")),
     _layer(2, 128, 128, (37, 37), op="depthwise"), _layer(2, 64, 64, (27, 25), k=5, stride=2, op="depthwise"),
 )  # fmt: skip
-#: Of those, some whose pointwise weights' gradient cuda makes in one kernel where they are large: checked by itself.
-#: The first two have the training chain's, too.
-LARGE = (LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[5])
+#: Some whose pointwise weights' gradient cuda makes in one kernel where they are large, checked by itself: one chunk of
+#: channels, two, two parts of them, and a stride. The first three have the training chain's, too.
+LARGE = (LAYERS[0], LAYERS[1], _layer(1, 256, 256, (19, 19)), LAYERS[3])
+#: Tiles that a CTA of it has in the check, so that its buffers turn over.
+TILES = 4
 #: The network's channels, and batch and size of its pictures.
 CHANNELS, PICTURES = (128, 256, 728), (2, 63, 58)
 #: In float32 there are pictures and random numbers with which nothing lies within 1e-5 of its tensor's size of a
@@ -195,11 +197,16 @@ def wgrad_failures(case: Case, device: str, chained: bool = False) -> list[str]:
 
 
 def large_failures(device: str, chained: bool) -> Iterator[tuple[str, list[str]]]:
-    """Those of ``wgrad_failures``, of layers for which this card has such a kernel."""
-    facts = device_facts(torch.cuda.current_device())
+    """Those of ``wgrad_failures``, of layers for which this card has such a kernel, with several tiles for each CTA."""
+    facts, of = device_facts(torch.cuda.current_device()), "chain" if chained else "separable"
     for dtype in (torch.bfloat16, torch.float16):
-        for case in (replace(layer, dtype=dtype) for layer in (LARGE[:2] if chained else LARGE)):
-            if wgrad_plan(_problem(case), facts, "chain" if chained else "separable") is not None:
+        for layer in LARGE[:3] if chained else LARGE:
+            case = replace(layer, dtype=dtype)
+            plan = wgrad_plan(_problem(case), facts, of)
+            while plan is not None and plan.walk.tiles < TILES * plan.walk.workers:
+                case = replace(case, n=2 * case.n)
+                plan = wgrad_plan(_problem(case), facts, of)
+            if plan is not None:
                 yield f"{case.id}, dw_pw with z on the chip", wgrad_failures(case, device, chained)
 
 

@@ -369,7 +369,8 @@ def _cuda(clock: _Clock) -> list[Prediction]:
         return [_depthwise(clock, "cuda", clock.depthwise(clock.work.x + clock.work.y) + clock.launches(1), general)]
     staged = _staged(clock, None, general)
     wgrad = cuda_backend.wgrad_plan(problem, facts)
-    wgrad = wgrad if wgrad is not None and wgrad.pays else None
+    # Where something stands between the convolutions or behind them, z goes through memory.
+    wgrad = wgrad if wgrad is not None and wgrad.pays and not any(problem.activations[1:]) else None
     found = []
     if plan is not None:
         found.append(_separable(clock, "cuda, fused", _fused_cuda(clock, plan), True, general, wgrad=wgrad))

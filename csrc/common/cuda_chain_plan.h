@@ -2,7 +2,8 @@
 // batch or into the tiles of one pass: pure functions, as in cuda_plan.h.
 #pragma once
 
-#include "cuda_wgrad_plan.h"
+#include "cuda_clocks.h"
+#include "cuda_plan.h"
 
 namespace xsep::cuda {
 
@@ -165,7 +166,8 @@ struct ChainBackwardPlan {
   int dr_bytes;                  // of the buffer that holds dr, and in the end the sums
   ChainBackwardLayout layout;
   int shared_bytes;
-  double clocks, staged_clocks;  // that one pass should take, and a kernel after the other, through memory
+  // That one pass should take, and a kernel after the other, through memory; z on the chip would save of the latter.
+  double clocks, staged_clocks;
 };
 
 namespace detail {
@@ -213,15 +215,6 @@ inline double chain_backward_clocks(const ChainBackwardPlan& plan, const ConvSha
   return ceil_div(plan.tiles, plan.workers) * tile + kKernels * kLaunchClocks;
 }
 
-// What z on the chip, or dr and z, saves of a backward that goes kernel by kernel.
-inline double saved_clocks(const ConvShape& c, int c_out, int element_bytes, bool aligned,
-                           const DeviceProperties& device) {
-  const SeparableWgradPlan from_dr = plan_separable_wgrad(c, c_out, element_bytes, aligned, device);
-  const SeparableWgradPlan from_r = plan_chain_wgrad(c, c_out, element_bytes, aligned, device);
-  return (pays(from_dr) ? from_dr.staged_clocks - from_dr.clocks : 0.0) +
-         (pays(from_r) ? from_r.staged_clocks - from_r.clocks : 0.0);
-}
-
 }  // namespace detail
 
 // In one pass where the channels allow it; whether that is expected to be faster than kernel by kernel is for the
@@ -260,8 +253,7 @@ inline ChainBackwardPlan plan_chain_backward(const ConvShape& c, int c_out, int 
   }
   if (best.fused) {
     best.clocks = detail::chain_backward_clocks(best, c, c_out, element_bytes);
-    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks -
-                         detail::saved_clocks(c, c_out, element_bytes, aligned, device);
+    best.staged_clocks = weigh_chain_slice(c, c_out, element_bytes, device).clocks;
   }
   return best;
 }

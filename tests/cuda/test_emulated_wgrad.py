@@ -307,11 +307,8 @@ def test_the_check_of_a_card_sees_what_is_wrong(
     operators: EmulatedOps, monkeypatch: pytest.MonkeyPatch, chained: bool, kind: str
 ) -> None:
     kernel = "chain_wgrad" if chained else "separable_wgrad"
-    for room, expected in (
-        (227, 4 if chained else 8),
-        (99, 2 if chained else 6),
-    ):  # KB, and in the latter 256 outputs not
-        operators.start(DeviceFacts(132, room * 1024))
+    for kilobytes, expected in ((99, 0 if chained else 2), (227, 6 if chained else 8)):
+        operators.start(DeviceFacts(2, kilobytes * 1024))
         for name, wrong in card_check.large_failures("cpu", chained):
             assert not wrong, name
         assert operators.called[kernel] == expected

@@ -90,7 +90,8 @@ def test_no_warnings_and_no_spills(reports: dict[str, str], source: Path, archit
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     kernels = re.findall(r"Function properties for (\S+)", report)
     assert len(spills) == len(kernels)
-    assert kernels or source == CUDA_SOURCES / "separable" / "fprop.cu", "only the dispatch holds no kernel"
+    has_some = re.search(r"__global__|^template void", source.read_text(), re.MULTILINE) is not None
+    assert bool(kernels) == has_some, "only a dispatch holds no kernel"
     spilled = [kernel for kernel, bytes_of in zip(kernels, spills) if bytes_of != ("0", "0", "0")]
     assert not spilled, "\n".join(spilled)
 

@@ -70,10 +70,11 @@ def backward_plan(problem: Problem, device: DeviceFacts, pooled: bool = False) -
         return None
     parts = slices(problem, device)
     found, one_pass = _staged(module, problem, device, parts), _one_pass(module, problem, device)
-    fused = one_pass.fused and one_pass.clocks < one_pass.staged_clocks
-    plans = wgrad_plans(problem._replace(n=parts[0].stop), device, pooled)
-    paying = [what for what, plan in plans.items() if plan.pays]
-    return found._replace(fused=fused, on_chip=paying[-1] if paying and not fused else "")
+    plans = wgrad_plans(problem._replace(n=parts[0].stop), device, pooled) if parts else {}
+    paying = {what: plan for what, plan in plans.items() if plan.pays}
+    saved = len(parts) * sum(plan.staged_clocks - plan.clocks for plan in paying.values())
+    fused = one_pass.fused and one_pass.clocks < one_pass.staged_clocks - saved
+    return found._replace(fused=fused, on_chip=[*paying][-1] if paying and not fused else "")
 
 
 def wgrad_plans(problem: Problem, device: DeviceFacts, pooled: bool = False) -> dict[str, Any]:

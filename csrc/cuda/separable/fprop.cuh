@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     cp_async_commit();
     copied.advance(plan);
     if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p, memory, copied);
+    __syncwarp();  // ldmatrix wants all lanes, and they have taken several ways
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
       if ((turn == 0) == (static_cast<int>(thread_index_again()) / 32 * 2 < plan.warps)) {

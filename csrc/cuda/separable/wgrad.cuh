@@ -169,6 +169,7 @@ __device__ __forceinline__ void make_wgrad(const SeparableWgradParams& p, const 
     __syncthreads();
     copy(halo);
     if (copied.chunk == 0 && copied.exists(plan)) map_tile<K, STRIDE>(p.layer, memory, copied);
+    __syncwarp();  // ldmatrix wants all lanes, and they have taken several ways
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
       if ((turn == 0) == (static_cast<int>(thread_index_again()) / 32 * 2 < kMostFusedWarps)) {
@@ -177,7 +178,7 @@ __device__ __forceinline__ void make_wgrad(const SeparableWgradParams& p, const 
         unsigned char* const z = memory.z[even ^ 1];
         if (tile.rows < plan.tile_rows || tile.columns < plan.tile_columns) {
           clear_others(plan, memory, tile.rows, tile.columns, z);
-          __syncwarp();  // ldmatrix wants all lanes
+          __syncwarp();
         }
         DiagonalDepthwise<T, K, STRIDE, kWgradChunkBytes, true>(p.layer, memory, made, memory.halo[next], z).run();
       } else {
